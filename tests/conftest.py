@@ -1,0 +1,16 @@
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad_leaks():
+    """Every test starts in grad mode and leaves it."""
+    assert torch.is_grad_enabled()
+    yield
+    assert torch.is_grad_enabled()

@@ -1,0 +1,33 @@
+"""vtc: fewer visual tokens for the vision encoders and multimodal LLMs people already run."""
+
+from vtc import functional
+from vtc.api import Explanation, Handle, Report, compress, explain, list_adapters, list_methods, remove
+from vtc.config import load_config, save_config
+from vtc.errors import InputError, OptionError, UnsupportedModelError, VTCError
+from vtc.methods import Downsample, PiToMe, Random, ToMe
+from vtc.token_map import TokenMap
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Downsample",
+    "Explanation",
+    "Handle",
+    "InputError",
+    "OptionError",
+    "PiToMe",
+    "Random",
+    "Report",
+    "ToMe",
+    "TokenMap",
+    "UnsupportedModelError",
+    "VTCError",
+    "compress",
+    "explain",
+    "functional",
+    "list_adapters",
+    "list_methods",
+    "load_config",
+    "remove",
+    "save_config",
+]

@@ -1,0 +1,22 @@
+"""One file per model family. `ADAPTERS` is the registry, asked in this order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from vtc.adapters import huggingface, open_clip, timm
+from vtc.adapters.tower import Refusal, Site
+
+ADAPTERS = {adapter.name: adapter for adapter in (timm, open_clip, huggingface)}
+
+
+def find(model: nn.Module) -> Iterator[tuple[str, Site | Refusal]]:
+    """(adapter name, encoder or refusal) for everything in `model` that some adapter knows."""
+    for name, adapter in ADAPTERS.items():
+        for found in adapter.find(model):
+            yield name, found
+
+
+__all__ = ["ADAPTERS", "Refusal", "Site", "find"]

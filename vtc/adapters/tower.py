@@ -1,0 +1,507 @@
+"""What all vision encoders share: a stack of blocks, between whose attention and MLP tokens can be made fewer.
+
+A family file (timm, open_clip, Hugging Face) says how its blocks attend and feed forward (`Block`), and where its
+encoders are (`Site`). This file runs a method there. The state of a call is an immutable `Stage` that each block hands
+to the next; it also rides on the block's output, so that activation checkpointing finds it again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import einops
+import torch
+from torch import Tensor, nn
+
+from vtc.errors import InputError, UnsupportedModelError, VTCError
+from vtc.functional import check_finite
+from vtc.macs import EncoderMACs
+from vtc.methods.base import Method, Tokens
+from vtc.methods.downsample import coarse_grid, pool_map
+from vtc.schedule import removals, resized_count
+from vtc.token_map import TokenMap
+
+Grid = tuple[int, int]
+_TAG = "_vtc_stage"  # the storage is shared by a tensor and its detached copies, and lives as long as any of them
+
+
+def plain_example(block: nn.Module) -> tuple[int, tuple, dict]:
+    return 8, (), {}
+
+
+@dataclass(frozen=True)
+class Block:
+    """How one kind of block works: x + attend(x), then x + feed(x), bit for bit what its own forward computes.
+
+    Attributes:
+        attend: (block, x, stage, args, kwargs) -> the attention branch. `args` and `kwargs` are the block's own; with a
+            stage, masks and positions must be taken at `stage.total.anchor`, and `stage.bias` added to the logits.
+        feed: (block, x) -> the MLP branch.
+        keys: (block) -> the module whose output holds the keys, or None where `project` computes them.
+        project: (block, x) -> [B, N, D] keys averaged over heads, from the block's input.
+        heads: (block) -> number of key heads.
+        width: (block) -> heads x head width.
+        parts: (block) -> (attention module, MLP module), to count weights.
+        example: (block) -> (tokens, args, kwargs) for a trial run.
+        relative: the attention mask is a relative position bias, never padding.
+    """
+
+    attend: Callable[..., Tensor]
+    feed: Callable[[nn.Module, Tensor], Tensor]
+    parts: Callable[[Any], tuple[nn.Module, nn.Module]]
+    width: Callable[[Any], int]
+    heads: Callable[[Any], int]
+    keys: Callable[[Any], nn.Module] | None = None
+    project: Callable[[Any, Tensor], Tensor] | None = None
+    example: Callable[[Any], tuple[int, tuple, dict]] = plain_example
+    relative: bool = False
+
+
+@dataclass(frozen=True)
+class Site:
+    """One encoder found in a model.
+
+    Attributes:
+        path, kind: where it is and what it is called, for people.
+        blocks: the blocks in order; block: how they work.
+        prefix: leading tokens that are not patches.
+        patchify: the module that cuts the image into patches. Its output [B, C, h, w] tells the grid; a Linear (NaFlex)
+            does not.
+        naflex: the module that receives `spatial_shapes`, where images of a batch have grids of their own.
+        resizable: modules that receive the pixels and may receive a smaller image, each with keyword arguments to add;
+            or a sentence that says why not.
+        shuffled: its embeddings reorder the patches, so that a grid means nothing.
+        watched: objects with a `forward_intermediates` that returns every block's tokens.
+        no_bias: why the attention takes no size bias, if it does not.
+    """
+
+    path: str
+    kind: str
+    blocks: tuple[nn.Module, ...]
+    block: Block
+    prefix: int
+    patchify: nn.Module
+    macs: EncoderMACs
+    naflex: nn.Module | None = None
+    resizable: tuple[tuple[nn.Module, dict], ...] | str = ()
+    shuffled: bool = False
+    watched: tuple[nn.Module, ...] = ()
+    no_bias: str = ""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An encoder, or something that looks like one, that cannot be reduced, and why."""
+
+    path: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """The state of one call between two blocks.
+
+    Attributes:
+        layer: the next block; entry: tokens at the first block, prefix included.
+        plan: tokens to remove per layer; [B, depth] for a ragged batch.
+        total: from the entry to now, None = nothing happened yet; maps: one per layer that reduced.
+        size: [B, M] float32, what each token stands for, None = all 1; mask: [B, M], None = all real.
+        flow: (tokens in attention, tokens in the MLP) of each layer that ran, a pair of [B] lists or ints.
+    """
+
+    layer: int
+    prefix: int
+    entry: int
+    plan: tuple[int, ...] | Tensor
+    grid: tuple[Grid, ...] | None
+    batch: int = 1
+    front: TokenMap | None = None  # before the encoder: the image's own patches to those of the resized image
+    total: TokenMap | None = None
+    size: Tensor | None = None
+    mask: Tensor | None = None
+    maps: tuple[TokenMap, ...] = ()
+    flow: tuple[tuple[Any, Any], ...] = ()
+
+    def count(self) -> Any:
+        """Tokens now: an int, or [B] for a ragged batch."""
+        if self.mask is not None:
+            return self.mask.sum(1)
+        return self.entry if self.total is None else self.total.anchor.shape[1]
+
+    def bias(self, x: Tensor) -> Tensor | None:
+        """[B, 1, 1, M]: log size, to add to the attention logits (proportional attention); -inf on padding."""
+        if self.size is None:
+            return None
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return self.size.log().to(dtype)[:, None, None, :]
+
+    def patches(self) -> Tensor:
+        """[B, M - prefix]: which patch (row by row) each token behind the prefix is, or stands for."""
+        assert self.total is not None
+        return (self.total.anchor[:, self.prefix :] - self.prefix).clamp(min=0)
+
+    def narrow(self, x: Tensor) -> Tensor:
+        """Undo `widen`: x may come at full length from a block that was watched."""
+        if self.total is None or x.shape[1] == self.total.anchor.shape[1]:
+            return x
+        return self.total.gather(x)
+
+    def widen(self, x: Tensor, fill: int | str) -> Tensor:
+        """[B, M, C] -> [B, entry, C]; the prefix fills nothing but itself."""
+        total = self.front if self.total is None else self.total  # a resized image loses nothing further
+        if total is None:
+            return x
+        rest = total.drop_prefix(self.prefix).unmerge(x[:, self.prefix :], fill)
+        return torch.cat([x[:, : self.prefix], rest], dim=1) if self.prefix else rest
+
+
+class PatchedForward:
+    """Stands in for one block's `forward`. An object, not a closure, so that deep copies refer to their own block."""
+
+    def __init__(self, tower: Tower, index: int, block: nn.Module, name: str) -> None:
+        self.tower, self.index, self.block, self.name = tower, index, block, name
+        self.replaced = block.__dict__.get(name)
+        self.keys: Tensor | None = None
+        self.listening = False
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        return type(self.block).forward(self.block, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            return self.tower.run(self, args[0], args[1:], kwargs)
+        name = next(iter(kwargs))  # e.g. hidden_states=
+        rest = {k: v for k, v in kwargs.items() if k != name}
+        return self.tower.run(self, kwargs[name], (), rest)
+
+    def heard(self, hook: Hook, args: tuple, output: Tensor) -> None:
+        if self.listening:
+            self.keys = head_mean(output, self.tower.site.block.heads(self.block))
+
+    def install(self) -> None:
+        self.block.__dict__[self.name] = self
+
+    def remove(self) -> None:
+        if self.replaced is not None:
+            self.block.__dict__[self.name] = self.replaced
+        else:
+            del self.block.__dict__[self.name]
+
+
+class Hook:
+    """A forward (pre-)hook of ours, told from other people's by its class."""
+
+    def __init__(self, act: str, target: Any, extra: dict | None = None) -> None:
+        self.act, self.target, self.extra = act, target, extra or {}
+
+    def __call__(self, module: nn.Module, args: tuple, *rest: Any) -> Any:
+        return getattr(self.target, self.act)(self, args, *rest)
+
+
+class Intermediates:
+    """Stands in for `forward_intermediates`: while it runs, every block gives its tokens at full length."""
+
+    def __init__(self, tower: Tower, module: nn.Module) -> None:
+        self.tower, self.module = tower, module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before, self.tower.widen_all = self.tower.widen_all, True
+        try:
+            return type(self.module).forward_intermediates(self.module, *args, **kwargs)  # type: ignore[attr-defined]
+        finally:
+            self.tower.widen_all = before
+
+
+@dataclass(eq=False)
+class Tower:
+    """One patched encoder: the site, the method, and the state of the last call."""
+
+    site: Site
+    method: Method
+    stage: Stage | None = None
+    widen_all: bool = False  # every block returns full length, not only the last
+    patched: list[PatchedForward] = field(default_factory=list)
+    grid: tuple[Grid, ...] | None = None
+    resized: tuple[Grid, Grid] | None = None  # the image's own grid and the one it was resized to, until block 0
+
+    # -- on and off ---------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Patch every block; on any failure take all of it off again."""
+        try:
+            for index, block in enumerate(self.site.blocks):
+                # accelerate wraps forward and keeps the real one in _old_forward; go below its device moves
+                name = "_old_forward" if "_old_forward" in block.__dict__ else "forward"
+                patch = PatchedForward(self, index, block, name)
+                patch.install()
+                self.patched.append(patch)
+                if self.method.needs_keys and self.site.block.keys is not None:
+                    self.site.block.keys(block).register_forward_hook(Hook("heard", patch))
+            self.site.patchify.register_forward_hook(Hook("saw_patches", self))
+            if self.site.naflex is not None:
+                self.site.naflex.register_forward_pre_hook(Hook("saw_shapes", self), with_kwargs=True)
+            if getattr(self.method, "mode", "") == "resize":
+                assert not isinstance(self.site.resizable, str)
+                for module, extra in self.site.resizable:
+                    module.register_forward_pre_hook(Hook("shrink", self, extra), with_kwargs=True)
+            for module in self.site.watched:
+                module.__dict__["forward_intermediates"] = Intermediates(self, module)
+        except BaseException:
+            for patch in self.patched:
+                patch.remove()
+            for module in {*self.site.blocks, self.site.patchify, *self.site.watched}:
+                strip(module)
+            raise
+
+    # -- hooks --------------------------------------------------------------------------------------------------
+
+    def saw_patches(self, hook: Hook, args: tuple, output: Tensor) -> None:
+        if self.site.naflex is None:
+            rows, columns = output.shape[-2:]
+            self.grid = ((rows, columns),) * output.shape[0]
+
+    def saw_shapes(self, hook: Hook, args: tuple, kwargs: dict) -> None:
+        shapes = kwargs.get("spatial_shapes", args[1] if len(args) > 1 else None)
+        if shapes is not None and self.method.needs_grid:
+            self.grid = tuple((int(h), int(w)) for h, w in shapes.tolist())
+
+    def shrink(self, hook: Hook, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Resize the pixels so that the encoder sees the budget's grid (Downsample(mode="resize"))."""
+        name = None if args else next(iter(kwargs))
+        pixels = args[0] if name is None else kwargs[name]
+        assert isinstance(self.site.patchify, nn.Conv2d)
+        patch = self.site.patchify.stride
+        fine = (pixels.shape[-2] // patch[0], pixels.shape[-1] // patch[1])
+        coarse = coarse_grid(fine, resized_count(self.method, fine[0] * fine[1], self.site.macs))
+        if coarse == fine:
+            return None
+        self.resized = (fine, coarse)
+        small = nn.functional.interpolate(
+            pixels.float(), (coarse[0] * patch[0], coarse[1] * patch[1]), mode="bicubic", antialias=True
+        ).to(pixels.dtype)
+        if name is None:
+            return (small, *args[1:]), {**kwargs, **hook.extra}
+        return args, {**kwargs, name: small, **hook.extra}
+
+    # -- running ------------------------------------------------------------------------------------------------
+
+    def run(self, patch: PatchedForward, x: Tensor, args: tuple, kwargs: dict) -> Any:
+        block = self.site.block
+        stage = self.enter(patch, x, args, kwargs)
+        removed = stage.plan[:, patch.index] if isinstance(stage.plan, Tensor) else stage.plan[patch.index]
+        idle = not bool(removed.any()) if isinstance(removed, Tensor) else removed == 0
+        if stage.total is None and idle:  # nothing has happened and nothing will: the block's own forward
+            out = patch.original(x, *args, **kwargs)
+            return self.leave(patch, out, replace(stage, flow=(*stage.flow, (stage.count(), stage.count()))))
+        attended = stage.count()
+        x = stage.narrow(x)
+        patch.listening = not idle and self.method.needs_keys
+        before = x
+        x = x + block.attend(patch.block, x, stage if stage.total is not None else None, args, kwargs)
+        if not idle:
+            if self.method.needs_keys and block.project is not None:
+                patch.keys = block.project(patch.block, before)
+            x, stage = self.reduce(patch, x, stage, removed)
+        x = x + block.feed(patch.block, x)
+        return self.leave(patch, x, replace(stage, flow=(*stage.flow, (attended, stage.count()))))
+
+    def reduce(self, patch: PatchedForward, x: Tensor, stage: Stage, removed: int | Tensor) -> tuple[Tensor, Stage]:
+        keys, patch.keys, patch.listening = patch.keys, None, False
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            if not stage.maps:
+                check_finite(
+                    x if keys is None else keys, f"tokens of {self.site.path or 'the model'}, layer {patch.index}"
+                )
+            tokens = Tokens(
+                features=x.detach(),
+                keys=keys,
+                size=stage.size,
+                mask=stage.mask,
+                prefix=stage.prefix,
+                grid=stage.grid,
+                layer=patch.index,
+                depth=len(self.site.blocks),
+                at=None if stage.total is None else stage.total.anchor,
+            )
+            token_map = self.method.decide(tokens, removed)
+        x = token_map.merge(x) if self.method.merges else token_map.gather(x)
+        total = token_map if stage.total is None else stage.total.compose(token_map)
+        mask = None if stage.mask is None else token_map.mask()
+        size = token_map.size if self.method.merges or mask is not None else None
+        return x, replace(stage, total=total, size=size, mask=mask, maps=(*stage.maps, token_map))
+
+    def enter(self, patch: PatchedForward, x: Tensor, args: tuple, kwargs: dict) -> Stage:
+        # In a backward pass that recomputes (activation checkpointing) the state of the last call is another one's, so
+        # the stage that rides on the input comes first. Compiled graphs recompute by themselves.
+        tag = None if torch.compiler.is_compiling() else getattr(x.untyped_storage(), _TAG, None)
+        if tag is not None and tag[0] is self and tag[1].layer == patch.index:
+            if patch.index > 0 or torch.is_grad_enabled():
+                return tag[1]
+        if patch.index == 0:
+            stage = self.begin(x, args, kwargs)
+            self.tag(x, stage)
+            return stage
+        if self.stage is None or self.stage.layer != patch.index:
+            raise VTCError(
+                f"block {patch.index} of {self.site.path or 'the model'} ran without the blocks before it: "
+                "run the whole encoder, or call vtc.remove(model) to use its blocks one by one"
+            )
+        return self.stage
+
+    def begin(self, x: Tensor, args: tuple, kwargs: dict) -> Stage:
+        prefix, depth, macs = self.site.prefix, len(self.site.blocks), self.site.macs
+        patches = x.shape[1] - prefix
+        stage = Stage(0, prefix, x.shape[1], (), self.grid, batch=x.shape[0])
+        if self.resized is not None:
+            return self.begin_resized(x, stage)
+        mask = None if self.site.block.relative else padding_mask(args, kwargs, x)
+        if mask is not None:
+            plans = [removals(self.method, int(n) - prefix, depth, macs) for n in mask.sum(1)]
+            plan = torch.tensor(plans, device=x.device)
+            return replace(stage, plan=plan, mask=mask, size=mask.float())
+        if self.method.needs_grid and (self.grid is None or any(h * w != patches for h, w in self.grid)):
+            raise InputError(
+                f"{self.method.name} needs all patches of the image, but {patches} of the grid {self.grid} reached the "
+                "encoder: switch masking or patch dropout off, or use a method that needs no grid"
+            )
+        return replace(stage, plan=removals(self.method, patches, depth, macs))
+
+    def begin_resized(self, x: Tensor, stage: Stage) -> Stage:
+        assert self.resized is not None
+        fine, coarse = self.resized
+        self.resized = None
+        batch, entry = x.shape[0], fine[0] * fine[1] + stage.prefix
+        front = pool_map(entry, (fine,) * batch, [coarse] * batch, stage.prefix, device=x.device)
+        if front.anchor.shape[1] != x.shape[1]:
+            raise VTCError(
+                f"resized to {coarse[0]}x{coarse[1]} patches, but {x.shape[1] - stage.prefix} reached the encoder; "
+                'use mode="pool"'
+            )
+        return replace(stage, plan=(0,) * len(self.site.blocks), front=front)
+
+    def leave(self, patch: PatchedForward, x: Tensor, stage: Stage) -> Tensor:
+        stage = replace(stage, layer=patch.index + 1)
+        self.stage = stage
+        last = patch.index + 1 == len(self.site.blocks)
+        if last or self.widen_all or patch.block._forward_hooks:  # somebody else sees this output
+            x = stage.widen(x, 0 if self.method.merges else "nearest")
+        if not last:
+            self.tag(x, stage)
+        return x
+
+    def tag(self, x: Tensor, stage: Stage) -> None:
+        if not torch.compiler.is_compiling():
+            setattr(x.untyped_storage(), _TAG, (self, stage))
+
+
+def head_mean(keys: Tensor, heads: int) -> Tensor:
+    """[B, H, N, D] or [B, N, H D] -> [B, N, D] float32, the mean over heads."""
+    pattern = "b h n d -> b n d" if keys.ndim == 4 else "b n (h d) -> b n d"
+    return einops.reduce(keys.detach().float(), pattern, "mean", h=heads)
+
+
+def padding_mask(args: tuple, kwargs: dict, x: Tensor) -> Tensor | None:
+    """[B, N] True = real, from the attention mask that a block was given; None if there is none or it hides nothing.
+
+    Additive float masks that hide no token (relative position biases) are not padding.
+    """
+    if kwargs.get("is_causal"):
+        raise InputError("is_causal=True: a causal encoder cannot lose tokens; call it without, or vtc.remove(model)")
+    given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.shape[-1] == x.shape[1]]
+    given = [v for v in given if v.ndim == 4 or (v.ndim == 2 and v.shape == x.shape[:2])]
+    if not given:
+        return None
+    mask = given[0]
+    real = mask if mask.dtype == torch.bool else mask > torch.finfo(x.dtype).min / 2
+    if mask.ndim == 2:
+        real = mask.bool() if not mask.is_floating_point() else real
+    else:
+        if mask.dtype != torch.bool and bool(real.all()):
+            return None
+        if not bool((real == real[:, :1, :1]).all()):
+            raise InputError("the attention mask is not plain padding, so tokens cannot be removed; pass none")
+        real = real[:, 0, 0]
+    real = real.expand(x.shape[:2])
+    return None if bool(real.all()) else real
+
+
+def taken_at(table: Tensor, index: Tensor, dim: int = -2) -> Tensor:
+    """Rows of a position table [..., N, D], [N, D] or [H, N, D] at `index` [B, M]: [B, 1 or H, M, D]."""
+    if table.ndim == 2:
+        return table[index][:, None]
+    if table.ndim == 3 and table.shape[0] == 1:
+        return table[0][index][:, None]
+    if table.ndim == 3:
+        table = table[None]
+    table = table.expand(index.shape[0], *table.shape[1:])
+    return table.gather(2, index[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3]))
+
+
+def relative_bias(table: Tensor, stage: Stage) -> Tensor:
+    """A relative position bias [H, N, N] or [1 or B, H, N, N] at the anchors: [B, H, M, M]."""
+    assert stage.total is not None
+    at = stage.total.anchor.clamp(min=0)
+    table = table[None] if table.ndim == 3 else table
+    table = table.expand(at.shape[0], *table.shape[1:])
+    rows = table.gather(2, at[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3]))
+    return rows.gather(3, at[:, None, None, :].expand(-1, table.shape[1], rows.shape[2], -1))
+
+
+def check_blocks(site: Site) -> str:
+    """Run every block both ways on random tokens. Returns why not, or "" if both agree to the last bit."""
+    for index, block in enumerate(site.blocks):
+        weight = next((p for p in block.parameters() if p.is_floating_point()), None)
+        if weight is None or weight.is_meta:
+            return ""
+        tokens, args, kwargs = site.block.example(block)
+        width = site.block.parts(block)[0]
+        channels = site_channels(block, width)
+        noise = torch.randn(1, tokens, channels, generator=torch.Generator().manual_seed(index))
+        x = noise.to(weight.device, weight.dtype)
+        training = {module: module.training for module in block.modules()}
+        block.eval()
+        try:
+            with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+                own = block.forward(x, *args, **kwargs)
+                ours = x + site.block.attend(block, x, None, args, kwargs)
+                ours = ours + site.block.feed(block, ours)
+        except Exception as error:  # whatever a foreign block may raise
+            return f"block {index} ({type(block).__name__}) does not run as vtc knows it: {error}"
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+        if not torch.equal(own, ours):
+            return (
+                f"block {index} ({type(block).__name__}) computes something vtc does not know "
+                f"(difference {(own - ours).abs().max().item():.2g} on a trial); please report the model and versions"
+            )
+    return ""
+
+
+def site_channels(block: nn.Module, attention: nn.Module) -> int:
+    for module in attention.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            return module.embed_dim
+        if isinstance(module, nn.Linear):
+            return module.in_features
+    raise UnsupportedModelError(f"{type(block).__name__}: its attention holds no Linear layer")
+
+
+def strip(module: nn.Module) -> None:
+    """Take our patches and hooks off one module."""
+    for name in ("forward", "_old_forward"):
+        if isinstance(module.__dict__.get(name), PatchedForward):
+            module.__dict__[name].remove()
+    if isinstance(module.__dict__.get("forward_intermediates"), Intermediates):
+        del module.__dict__["forward_intermediates"]
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [k for k, hook in hooks.items() if isinstance(hook, Hook)]:
+            del hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_with_kwargs.pop(key, None)

@@ -1,0 +1,172 @@
+"""Each decision as a plain function, for people who bring their own model.
+
+Every function takes features [B, N, D] and returns a `TokenMap`. `prefix` leading tokens are kept alone; `mask` [B, N]
+marks real tokens; `size` [B, N] says what each token already stands for. `keep` is what stays of the real tokens behind
+the prefix: a fraction (r = floor(T - T keep) tokens go) or a count. Pairwise matching halves at most per round, so a
+smaller keep takes several rounds, with the features merged in between. Ties go to the lowest index.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.errors import InputError, OptionError
+from vtc.methods.base import check_budget
+from vtc.methods.downsample import coarse_grid, pool_map
+from vtc.methods.pitome import check_pitome, pitome_round
+from vtc.methods.random import random_round
+from vtc.methods.tome import tome_round
+from vtc.token_map import TokenMap
+
+__all__ = ["downsample", "pitome", "random", "tome"]
+
+
+def tome(
+    features: Tensor,
+    *,
+    keep: float | int | None = None,
+    r: int | None = None,
+    prefix: int = 0,
+    mask: Tensor | None = None,
+    size: Tensor | None = None,
+) -> TokenMap:
+    """ToMe's bipartite soft matching (arXiv 2210.09461): even tokens merge into their most similar odd partner."""
+    return _rounds(tome_round, features, keep, r, prefix, mask, size)
+
+
+def pitome(
+    features: Tensor,
+    *,
+    keep: float | int | None = None,
+    r: int | None = None,
+    margin: float,
+    alpha: float = 1.0,
+    energy: str = "elu",
+    split: str = "alternate",
+    protect: bool = True,
+    prefix: int = 0,
+    mask: Tensor | None = None,
+    size: Tensor | None = None,
+) -> TokenMap:
+    """PiToMe's energy-ordered matching (arXiv 2405.16148, Eq. 4 and Algorithm 1)."""
+    check_pitome(margin, alpha, energy, split)
+    step = partial(pitome_round, margin=margin, alpha=alpha, form=energy, split=split, protect=protect)
+    return _rounds(step, features, keep, r, prefix, mask, size)
+
+
+def random(
+    features: Tensor,
+    *,
+    keep: float | int | None = None,
+    r: int | None = None,
+    seed: int = 0,
+    prefix: int = 0,
+    mask: Tensor | None = None,
+    size: Tensor | None = None,
+) -> TokenMap:
+    """Keeps random tokens, the same ones for an image alone and in a batch."""
+    check(features, prefix, mask, size)
+    removed = removals(features, keep, r, prefix, mask)
+    with torch.no_grad():
+        return random_round(features, removed, seed, prefix, mask, size)
+
+
+def downsample(
+    features: Tensor,
+    *,
+    keep: float | int,
+    grid: tuple[int, int],
+    prefix: int = 0,
+    size: Tensor | None = None,
+) -> TokenMap:
+    """Average pooling of the `grid` (rows, columns) of patches behind the prefix to at most `keep` cells."""
+    check(features, prefix, None, size)
+    if prefix + grid[0] * grid[1] != features.shape[1]:
+        raise InputError(
+            f"grid {grid[0]}x{grid[1]} with prefix={prefix} is {prefix + grid[0] * grid[1]} tokens, "
+            f"but features hold {features.shape[1]}"
+        )
+    removed = removals(features, keep, None, prefix, None)
+    assert isinstance(removed, int)
+    coarse = coarse_grid(grid, grid[0] * grid[1] - removed)
+    batch, tokens, _ = features.shape
+    return pool_map(tokens, (grid,) * batch, [coarse] * batch, prefix, size=size, device=features.device)
+
+
+def check(features: Tensor, prefix: int = 0, mask: Tensor | None = None, size: Tensor | None = None) -> None:
+    """Raise InputError unless the tensors fit together and the features are finite."""
+    if features.ndim != 3 or not features.is_floating_point():
+        raise InputError(f"features must be a float tensor [B, N, D], not {features.dtype} {tuple(features.shape)}")
+    for name, other in (("mask", mask), ("size", size)):
+        if other is not None and other.shape != features.shape[:2]:
+            raise InputError(f"{name} must be {tuple(features.shape[:2])} like the features, not {tuple(other.shape)}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise InputError(f"mask must be bool (True = real token), not {mask.dtype}")
+    if not 0 <= prefix <= features.shape[1]:
+        raise InputError(f"prefix={prefix} does not fit {features.shape[1]} tokens")
+    check_finite(features, "features")
+
+
+def check_finite(x: Tensor, what: str) -> None:
+    """Raise InputError on NaN or infinity; silent inside compiled graphs and CUDA graph capture, which cannot look."""
+    if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    if not bool(torch.isfinite(x.detach().sum(dtype=torch.float32))):
+        raise InputError(f"the {what} hold NaN or infinity: no token can be compared; check the input and the weights")
+
+
+def removals(
+    features: Tensor, keep: float | int | None, r: int | None, prefix: int, mask: Tensor | None
+) -> int | Tensor:
+    """How many tokens go, for all images or, with a mask, for each ([B])."""
+    check_budget(keep, r)
+    counts = [features.shape[1] - prefix] if mask is None else (mask.sum(1) - prefix).clamp(min=0).tolist()
+    gone = []
+    for count in counts:
+        if r is not None:
+            gone.append(min(r, count // 2))
+        elif isinstance(keep, int):
+            if keep > count:
+                raise OptionError(f"keep={keep} is more than the {count} tokens there are; keep=1.0 keeps all")
+            gone.append(count - keep)
+        else:
+            assert keep is not None
+            gone.append(min(math.floor(count - count * keep), max(0, count - 1)))
+    return gone[0] if mask is None else torch.tensor(gone, device=features.device)
+
+
+def _rounds(
+    step: Callable[..., TokenMap],
+    features: Tensor,
+    keep: float | int | None,
+    r: int | None,
+    prefix: int,
+    mask: Tensor | None,
+    size: Tensor | None,
+    **options: Any,
+) -> TokenMap:
+    check(features, prefix, mask, size)
+    left = removals(features, keep, r, prefix, mask)
+    total: TokenMap | None = None
+    with torch.no_grad():
+        while True:
+            count: int | Tensor = features.shape[1] - prefix
+            if isinstance(left, Tensor):
+                assert mask is not None
+                now: int | Tensor = torch.minimum(left, (mask.sum(1) - prefix).clamp(min=0) // 2)
+                done = not bool((left > 0).any())
+            else:
+                now, done = min(left, count // 2), left == 0
+            if total is not None and done:
+                return total
+            step_map = step(features, now, prefix, mask, size, **options)
+            total = step_map if total is None else total.compose(step_map)
+            left = left - now
+            features, size = step_map.merge(features), step_map.size
+            mask = None if mask is None else step_map.mask()

@@ -1,0 +1,62 @@
+"""The one counter of multiply-adds (MACs), for every method and every table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class EncoderMACs:
+    """What an encoder costs, from its weights alone.
+
+    Per block: `attention` weights times the tokens that enter it, `2 width N^2` for the two products with the attention
+    map, `mlp` weights times the tokens that enter it; plus the patch embedding, and the head. Norms, activations and
+    the method's own arithmetic are not counted (their time is what `vtc bench` measures).
+
+    Attributes:
+        attention, width, mlp: per block: weights of its projections, heads x head width, weights of its MLP.
+        patch: weights applied to every patch; tail: (weights applied to every token, weights applied once) of the head.
+    """
+
+    attention: tuple[int, ...]
+    width: tuple[int, ...]
+    mlp: tuple[int, ...]
+    patch: int
+    prefix: int
+    tail: tuple[int, int] = (0, 0)
+
+    def total(self, attended: Sequence[int], fed: Sequence[int], patches: int) -> int:
+        """MACs of one image whose layers see `attended[l]` tokens in attention and `fed[l]` in the MLP."""
+        blocks = sum(
+            n * a + 2 * w * n * n + m * p
+            for a, w, p, n, m in zip(self.attention, self.width, self.mlp, attended, fed, strict=True)
+        )
+        return blocks + patches * self.patch + (patches + self.prefix) * self.tail[0] + self.tail[1]
+
+    def dense(self, patches: int) -> int:
+        tokens = [patches + self.prefix] * len(self.attention)
+        return self.total(tokens, tokens, patches)
+
+    def after(self, removed: Sequence[int], patches: int) -> int:
+        """MACs of one image when layer l removes `removed[l]` tokens between its attention and its MLP."""
+        tokens = patches + self.prefix
+        attended, fed = [], []
+        for r in removed:
+            attended.append(tokens)
+            tokens -= r
+            fed.append(tokens)
+        return self.total(attended, fed, patches)
+
+
+def linear_weights(module: nn.Module | None) -> int:
+    """How many weights of `module` multiply a token: those of its Linear layers and fused attention projections."""
+    if module is None:
+        return 0
+    count = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    for m in module.modules():
+        if isinstance(m, nn.MultiheadAttention) and m.in_proj_weight is not None:
+            count += m.in_proj_weight.numel()
+    return count

@@ -1,0 +1,44 @@
+"""One file per published method. `METHODS` is the registry: name -> class."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from vtc.errors import OptionError
+from vtc.methods.base import Method, Tokens
+from vtc.methods.downsample import Downsample
+from vtc.methods.pitome import PiToMe
+from vtc.methods.random import Random
+from vtc.methods.tome import ToMe
+
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (PiToMe, ToMe, Random, Downsample)}
+
+# Options of other libraries that mean the opposite, or something else.
+_ALIASES = ("ratio", "compression_ratio", "pruning_ratio", "prune_ratio", "rate", "keep_ratio", "reduction")
+
+
+def make(method: str | Method, **options: Any) -> Method:
+    """A method from its name and options; a ready one is returned as it is. Raises OptionError with the way out."""
+    if isinstance(method, Method):
+        if options:
+            raise OptionError(
+                f"{', '.join(options)} given beside a ready method: put the options into "
+                f"{type(method).__name__}(...) instead"
+            )
+        return method
+    if not isinstance(method, str):
+        raise OptionError(f"method={method!r}: it takes a name or a method such as vtc.PiToMe(keep=0.9)")
+    if method not in METHODS:
+        near = difflib.get_close_matches(method, METHODS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise OptionError(f"unknown method {method!r}: {hint}choose one of {', '.join(METHODS)}")
+    known = METHODS[method].__dataclass_fields__
+    for name in options:
+        if name not in known:
+            alias = " (use keep=, which says what stays)" if name in _ALIASES else ""
+            raise OptionError(f"{method} has no option {name!r}{alias}; it has {', '.join(known)}")
+    return METHODS[method](**options)
+
+
+__all__ = ["METHODS", "Downsample", "Method", "PiToMe", "Random", "ToMe", "Tokens", "make"]

@@ -1,0 +1,108 @@
+"""What every method shares: its budget, and what it sees when it decides."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from vtc.errors import OptionError
+from vtc.token_map import TokenMap
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a method sees at the place where it decides.
+
+    Attributes:
+        features: [B, N, C], the tokens themselves.
+        keys: [B, N, D] attention keys, the mean over heads; None where there is no attention.
+        size: [B, N] float32, what each token already stands for; None = all 1.
+        mask: [B, N] bool, True = real; None = all real.
+        prefix: how many leading tokens (CLS, distillation, registers) are kept alone.
+        grid: (rows, columns) of each image's patches, B of them; None = unknown.
+        layer, depth: the layer that decides, of how many.
+        at: [B, N] long, which input token (of the first layer) each token is, or stands for.
+    """
+
+    features: Tensor
+    keys: Tensor | None = None
+    size: Tensor | None = None
+    mask: Tensor | None = None
+    prefix: int = 0
+    grid: tuple[tuple[int, int], ...] | None = None
+    layer: int = 0
+    depth: int = 1
+    at: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make tokens fewer. Subclasses are frozen dataclasses of options and override `decide`.
+
+    The budget is one of (all say what stays, except `r`, which is ToMe's own count of tokens to remove):
+
+    Args:
+        keep: float in (0, 1], the fraction of the visual tokens that stays (inside a ViT: per layer, at least 0.5);
+            int, the number of tokens left at the end.
+        r: tokens to remove per layer of a ViT, or a list with one number per layer.
+        flops: float in (0, 1], the fraction of the encoder's multiply-adds that remains.
+    """
+
+    keep: float | int | None = None
+    r: int | tuple[int, ...] | None = None
+    flops: float | None = None
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    merges: ClassVar[bool] = True  # False: tokens are dropped
+    halves: ClassVar[bool] = True  # at most half of the tokens can go in one round (pairwise matching)
+    one_shot: ClassVar[bool] = False  # inside a ViT: all at the first layer instead of some at every layer
+    needs_keys: ClassVar[bool] = False
+    needs_grid: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.r, list):
+            object.__setattr__(self, "r", tuple(self.r))
+        check_budget(self.keep, self.r, self.flops)
+
+    def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
+        """Remove `r` tokens behind the prefix: an int, or [B] when there is a mask (a ragged batch)."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """The options that differ from the defaults, to print."""
+        return {k: v for k, v in vars(self).items() if v != type(self).__dataclass_fields__[k].default}
+
+
+def check_budget(keep: Any = None, r: Any = None, flops: Any = None) -> None:
+    """Raise OptionError unless exactly one budget is given, of the right type and range."""
+    given = {k: v for k, v in {"keep": keep, "r": r, "flops": flops}.items() if v is not None}
+    if len(given) != 1:
+        what = "no budget given" if not given else f"{' and '.join(given)} given together"
+        raise OptionError(f"{what}: give one of keep= (what stays), r= (tokens removed per layer) or flops=")
+    if keep is not None:
+        check_fraction("keep", keep, or_count=True)
+    if flops is not None:
+        check_fraction("flops", flops, or_count=False)
+    if r is not None:
+        counts = r if isinstance(r, (tuple, list)) else (r,)
+        if not counts or any(not _is_int(n) or n < 0 for n in counts):
+            raise OptionError(f"r={r!r}: it takes a whole number of tokens >= 0, or a list with one per layer")
+
+
+def check_fraction(name: str, value: Any, *, or_count: bool) -> None:
+    count = " or a whole number of tokens >= 1" if or_count else ""
+    if _is_int(value) and or_count:
+        if value < 1:
+            raise OptionError(f"{name}={value!r}: it takes a fraction in (0, 1]{count}; it says what stays")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise OptionError(f"{name}={value!r}: it takes a fraction in (0, 1]{count}, not {type(value).__name__}")
+    elif not 0 < value <= 1:
+        raise OptionError(f"{name}={value!r}: out of range, it takes a fraction in (0, 1]{count}; it says what stays")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

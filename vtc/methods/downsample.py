@@ -1,0 +1,107 @@
+"""Downsampling: the baseline that embarrasses papers (VTC-Bench, https://arxiv.org/abs/2510.07143)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtc.errors import OptionError
+from vtc.methods.base import Method, Tokens
+from vtc.token_map import TokenMap
+
+
+@dataclass(frozen=True)
+class Downsample(Method):
+    """Gives the model a coarser grid: as many rows and columns as the budget allows, near the image's aspect.
+
+    Args:
+        mode: "pool" averages neighbouring tokens once, in the first layer; "resize" shrinks the image itself.
+    """
+
+    mode: str = "pool"
+
+    name: ClassVar[str] = "downsample"
+    summary: ClassVar[str] = "averages neighbouring tokens, or shrinks the image (baseline)"
+    halves: ClassVar[bool] = False
+    one_shot: ClassVar[bool] = True
+    needs_grid: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode not in ("pool", "resize"):
+            raise OptionError(f'mode={self.mode!r} is unknown; choose "pool" or "resize"')
+        if self.r is not None:
+            raise OptionError("r= is per layer, but downsample reduces once: give keep= or flops=")
+
+    def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
+        if tokens.grid is None:
+            raise OptionError("downsample needs the patches' rows and columns: pass grid=(rows, columns)")
+        removed = r.tolist() if isinstance(r, Tensor) else [r] * len(tokens.grid)
+        coarse = [coarse_grid(grid, grid[0] * grid[1] - n) for grid, n in zip(tokens.grid, removed, strict=True)]
+        return pool_map(tokens.features.shape[1], tokens.grid, coarse, tokens.prefix, tokens.mask, tokens.size)
+
+
+def coarse_grid(grid: tuple[int, int], budget: int) -> tuple[int, int]:
+    """The grid of at most `budget` cells, within `grid`, whose aspect is nearest to it at the largest count.
+
+    Among all grids it maximises cells x aspect agreement (ratio of the two aspects, at most 1); fewer rows win ties.
+    """
+    rows, columns = grid
+    best, score = (1, 1), -1.0
+    for height in range(1, min(rows, budget) + 1):
+        width = min(columns, budget // height)
+        stretch = (height * columns) / (width * rows)
+        agreement = height * width * min(stretch, 1 / stretch)
+        if agreement > score:
+            best, score = (height, width), agreement
+    return best
+
+
+def cells(grid: tuple[int, int], coarse: tuple[int, int], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """For every patch of `grid` (row by row) its cell of `coarse`, and for every cell the patch nearest its middle."""
+    spans = []
+    for fine, few in zip(grid, coarse, strict=True):
+        index = torch.arange(fine, device=device)
+        cell = index * few // fine
+        first = torch.arange(few, device=device).mul(fine).add(few - 1).div(few, rounding_mode="floor")
+        last = torch.arange(1, few + 1, device=device).mul(fine).add(few - 1).div(few, rounding_mode="floor") - 1
+        spans.append((cell, (first + last) // 2))
+    (row_cell, row_mid), (column_cell, column_mid) = spans
+    group = row_cell[:, None] * coarse[1] + column_cell[None, :]
+    middle = row_mid[:, None] * grid[1] + column_mid[None, :]
+    return group.reshape(-1), middle.reshape(-1)
+
+
+def pool_map(
+    tokens: int,
+    grids: tuple[tuple[int, int], ...],
+    coarse: list[tuple[int, int]],
+    prefix: int = 0,
+    mask: Tensor | None = None,
+    size: Tensor | None = None,
+    device: torch.device | None = None,
+) -> TokenMap:
+    """The map that averages each image's `grids[b]` patches into `coarse[b]` cells. Padding, if any, comes last."""
+    device = mask.device if mask is not None else size.device if size is not None else device
+    if mask is not None and not bool((mask.long().diff(dim=1) <= 0).all()):
+        raise OptionError("downsample needs the padding behind the patches; move the padding to the end")
+    kept = torch.zeros(len(grids), tokens, dtype=torch.bool, device=device)
+    target = torch.full((len(grids), tokens), -1, dtype=torch.long, device=device)
+    score = torch.zeros(len(grids), tokens, device=device)
+    kept[:, :prefix] = True
+    for b, (grid, few) in enumerate(zip(grids, coarse, strict=True)):
+        cell, middle = cells(grid, few, device)
+        middle = middle + prefix
+        span = slice(prefix, prefix + len(cell))
+        kept[b, middle] = True
+        target[b, span] = middle[cell]
+        index = torch.arange(len(cell), device=device)
+        near_row = (index // grid[1] - (target[b, span] - prefix) // grid[1]).float()
+        near_column = (index % grid[1] - (target[b, span] - prefix) % grid[1]).float()
+        score[b, span] = -(near_row**2 + near_column**2)
+    source = torch.arange(tokens, device=device).expand_as(target).masked_fill(kept | (target < 0), -1)
+    slots = prefix + max(h * w for h, w in coarse)
+    return TokenMap.from_anchors(kept, (source, target, score), slots=slots, weight=size)

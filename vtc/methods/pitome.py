@@ -1,0 +1,164 @@
+"""PiToMe: Protect Informative Tokens before Merging, Tran et al., NeurIPS 2024, https://arxiv.org/abs/2405.16148."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vtc import ops
+from vtc.errors import OptionError
+from vtc.methods.base import Method, Tokens
+from vtc.ops.definitions import ENERGIES
+from vtc.token_map import TokenMap
+
+# What each name stands for. `margin` runs linearly from the first value (first layer) to the second (one past the
+# last); `protect` is the span of the depth, as fractions, in which informative tokens are protected.
+PRESETS: dict[str, dict[str, Any]] = {
+    # As printed: Eq. 4, Algorithm 1 in every layer.
+    "paper": {"energy": "paper", "split": "alternate", "margin": (0.9, 0.0), "protect": (0.0, 1.0), "metric": "keys"},
+    # As released for DeiT and ViT since 2024-11: ELU energy, protection in the second half of the layers.
+    "head": {"energy": "elu", "split": "alternate", "margin": (0.75, 0.0), "protect": (0.5, 1.0), "metric": "keys"},
+    # As released for BERT: Gaussian energy, high-energy half against low-energy half.
+    "text": {"energy": "gaussian", "split": "half", "margin": (0.9, 0.25), "protect": (0.0, 1.0), "metric": "keys"},
+}
+DEFAULT_PRESET = "paper"
+
+
+@dataclass(frozen=True)
+class PiToMe(Method):
+    """Tokens with many similar neighbours (high energy) merge; tokens without (informative) are protected.
+
+    Args:
+        preset: one of `PRESETS`; every other option left at None comes from it.
+        margin: similarity above which a neighbour counts as near: a pair (first layer, last layer), linear in
+            between, or one number m for the paper's m - m l/L.
+        energy: "elu", "paper" (Eq. 4) or "gaussian".
+        split: "alternate" (neighbouring energy ranks face each other) or "half".
+        protect: True, False, or the span of the depth in which protection applies, e.g. (0.5, 1.0).
+        alpha: weight of the tokens below the margin.
+        metric: "keys" (attention keys, mean over heads) or "hidden" (the tokens after attention).
+    """
+
+    preset: str = DEFAULT_PRESET
+    margin: float | tuple[float, float] | None = None
+    energy: str | None = None
+    split: str | None = None
+    protect: bool | tuple[float, float] | None = None
+    alpha: float = 1.0
+    metric: str | None = None
+
+    name: ClassVar[str] = "pitome"
+    summary: ClassVar[str] = "merges redundant (high-energy) tokens, protects informative ones"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preset not in PRESETS:
+            raise OptionError(f"preset={self.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+        for key in ("margin", "protect"):
+            if isinstance(getattr(self, key), list):
+                object.__setattr__(self, key, tuple(getattr(self, key)))
+        if self.metric not in (None, "keys", "hidden"):
+            raise OptionError(f'metric={self.metric!r} is unknown; choose "keys" or "hidden"')
+        start, end = self.option("margin")
+        check_pitome(start, self.alpha, self.option("energy"), self.option("split"))
+        check_pitome(end, self.alpha, self.option("energy"), self.option("split"))
+
+    def option(self, name: str) -> Any:
+        """The option in force: what was given, else what the preset says. Margins and spans come as pairs."""
+        value = getattr(self, name)
+        value = PRESETS[self.preset][name] if value is None else value
+        if name == "margin" and not isinstance(value, tuple):
+            return (value, 0.0)
+        if name == "protect" and isinstance(value, bool):
+            return (0.0, 1.0) if value else (0.0, 0.0)
+        return value
+
+    @property
+    def needs_keys(self) -> bool:  # type: ignore[override]
+        return self.option("metric") == "keys"
+
+    def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
+        share = tokens.layer / tokens.depth
+        start, end = self.option("margin")
+        low, high = self.option("protect")
+        metric = tokens.features if tokens.keys is None or not self.needs_keys else tokens.keys
+        return pitome_round(
+            metric,
+            r,
+            tokens.prefix,
+            tokens.mask,
+            tokens.size,
+            margin=start + (end - start) * share,
+            alpha=self.alpha,
+            form=self.option("energy"),
+            split=self.option("split"),
+            protect=low <= share < high,
+        )
+
+
+def check_pitome(margin: Any, alpha: Any, energy: str, split: str) -> None:
+    if energy not in ENERGIES:
+        raise OptionError(f"energy={energy!r} is unknown; choose one of {', '.join(ENERGIES)}")
+    if split not in ("alternate", "half"):
+        raise OptionError(f'split={split!r} is unknown; choose "alternate" or "half"')
+    for name, value in (("margin", margin), ("alpha", alpha)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise OptionError(f"{name}={value!r}: it takes a finite number")
+    if energy == "gaussian" and margin >= 1:
+        raise OptionError(f"margin={margin!r}: the gaussian energy needs a margin below 1 (sigma = 1 - margin)")
+
+
+def pitome_round(
+    metric: Tensor,
+    r: int | Tensor,
+    prefix: int = 0,
+    mask: Tensor | None = None,
+    size: Tensor | None = None,
+    *,
+    margin: float,
+    alpha: float = 1.0,
+    form: str = "elu",
+    split: str = "alternate",
+    protect: bool = True,
+) -> TokenMap:
+    """One round: sort by energy, match redundant tokens among themselves, merge r of them. metric [B, N, D]; r is [B]
+    exactly when there is a mask.
+
+    With protection only the 2r tokens of highest energy take part, and every source merges (Algorithm 1); without,
+    all do and the r most similar pairs merge.
+    """
+    unit = ops.normalize(metric)
+    a_valid: Tensor | None = None
+    b_valid: Tensor | None = None
+    some = protect or split == "half"  # only the 2r tokens of highest energy take part
+    if isinstance(r, Tensor):
+        assert mask is not None
+        (a, a_valid), (b, b_valid) = _ragged_sets(unit, r, prefix, mask, (form, margin, alpha), split, some)
+    else:
+        order = ops.energy(unit[:, prefix:], form, margin, alpha).argsort(dim=1, descending=True, stable=True) + prefix
+        order = order[:, : 2 * r] if some else order
+        sides = (order[:, :r], order[:, r:]) if split == "half" else (order[:, 0::2], order[:, 1::2])
+        a, b = (side.sort(dim=1).values for side in sides)
+    pairs = ops.bipartite_match(unit, a, b, r, a_valid, b_valid)
+    return TokenMap.from_pairs(metric.shape[1], pairs, mask=mask, weight=size)
+
+
+def _ragged_sets(
+    unit: Tensor, r: Tensor, prefix: int, mask: Tensor, energy: tuple[str, float, float], split: str, some: bool
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The two sets to match when every image has its own r: padded indices, ascending, and which are real."""
+    inside = mask & (mask.long().cumsum(1) > prefix)
+    order = ops.energy(unit, *energy, inside).argsort(dim=1, descending=True, stable=True)  # padding, prefix: last
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    taking = 2 * r if some else inside.sum(1)
+    first = place < r[:, None] if split == "half" else place % 2 == 0
+    sets = []
+    for side in (first, ~first):
+        chosen = (place < taking[:, None]) & side
+        index = order.masked_fill(~chosen, order.shape[1]).sort(dim=1).values[:, : int(chosen.sum(1).max())]
+        sets.append((index.clamp(max=order.shape[1] - 1), index < order.shape[1]))
+    return sets[0], sets[1]

@@ -1,0 +1,51 @@
+"""ToMe: Token Merging, Bolya et al., ICLR 2023, https://arxiv.org/abs/2210.09461."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtc import ops
+from vtc.methods.base import Method, Tokens
+from vtc.token_map import TokenMap
+
+
+@dataclass(frozen=True)
+class ToMe(Method):
+    """Every second token looks for its most similar partner among the others; the r most similar pairs merge."""
+
+    name: ClassVar[str] = "tome"
+    summary: ClassVar[str] = "merges the most similar pairs of an alternating split"
+    needs_keys: ClassVar[bool] = True
+
+    def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
+        metric = tokens.features if tokens.keys is None else tokens.keys
+        return tome_round(metric, r, tokens.prefix, tokens.mask, tokens.size)
+
+
+def tome_round(
+    metric: Tensor, r: int | Tensor, prefix: int = 0, mask: Tensor | None = None, size: Tensor | None = None
+) -> TokenMap:
+    """One round of bipartite soft matching: even real tokens to odd ones, the prefix in neither set. [B, N, D]."""
+    batch, count, _ = metric.shape
+    if mask is None:
+        index = torch.arange(count, device=metric.device)
+        a, b = (index[(prefix + (prefix + side) % 2) :: 2].expand(batch, -1) for side in (0, 1))
+        a_valid = b_valid = None
+    else:
+        real = mask.long().cumsum(1) - 1  # parity counts real tokens, so that padding changes nothing
+        inside = mask & (real >= prefix)
+        a, a_valid = _packed(inside & (real % 2 == 0))
+        b, b_valid = _packed(inside & (real % 2 == 1))
+    pairs = ops.bipartite_match(ops.normalize(metric), a, b, r, a_valid, b_valid)
+    return TokenMap.from_pairs(count, pairs, mask=mask, weight=size)
+
+
+def _packed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the chosen tokens, ascending, at the front of every row, and which entries are real."""
+    order = (~chosen).long().argsort(dim=1, stable=True)
+    most = max(1, int(chosen.sum(1).max()))
+    return order[:, :most], chosen.gather(1, order)[:, :most]

@@ -1,0 +1,141 @@
+"""The operators in plain torch: the definition that every faster backend must reproduce.
+
+Shapes: B images, N tokens, D metric width, C feature width, M output tokens. Decisions are float32 whatever comes in.
+Ties go to the lowest index.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ENERGIES = ("elu", "paper", "gaussian")
+# Rows of the similarity matrix that exist at one time, as a number of float32 values (64 MiB).
+_TILE = 1 << 24
+
+
+def normalize(x: Tensor) -> Tensor:
+    """Unit vectors in float32, `x / max(|x|, 1e-12)`; a zero vector stays zero, so its cosine is 0. [..., D]."""
+    return torch.nn.functional.normalize(x.float(), dim=-1, eps=1e-12)
+
+
+def energy(unit: Tensor, form: str, margin: float, alpha: float = 1.0, mask: Tensor | None = None) -> Tensor:
+    """PiToMe's energy `E_i = (1/T) sum_j f(S_ij)` of every token; high = many similar tokens = redundant.
+
+    Args:
+        unit: [B, N, D] unit vectors.
+        form: "paper" (Eq. 4: S if S >= m else alpha (exp(S-m)-1)), "elu" (continuous: d if d > 0 else
+            alpha (exp(d)-1), d = S-m) or "gaussian" (exp(-((1-S)/sigma)^2/2) / (sigma sqrt(2 pi)), sigma = 1-m).
+        margin: m, below 1 for "gaussian".
+        mask: [B, N], True = real token. Padding neither contributes nor counts in T; its energy is -inf.
+
+    Returns:
+        [B, N] float32. The similarity matrix exists a tile of rows at a time.
+    """
+    batch, tokens, _ = unit.shape
+    step = max(1, min(tokens, _TILE // max(1, batch * tokens)))
+    rows = [unit.new_zeros(batch, 0)]
+    for start in range(0, tokens, step):
+        similarity = unit[:, start : start + step] @ unit.mT
+        if form == "elu":
+            value = torch.nn.functional.elu(similarity.sub_(margin), alpha=alpha, inplace=True)
+        elif form == "paper":
+            value = torch.where(similarity >= margin, similarity, alpha * torch.expm1(similarity - margin))
+        elif form == "gaussian":
+            sigma = 1.0 - margin
+            value = torch.exp(-0.5 * ((1.0 - similarity) / sigma) ** 2) / (sigma * (2 * torch.pi) ** 0.5)
+        else:
+            raise ValueError(f"unknown energy {form!r}; choose one of {', '.join(ENERGIES)}")
+        rows.append(value.sum(-1) if mask is None else (value * mask[:, None]).sum(-1))
+    total = torch.cat(rows, dim=1)
+    if mask is None:
+        return total / max(1, tokens)
+    return (total / mask.sum(1, keepdim=True).clamp(min=1)).masked_fill(~mask, float("-inf"))
+
+
+def bipartite_match(
+    unit: Tensor,
+    a: Tensor,
+    b: Tensor,
+    r: int | Tensor | None = None,
+    a_valid: Tensor | None = None,
+    b_valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Best partner in `b` for every token of `a`, and the `r` best of those pairs.
+
+    Args:
+        unit: [B, N, D] unit vectors.
+        a, b: [B, Na], [B, Nb] token indices, each ascending (that is what sends ties to the lowest index).
+        r: how many pairs to return, best first; a tensor [B] for a ragged batch; None = every token of `a`.
+        a_valid, b_valid: True where the entry of `a`, `b` is real.
+
+    Returns:
+        source, target, score: [B, R]. Entries that do not exist (ragged) have source = target = -1, score = -inf.
+    """
+    width = unit.shape[-1]
+    rows = unit.gather(1, a[..., None].expand(-1, -1, width))
+    columns = unit.gather(1, b[..., None].expand(-1, -1, width))
+    if not a.shape[1] or not b.shape[1]:  # nothing to match; max() over nothing has no answer
+        none = a[:, :0]
+        return none, none, unit.new_zeros(none.shape)
+    scores = rows @ columns.mT
+    if b_valid is not None:
+        scores = scores.masked_fill(~b_valid[:, None, :], float("-inf"))
+    best, at = scores.max(dim=-1)
+    source, target = a, b.gather(1, at)
+    if a_valid is not None:
+        best = best.masked_fill(~a_valid, float("-inf"))
+    if r is not None:
+        best, order = best.sort(dim=-1, descending=True, stable=True)
+        most = int(r.max()) if isinstance(r, Tensor) else r
+        order, best = order[:, :most], best[:, :most]
+        source, target = source.gather(1, order), target.gather(1, order)
+    absent = torch.isneginf(best)
+    if isinstance(r, Tensor):
+        absent = absent | (torch.arange(best.shape[1], device=best.device) >= r[:, None])
+    elif a_valid is None and b_valid is None:
+        return source, target, best
+    return source.masked_fill(absent, -1), target.masked_fill(absent, -1), best.masked_fill(absent, float("-inf"))
+
+
+def merge(x: Tensor, group: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:
+    """Weighted mean of the members of every slot, accumulated in float32. Differentiable in `x`.
+
+    Args:
+        x: [B, N, C]; group: [B, N] slot of each token or -1; weight: [B, N] float32, None = ones.
+
+    Returns:
+        [B, slots, C] in x's dtype; a slot without members is 0.
+    """
+    batch, tokens, width = x.shape
+    flat = torch.where(group < 0, slots, group) + torch.arange(batch, device=x.device)[:, None] * (slots + 1)
+    weight = torch.ones_like(group, dtype=torch.float32) if weight is None else weight.float()
+    values = (x * weight[..., None]).reshape(batch * tokens, width)
+    total = values.new_zeros(batch * (slots + 1), width).index_add(0, flat.reshape(-1), values)
+    count = weight.new_zeros(batch * (slots + 1)).index_add(0, flat.reshape(-1), weight.reshape(-1))
+    mean = total / count.clamp(min=1e-12)[:, None]
+    return mean.view(batch, slots + 1, width)[:, :slots].to(x.dtype)
+
+
+def nearest_kept(kept: Tensor) -> Tensor:
+    """For every token the index of the nearest kept token in sequence order, ties to the lower index. [B, N]."""
+    tokens = kept.shape[1]
+    if not tokens:
+        return kept.long()
+    index = torch.arange(tokens, device=kept.device).expand_as(kept)
+    before = index.masked_fill(~kept, -tokens).cummax(dim=1).values
+    after = index.masked_fill(~kept, 2 * tokens).flip(1).cummin(dim=1).values.flip(1)
+    return torch.where(index - before <= after - index, before, after).clamp(0, tokens - 1)
+
+
+@torch.library.custom_op("vtc::seeded_uniform", mutates_args=())
+def seeded_uniform(seed: int, n: int, device: torch.device) -> Tensor:
+    """[n] float32 draws in [0, 1) that depend on the seed alone, the same on every device. A longer draw continues a
+    shorter one, so padding changes nothing. An operator of its own because compiled graphs hold no generators."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, generator=generator).to(device)
+
+
+@seeded_uniform.register_fake
+def _(seed: int, n: int, device: torch.device) -> Tensor:
+    return torch.empty(n, device=device)

@@ -1,0 +1,215 @@
+"""TokenMap: which input token went to which output token, with what weight. The only data that flows between parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vtc import ops
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenMap:
+    """N input tokens of each of B images to M output tokens ("slots"), which keep the input's order.
+
+    Attributes:
+        group: [B, N] long, the slot of each input token; -1 = dropped or padding.
+        anchor: [B, M] long, ascending, the input token that represents each slot; -1 = padding of a ragged batch.
+        size: [B, M] float32, how much every slot stands for; merges conserve the total; 0 on padding.
+        order: [B, K] long, the order in which a selector picked its tokens, -1-padded; None for merges.
+        weight: [B, N] float32, the sizes the input tokens came with; None = all 1.
+        closeness: [B, N] float32, how near each token is to its anchor (only the order matters); None = unknown.
+    """
+
+    group: Tensor
+    anchor: Tensor
+    size: Tensor
+    order: Tensor | None = None
+    weight: Tensor | None = None
+    closeness: Tensor | None = None
+    _parts: tuple[TokenMap, TokenMap] | None = None  # what it was composed from, for the ranks
+    _whole: tuple[TokenMap, int] | None = None  # the map that this one is, less a prefix, likewise
+
+    # -- making one ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def identity(cls, batch: int, tokens: int, device: torch.device | None = None) -> TokenMap:
+        """Every token alone in its own slot."""
+        index = torch.arange(tokens, device=device).expand(batch, tokens)
+        return cls(index, index, torch.ones(batch, tokens, device=device))
+
+    @classmethod
+    def from_anchors(
+        cls,
+        kept: Tensor,
+        group_of: tuple[Tensor, Tensor, Tensor] | None = None,
+        *,
+        slots: int | None = None,
+        weight: Tensor | None = None,
+        order: Tensor | None = None,
+    ) -> TokenMap:
+        """A map whose slots are the `kept` tokens, with others optionally merged into them.
+
+        Args:
+            kept: [B, N] bool, the tokens that get a slot.
+            group_of: (source, target, score), each [B, R]: source tokens (not kept) join the slots of their targets
+                (kept); -1 = no pair. Tokens that are neither kept nor a source are dropped.
+            slots: M where it is known without looking at the data (it must be, inside compiled graphs).
+            weight: [B, N] sizes of the input tokens.
+        """
+        batch, tokens = kept.shape
+        slots = int(kept.sum(1).max()) if slots is None else slots
+        slot = kept.cumsum(1) - 1
+        spare = torch.where(kept, slot, slots)
+        index = torch.arange(tokens, device=kept.device).expand(batch, tokens)
+        anchor = slot.new_full((batch, slots + 1), -1).scatter(1, spare, index)[:, :slots]
+        group = slot.masked_fill(~kept, -1)
+        closeness = None
+        if group_of is not None:
+            source, target, score = group_of
+            column = torch.where(source < 0, tokens, source)  # pairs that do not exist write to a spare column
+            joined = _index(slot, target)
+            group = torch.nn.functional.pad(group, (0, 1)).scatter(1, column, joined)[:, :tokens]
+            closeness = score.new_full((batch, tokens + 1), float("inf")).scatter(1, column, score)[:, :tokens]
+        load = torch.ones_like(group, dtype=torch.float32) if weight is None else weight.float()
+        size = load.new_zeros(batch, slots + 1).scatter_add(1, torch.where(group < 0, slots, group), load)
+        return cls(group, anchor, size[:, :slots], order=order, weight=weight, closeness=closeness)
+
+    @classmethod
+    def from_pairs(
+        cls,
+        tokens: int,
+        pairs: tuple[Tensor, Tensor, Tensor],
+        *,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> TokenMap:
+        """Every real token keeps its slot, except the sources of `pairs`, which join their targets' slots."""
+        source = pairs[0]
+        batch = source.shape[0]
+        kept = torch.ones(batch, tokens + 1, dtype=torch.bool, device=source.device)
+        if mask is not None:
+            kept[:, :tokens] = mask
+        kept = kept.scatter(1, torch.where(source < 0, tokens, source), False)[:, :tokens]
+        slots = tokens - source.shape[1] if mask is None else None
+        return cls.from_anchors(kept, pairs, slots=slots, weight=weight)
+
+    # -- using it -----------------------------------------------------------------------------------------------
+
+    def merge(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        """[B, N, C] -> [B, M, C]: mean of each slot's members, weighted by `weights` [B, N] (default: the sizes the
+        tokens came with). Differentiable in x; padding slots are 0."""
+        return ops.merge(x, self.group, self.anchor.shape[1], self.weight if weights is None else weights)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[B, N, ...] -> [B, M, ...]: the anchors' rows; padding slots are 0."""
+        return _rows(x, self.anchor)
+
+    def unmerge(self, y: Tensor, fill: int | str = 0) -> Tensor:
+        """[B, M, ...] -> [B, N, ...]: every token gets its slot's row. Dropped tokens and padding get 0, or with
+        fill="nearest" the row of the nearest token (in sequence order) that still has one."""
+        if fill == "nearest":
+            group = self.group.gather(1, ops.nearest_kept(self.group >= 0))
+        elif fill == 0:
+            group = self.group
+        else:
+            raise ValueError(f'fill must be 0 or "nearest", not {fill!r}')
+        return _rows(y, group)
+
+    def compose(self, later: TokenMap) -> TokenMap:
+        """First this map, then `later` (whose N is this M): one map from the first input to the last output."""
+        if later.group.shape != self.anchor.shape:
+            raise ValueError(
+                f"cannot compose: the later map takes {tuple(later.group.shape)} tokens, "
+                f"this one gives {tuple(self.anchor.shape)}"
+            )
+        return replace(
+            later,
+            group=_index(later.group, self.group),
+            anchor=_index(self.anchor, later.anchor),
+            order=None if later.order is None else _index(self.anchor, later.order),
+            weight=self.weight,
+            closeness=None,
+            _parts=(self, later),
+            _whole=None,
+        )
+
+    def mask(self) -> Tensor:
+        """[B, M] bool, True where a slot is real."""
+        return self.anchor >= 0
+
+    def drop_prefix(self, prefix: int) -> TokenMap:
+        """The map of the tokens behind the first `prefix`, which must be alone in the first `prefix` slots."""
+        if not prefix:
+            return self
+
+        def shift(index: Tensor) -> Tensor:
+            return torch.where(index < 0, index, index - prefix)
+
+        order = None if self.order is None else shift(self.order)
+        return TokenMap(
+            shift(self.group[:, prefix:]),
+            shift(self.anchor[:, prefix:]),
+            self.size[:, prefix:],
+            order=order,
+            weight=None if self.weight is None else self.weight[:, prefix:],
+            _whole=(self, prefix),
+        )
+
+    @property
+    def rank(self) -> Tensor:
+        """[B, N] long: each token's place inside its slot, nearest to the anchor first, the anchor 0; -1 = dropped.
+        In a composed map the members of the merged slots take turns (round-robin)."""
+        if self._whole is not None:
+            whole, prefix = self._whole
+            return whole.rank[:, prefix:]
+        if self._parts is not None:
+            first, later = self._parts
+            child = _index(later.rank, first.group)
+            keys = [child, first.rank]
+        else:
+            closeness = torch.zeros_like(self.group) if self.closeness is None else -self.closeness
+            is_anchor = torch.zeros_like(self.group, dtype=torch.bool)
+            is_anchor = torch.nn.functional.pad(is_anchor, (0, 1))
+            spare = torch.where(self.anchor < 0, self.group.shape[1], self.anchor)
+            keys = [closeness, ~is_anchor.scatter(1, spare, True)[:, :-1]]
+        # Stable sorts, least significant key first, leave the tokens slot by slot, in rank order.
+        order = torch.arange(self.group.shape[1], device=self.group.device).expand_as(self.group)
+        for key in [*keys, self.group]:
+            order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
+        ordered = self.group.gather(1, order)
+        place = torch.arange(ordered.shape[1], device=ordered.device).expand_as(ordered)
+        opens = torch.ones_like(ordered, dtype=torch.bool)
+        opens[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+        place = place - torch.where(opens, place, 0).cummax(dim=1).values
+        return torch.empty_like(order).scatter(1, order, place).masked_fill(self.group < 0, -1)
+
+    def __repr__(self) -> str:
+        kept = self.mask().sum(1).tolist()
+        dropped = bool((self.group < 0).any())
+        kind = "selection" if self.order is not None else "merge"
+        span = str(kept[0]) if len(set(kept)) == 1 else f"{min(kept)}-{max(kept)}"
+        return (
+            f"TokenMap({kind}: {self.group.shape[1]} -> {span} tokens, {len(kept)} image{'s' * (len(kept) > 1)}"
+            f"{', some dropped' if dropped else ''}, largest slot {self.size.max().item() if kept else 0:g})"
+        )
+
+
+def _index(values: Tensor, at: Tensor) -> Tensor:
+    """values[b, at[b, i]], and -1 where at is -1."""
+    if not values.shape[1]:
+        return torch.full_like(at, -1)
+    return torch.where(at < 0, -1, values.gather(1, at.clamp(min=0)))
+
+
+def _rows(x: Tensor, at: Tensor) -> Tensor:
+    """x[b, at[b, i], ...], and 0 where at is -1."""
+    batch, tokens = x.shape[:2]
+    if not tokens:  # an image without tokens: every index is -1
+        return x.new_zeros(*at.shape, *x.shape[2:])
+    flat = at.clamp(min=0) + torch.arange(batch, device=x.device)[:, None] * tokens
+    out = x.reshape(batch * tokens, *x.shape[2:]).index_select(0, flat.reshape(-1)).reshape(*at.shape, *x.shape[2:])
+    absent = (at < 0).reshape(*at.shape, *([1] * (x.ndim - 2)))
+    return out.masked_fill(absent, 0)
