@@ -79,23 +79,21 @@ def explain(model: nn.Module, method: str | Method | None = None, **options: Any
 
 
 def _refuses(site: Site, method: Method | None) -> str:
-    patched = [block for block in site.blocks if isinstance(block.__dict__.get("forward"), PatchedForward)]
-    if not patched:  # a patched encoder has been tried already
-        reason = check_blocks(site)
+    if method is not None and method.merges and site.no_bias:
+        return f'{site.no_bias} takes no size bias, which merged tokens need; load it with attn_implementation="sdpa"'
+    if not any(isinstance(block.__dict__.get("forward"), PatchedForward) for block in site.blocks):
+        reason = check_blocks(site)  # an encoder that is patched has been tried already
         if reason:
             return reason
     if method is None:
         return ""
-    depth = len(site.blocks)
-    if isinstance(method.r, tuple) and len(method.r) != depth:
-        return f"r= lists {len(method.r)} layers, but the encoder has {depth}"
+    if isinstance(method.r, tuple) and len(method.r) != len(site.blocks):
+        return f"r= lists {len(method.r)} layers, but the encoder has {len(site.blocks)}"
     if isinstance(method.keep, float) and method.keep < 0.5 and not method.one_shot:
         return (
             f"keep={method.keep}: inside a ViT a fraction is per layer, and a layer keeps at least half; "
             "give the final number of tokens (an int), or flops="
         )
-    if method.merges and site.no_bias:
-        return f'{site.no_bias} takes no size bias, which merged tokens need; load it with attn_implementation="sdpa"'
     if method.needs_grid and site.shuffled:
         return f"{method.name} needs the patches in their places, but this encoder's embeddings shuffle them"
     if getattr(method, "mode", "") == "resize" and isinstance(site.resizable, str):

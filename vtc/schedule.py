@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 from vtc.errors import OptionError
 from vtc.macs import EncoderMACs
 from vtc.methods.base import Method
 
 
-@lru_cache(maxsize=256)
 def removals(method: Method, patches: int, depth: int, macs: EncoderMACs) -> tuple[int, ...]:
     """How many of an image's `patches` tokens each of `depth` layers removes. Raises OptionError if out of reach.
 

@@ -227,6 +227,7 @@ class Tower:
     stage: Stage | None = None
     widen_all: bool = False  # every block returns full length, not only the last
     patched: list[PatchedForward] = field(default_factory=list)
+    plans: dict[int, tuple[int, ...]] = field(default_factory=dict)
     grid: tuple[Grid, ...] | None = None
     resized: tuple[Grid, Grid] | None = None  # the image's own grid and the one it was resized to, until block 0
 
@@ -355,14 +356,14 @@ class Tower:
         return self.stage
 
     def begin(self, x: Tensor, args: tuple, kwargs: dict) -> Stage:
-        prefix, depth, macs = self.site.prefix, len(self.site.blocks), self.site.macs
+        prefix = self.site.prefix
         patches = x.shape[1] - prefix
         stage = Stage(0, prefix, x.shape[1], (), self.grid, batch=x.shape[0])
         if self.resized is not None:
             return self.begin_resized(x, stage)
         mask = None if self.site.block.relative else padding_mask(args, kwargs, x)
         if mask is not None:
-            plans = [removals(self.method, int(n) - prefix, depth, macs) for n in mask.sum(1)]
+            plans = [self.plan(int(n) - prefix) for n in mask.sum(1)]
             plan = torch.tensor(plans, device=x.device)
             return replace(stage, plan=plan, mask=mask, size=mask.float())
         if self.method.needs_grid and (self.grid is None or any(h * w != patches for h, w in self.grid)):
@@ -370,7 +371,14 @@ class Tower:
                 f"{self.method.name} needs all patches of the image, but {patches} of the grid {self.grid} reached the "
                 "encoder: switch masking or patch dropout off, or use a method that needs no grid"
             )
-        return replace(stage, plan=removals(self.method, patches, depth, macs))
+        return replace(stage, plan=self.plan(patches))
+
+    def plan(self, patches: int) -> tuple[int, ...]:
+        if torch.compiler.is_compiling():  # the graph holds the plan, and should not depend on what is in the memory
+            return removals(self.method, patches, len(self.site.blocks), self.site.macs)
+        if patches not in self.plans:
+            self.plans[patches] = removals(self.method, patches, len(self.site.blocks), self.site.macs)
+        return self.plans[patches]
 
     def begin_resized(self, x: Tensor, stage: Stage) -> Stage:
         assert self.resized is not None

@@ -24,6 +24,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "head": {"energy": "elu", "split": "alternate", "margin": (0.75, 0.0), "protect": (0.5, 1.0), "metric": "keys"},
     # As released for BERT: Gaussian energy, high-energy half against low-energy half.
     "text": {"energy": "gaussian", "split": "half", "margin": (0.9, 0.25), "protect": (0.0, 1.0), "metric": "keys"},
+    # Ours: energy = similarity to the nearest other token, nobody protected. Mutual nearest neighbours get neighbouring
+    # ranks, hence face each other, so the best pairs are always among those that can merge. Chosen without labels on
+    # crops of photographs and half of the ELPV images, confirmed on other ones: docs/results.md, benchmarks/results.
+    "nearest": {"energy": "nearest", "split": "alternate", "margin": (0.0, 0.0), "protect": False, "metric": "keys"},
 }
 DEFAULT_PRESET = "paper"
 
@@ -36,7 +40,7 @@ class PiToMe(Method):
         preset: one of `PRESETS`; every other option left at None comes from it.
         margin: similarity above which a neighbour counts as near: a pair (first layer, last layer), linear in
             between, or one number m for the paper's m - m l/L.
-        energy: "elu", "paper" (Eq. 4) or "gaussian".
+        energy: "elu", "paper" (Eq. 4), "gaussian", or "nearest" (similarity to the nearest other token; no margin).
         split: "alternate" (neighbouring energy ranks face each other) or "half".
         protect: True, False, or the span of the depth in which protection applies, e.g. (0.5, 1.0).
         alpha: weight of the tokens below the margin.
@@ -101,8 +105,8 @@ class PiToMe(Method):
 
 
 def check_pitome(margin: Any, alpha: Any, energy: str, split: str) -> None:
-    if energy not in ENERGIES:
-        raise OptionError(f"energy={energy!r} is unknown; choose one of {', '.join(ENERGIES)}")
+    if energy not in (*ENERGIES, "nearest"):
+        raise OptionError(f"energy={energy!r} is unknown; choose one of {', '.join(ENERGIES)}, nearest")
     if split not in ("alternate", "half"):
         raise OptionError(f'split={split!r} is unknown; choose "alternate" or "half"')
     for name, value in (("margin", margin), ("alpha", alpha)):
@@ -139,7 +143,7 @@ def pitome_round(
         assert mask is not None
         (a, a_valid), (b, b_valid) = _ragged_sets(unit, r, prefix, mask, (form, margin, alpha), split, some)
     else:
-        order = ops.energy(unit[:, prefix:], form, margin, alpha).argsort(dim=1, descending=True, stable=True) + prefix
+        order = _energy(unit[:, prefix:], form, margin, alpha).argsort(dim=1, descending=True, stable=True) + prefix
         order = order[:, : 2 * r] if some else order
         sides = (order[:, :r], order[:, r:]) if split == "half" else (order[:, 0::2], order[:, 1::2])
         a, b = (side.sort(dim=1).values for side in sides)
@@ -147,12 +151,24 @@ def pitome_round(
     return TokenMap.from_pairs(metric.shape[1], pairs, mask=mask, weight=size)
 
 
+def _energy(unit: Tensor, form: str, margin: float, alpha: float, mask: Tensor | None = None) -> Tensor:
+    """[B, N]; "nearest" is taken over rows and columns, so that mutual neighbours tie exactly. Padding gets -inf."""
+    if form != "nearest":
+        return ops.energy(unit, form, margin, alpha, mask)
+    cosine = unit @ unit.mT
+    cosine.diagonal(dim1=1, dim2=2).fill_(-2.0)
+    if mask is not None:
+        cosine = cosine.masked_fill(~(mask[:, :, None] & mask[:, None, :]), -2.0)
+    value = torch.maximum(cosine.amax(1), cosine.amax(2))
+    return value if mask is None else value.masked_fill(~mask, float("-inf"))
+
+
 def _ragged_sets(
     unit: Tensor, r: Tensor, prefix: int, mask: Tensor, energy: tuple[str, float, float], split: str, some: bool
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The two sets to match when every image has its own r: padded indices, ascending, and which are real."""
     inside = mask & (mask.long().cumsum(1) > prefix)
-    order = ops.energy(unit, *energy, inside).argsort(dim=1, descending=True, stable=True)  # padding, prefix: last
+    order = _energy(unit, *energy, inside).argsort(dim=1, descending=True, stable=True)  # padding, prefix: last
     place = torch.arange(order.shape[1], device=order.device).expand_as(order)
     taking = 2 * r if some else inside.sum(1)
     first = place < r[:, None] if split == "half" else place % 2 == 0

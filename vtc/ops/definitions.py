@@ -34,9 +34,13 @@ def energy(unit: Tensor, form: str, margin: float, alpha: float = 1.0, mask: Ten
     """
     batch, tokens, _ = unit.shape
     step = max(1, min(tokens, _TILE // max(1, batch * tokens)))
+    # A token's similarity to itself is 1 (0 for a zero vector). As computed it is 1 but for rounding, which would order
+    # tokens that are equally redundant, such as the two of a pair, by chance.
+    itself = unit.square().sum(-1).round()
     rows = [unit.new_zeros(batch, 0)]
     for start in range(0, tokens, step):
         similarity = unit[:, start : start + step] @ unit.mT
+        similarity.diagonal(start, 1, 2).copy_(itself[:, start : start + step])
         if form == "elu":
             value = torch.nn.functional.elu(similarity.sub_(margin), alpha=alpha, inplace=True)
         elif form == "paper":

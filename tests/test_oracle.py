@@ -1,0 +1,195 @@
+"""A compressed encoder against a slow, independent forward pass written here from the formulas, in float64.
+
+No code of vtc's adapters or methods is used: the loops below read the weights and follow the papers.
+"""
+
+import math
+
+import pytest
+import torch
+from zoo import ZOO, model
+
+import vtc
+
+
+def norm(x, layer):
+    mean, var = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
+    return (x - mean) / (var + layer.eps).sqrt() * layer.weight.double() + layer.bias.double()
+
+
+def linear(x, layer):
+    return x @ layer.weight.double().T + (0 if layer.bias is None else layer.bias.double())
+
+
+def attention(q, k, v, size):
+    """[H, N, D]; logits plus log size of the key."""
+    logits = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]) + torch.tensor(size).double().log()
+    return (logits.softmax(-1) @ v).transpose(0, 1).flatten(1)
+
+
+def tome_groups(keys, prefix, r):
+    unit = keys / keys.norm(dim=-1, keepdim=True)
+    rows = range(prefix, len(keys))
+    even, odd = [t for t in rows if t % 2 == 0], [t for t in rows if t % 2 == 1]
+    best = sorted((-max((unit[a] @ unit[b]).item() for b in odd), a) for a in even)
+    return {a: max(odd, key=lambda b, a=a: (unit[a] @ unit[b]).item()) for _, a in best[:r]}
+
+
+def pitome_groups(keys, prefix, r, margin):
+    """Algorithm 1 with the energy of Eq. 4."""
+    unit = keys / keys.norm(dim=-1, keepdim=True)
+    rows = list(range(prefix, len(keys)))
+
+    def energy(i):
+        similarity = [(unit[i] @ unit[j]).item() for j in rows]
+        return sum(s if s >= margin else math.exp(s - margin) - 1 for s in similarity) / len(rows)
+
+    order = sorted(rows, key=lambda i: (-energy(i), i))[: 2 * r]
+    return {a: max(order[1::2], key=lambda b, a=a: (unit[a] @ unit[b]).item()) for a in order[0::2]}
+
+
+def merged(x, size, members, pairs):
+    """Sources join their targets: size-weighted mean; the others stay; original order."""
+    groups = [[t, *(a for a, b in pairs.items() if b == t)] for t in range(len(x)) if t not in pairs]
+    rows = [sum(x[t] * size[t] for t in g) / sum(size[t] for t in g) for g in groups]
+    return (
+        torch.stack(rows),
+        [sum(size[t] for t in g) for g in groups],
+        [[m for t in g for m in members[t]] for g in groups],
+        [g[0] for g in groups],
+    )
+
+
+def encode(x, layers, prefix, groups_of, q):
+    """x [N, C] after the embeddings -> [N, C], every token with its group's final state."""
+    size, members, at = [1.0] * len(x), [[t] for t in range(len(x))], list(range(len(x)))
+    for index, layer in enumerate(layers):
+        h, keys = layer["attend"](x, size, at)
+        x = x + h
+        patches = len(x) - prefix
+        r = math.floor(patches - patches * q)
+        pairs = groups_of(keys.mean(0), prefix, r, index / len(layers))
+        x, size, members, anchors = merged(x, size, members, pairs)
+        at = [at[a] for a in anchors]
+        x = x + layer["feed"](x)
+    full = torch.empty(sum(map(len, members)), x.shape[1], dtype=torch.float64)
+    for row, group in zip(x, members, strict=True):
+        full[group] = row
+    return full
+
+
+def dinov2_layers(net):
+    def make(layer):
+        attn = layer.attention
+
+        def heads(x, project):
+            return linear(x, project).unflatten(-1, (4, -1)).transpose(0, 1)
+
+        def attend(x, size, at):
+            h = norm(x, layer.norm1)
+            k = heads(h, attn.k_proj)
+            out = attention(heads(h, attn.q_proj), k, heads(h, attn.v_proj), size)
+            return linear(out, attn.o_proj) * layer.layer_scale1.lambda1.double(), k
+
+        def feed(x):
+            h = torch.nn.functional.gelu(linear(norm(x, layer.norm2), layer.mlp.fc1))
+            return linear(h, layer.mlp.fc2) * layer.layer_scale2.lambda1.double()
+
+        return {"attend": attend, "feed": feed}
+
+    return [make(layer) for layer in net.encoder.layer]
+
+
+def eva_layers(net, rope):
+    """timm's EVA-02: rotary positions of the patch each token stands for, SwiGLU or plain MLP, biases of their own."""
+
+    def rotate(x, at):
+        sin, cos = rope.double().chunk(2, -1)
+        where = torch.tensor([a - 1 for a in at[1:]])
+        pairs = x[:, 1:].unflatten(-1, (-1, 2))
+        turned = torch.stack([-pairs[..., 1], pairs[..., 0]], -1).flatten(-2)
+        return torch.cat([x[:, :1], x[:, 1:] * cos[where] + turned * sin[where]], 1)
+
+    def make(block):
+        attn = block.attn
+
+        def attend(x, size, at):
+            h = norm(x, block.norm1)
+
+            def heads(y):
+                return y.unflatten(-1, (attn.num_heads, -1)).transpose(0, 1)
+
+            weights, biases = attn.qkv.weight.double().chunk(3), (attn.q_bias, attn.k_bias, attn.v_bias)
+            q, k, v = (heads(h @ w.T + b.double()) for w, b in zip(weights, biases, strict=True))
+            out = attention(rotate(q, at), rotate(k, at), v, size)
+            return linear(out if isinstance(attn.norm, torch.nn.Identity) else norm(out, attn.norm), attn.proj), k
+
+        def feed(x):
+            with torch.no_grad():
+                return block.mlp.double()(norm(x, block.norm2))
+
+        return {"attend": attend, "feed": feed}
+
+    return [make(block) for block in net.blocks]
+
+
+CASES = {
+    "tome": (vtc.ToMe(keep=0.8), lambda keys, prefix, r, share: tome_groups(keys, prefix, r)),
+    "pitome": (
+        vtc.PiToMe(keep=0.8, preset="paper", margin=0.6),
+        lambda keys, prefix, r, share: pitome_groups(keys, prefix, r, 0.6 - 0.6 * share),
+    ),
+}
+
+
+@pytest.mark.parametrize("method", CASES)
+@torch.no_grad()
+def test_dinov2(method):
+    net = model("hf-dinov2")
+    if not hasattr(net.encoder.layer[0].attention, "k_proj"):  # transformers 5.17 names its parts otherwise
+        for layer in net.encoder.layer:
+            own = layer.attention.attention
+            layer.attention.k_proj, layer.attention.q_proj, layer.attention.v_proj = own.key, own.query, own.value
+            layer.attention.o_proj = layer.attention.output.dense
+    inputs = ZOO["hf-dinov2"].inputs(1)
+    chosen, groups_of = CASES[method]
+    with vtc.compress(net, chosen):
+        ours = net(**inputs).last_hidden_state[0]
+    x = net.embeddings(**inputs)[0].double()
+    expected = norm(encode(x, dinov2_layers(net), 1, groups_of, 0.8), net.layernorm)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", CASES)
+@torch.no_grad()
+def test_eva02_rotary(method):
+    import copy
+
+    net = copy.deepcopy(model("timm-eva02"))  # the oracle turns its MLPs into float64
+    # not the zoo's image: there two candidates for a merge are 5e-8 apart, and float32 may take either
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(5))
+    chosen, groups_of = CASES[method]
+    with vtc.compress(net, chosen):
+        ours = net.forward_features(images)[0]
+    x, rope = net._pos_embed(net.patch_embed(images))
+    expected = encode(net.norm_pre(x)[0].double(), eva_layers(net, rope), 1, groups_of, 0.8)
+    expected = expected if isinstance(net.norm, torch.nn.Identity) else norm(expected, net.norm)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_mean_pool_weighs_by_size_and_attention_pool_counts_every_member():
+    """Full-length outputs make every pooling right: the mean over tokens is the size-weighted mean of the groups."""
+    for name in ("timm-vit-avg", "timm-siglip"):
+        net, images = model(name), ZOO[name].inputs(2)["x"]
+        with vtc.compress(net, "tome", keep=0.7) as handle:
+            features = net.forward_features(images)
+            pooled = net.pool(features)
+            token_map = handle.token_map
+        prefix = net.num_prefix_tokens
+        groups = token_map.gather(features[:, prefix:])
+        if name == "timm-vit-avg":
+            expected = (groups * token_map.size[..., None]).sum(1) / token_map.size.sum(1, keepdim=True)
+        else:
+            expected = net.attn_pool(groups, attn_mask=token_map.size.log()[:, None, None])
+        torch.testing.assert_close(pooled, expected, rtol=1e-4, atol=1e-5)
