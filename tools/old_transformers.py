@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = "5.17.0"
+TESTS = ["tests/test_huggingface.py", "tests/test_matrix.py", "tests/test_oracle.py", "-k", "huggingface or hf or dinov2"]
 
 # Loaded by pytest and its workers: what is tested must be the version that was asked for.
 PLUGIN = """
@@ -35,7 +36,7 @@ def pytest_report_header(config):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("tests", nargs="*", default=["tests/test_huggingface.py"], help="what pytest is to run")
+    parser.add_argument("tests", nargs="*", default=TESTS, help="what pytest is to run")
     parser.add_argument("--version", default=OLDEST, help="the release of transformers (default: %(default)s)")
     options = parser.parse_args()
 

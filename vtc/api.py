@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtc import adapters
-from vtc.adapters.tower import PatchedForward, Refusal, Site, Stage, Tower, check_blocks, strip
+from vtc.adapters.site import Refusal, Site, check_blocks
+from vtc.adapters.stage import Stage
+from vtc.adapters.tower import PatchedForward, Tower, strip
 from vtc.errors import OptionError, UnsupportedModelError, VTCError
 from vtc.methods import METHODS, Method, make
 from vtc.token_map import TokenMap

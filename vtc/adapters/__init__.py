@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from vtc.adapters import huggingface, open_clip, timm
-from vtc.adapters.tower import Refusal, Site
+from vtc.adapters.site import Refusal, Site
 
 ADAPTERS = {adapter.name: adapter for adapter in (timm, open_clip, huggingface)}
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.adapters.tower import Block, Refusal, Site, Stage, relative_bias, taken_at
+from vtc.adapters.site import Block, Refusal, Site
+from vtc.adapters.stage import Stage, relative_bias, taken_at
 from vtc.macs import EncoderMACs, linear_weights
 
 name = "huggingface"

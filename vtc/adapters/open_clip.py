@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.adapters.tower import Block, Refusal, Site, Stage
+from vtc.adapters.site import Block, Refusal, Site
+from vtc.adapters.stage import Stage
 from vtc.macs import EncoderMACs, linear_weights
 
 name = "open_clip"

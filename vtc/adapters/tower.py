@@ -1,13 +1,12 @@
-"""What all vision encoders share: a stack of blocks, between whose attention and MLP tokens can be made fewer.
+"""Runs a method in the blocks of an encoder, between attention and MLP.
 
-A family file (timm, open_clip, Hugging Face) says how its blocks attend and feed forward (`Block`), and where its
-encoders are (`Site`). This file runs a method there. The state of a call is an immutable `Stage` that each block hands
-to the next; it also rides on the block's output, so that activation checkpointing finds it again in the backward pass.
+A family file (timm, open_clip, Hugging Face) says what its encoders look like (site.py). The state of a call is an
+immutable `Stage` (stage.py) that each block hands to the next; it also rides on the block's output, so that activation
+checkpointing finds it again in the backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,148 +14,15 @@ import einops
 import torch
 from torch import Tensor, nn
 
-from vtc.errors import InputError, UnsupportedModelError, VTCError
+from vtc.adapters.site import Site
+from vtc.adapters.stage import Grid, Stage, padding_mask
+from vtc.errors import InputError, VTCError
 from vtc.functional import check_finite
-from vtc.macs import EncoderMACs
 from vtc.methods.base import Method, Tokens
 from vtc.methods.downsample import coarse_grid, pool_map
 from vtc.schedule import removals, resized_count
-from vtc.token_map import TokenMap
 
-Grid = tuple[int, int]
 _TAG = "_vtc_stage"  # the storage is shared by a tensor and its detached copies, and lives as long as any of them
-
-
-def plain_example(block: nn.Module) -> tuple[int, tuple, dict]:
-    return 8, (), {}
-
-
-@dataclass(frozen=True)
-class Block:
-    """How one kind of block works: x + attend(x), then x + feed(x), bit for bit what its own forward computes.
-
-    Attributes:
-        attend: (block, x, stage, args, kwargs) -> the attention branch. `args` and `kwargs` are the block's own; with a
-            stage, masks and positions must be taken at `stage.total.anchor`, and `stage.bias` added to the logits.
-        feed: (block, x) -> the MLP branch.
-        keys: (block) -> the module whose output holds the keys, or None where `project` computes them.
-        project: (block, x) -> [B, N, D] keys averaged over heads, from the block's input.
-        heads: (block) -> number of key heads.
-        width: (block) -> heads x head width.
-        parts: (block) -> (attention module, MLP module), to count weights.
-        example: (block) -> (tokens, args, kwargs) for a trial run.
-        relative: the attention mask is a relative position bias, never padding.
-    """
-
-    attend: Callable[..., Tensor]
-    feed: Callable[[nn.Module, Tensor], Tensor]
-    parts: Callable[[Any], tuple[nn.Module, nn.Module]]
-    width: Callable[[Any], int]
-    heads: Callable[[Any], int]
-    keys: Callable[[Any], nn.Module] | None = None
-    project: Callable[[Any, Tensor], Tensor] | None = None
-    example: Callable[[Any], tuple[int, tuple, dict]] = plain_example
-    relative: bool = False
-
-
-@dataclass(frozen=True)
-class Site:
-    """One encoder found in a model.
-
-    Attributes:
-        path, kind: where it is and what it is called, for people.
-        blocks: the blocks in order; block: how they work.
-        prefix: leading tokens that are not patches.
-        patchify: the module that cuts the image into patches. Its output [B, C, h, w] tells the grid; a Linear (NaFlex)
-            does not.
-        naflex: the module that receives `spatial_shapes`, where images of a batch have grids of their own.
-        resizable: modules that receive the pixels and may receive a smaller image, each with keyword arguments to add;
-            or a sentence that says why not.
-        shuffled: its embeddings reorder the patches, so that a grid means nothing.
-        watched: objects with a `forward_intermediates` that returns every block's tokens.
-        no_bias: why the attention takes no size bias, if it does not.
-    """
-
-    path: str
-    kind: str
-    blocks: tuple[nn.Module, ...]
-    block: Block
-    prefix: int
-    patchify: nn.Module
-    macs: EncoderMACs
-    naflex: nn.Module | None = None
-    resizable: tuple[tuple[nn.Module, dict], ...] | str = ()
-    shuffled: bool = False
-    watched: tuple[nn.Module, ...] = ()
-    no_bias: str = ""
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """An encoder, or something that looks like one, that cannot be reduced, and why."""
-
-    path: str
-    kind: str
-    reason: str
-
-
-@dataclass(frozen=True, eq=False)
-class Stage:
-    """The state of one call between two blocks.
-
-    Attributes:
-        layer: the next block; entry: tokens at the first block, prefix included.
-        plan: tokens to remove per layer; [B, depth] for a ragged batch.
-        total: from the entry to now, None = nothing happened yet; maps: one per layer that reduced.
-        size: [B, M] float32, what each token stands for, None = all 1; mask: [B, M], None = all real.
-        flow: (tokens in attention, tokens in the MLP) of each layer that ran, a pair of [B] lists or ints.
-    """
-
-    layer: int
-    prefix: int
-    entry: int
-    plan: tuple[int, ...] | Tensor
-    grid: tuple[Grid, ...] | None
-    batch: int = 1
-    front: TokenMap | None = None  # before the encoder: the image's own patches to those of the resized image
-    total: TokenMap | None = None
-    size: Tensor | None = None
-    mask: Tensor | None = None
-    maps: tuple[TokenMap, ...] = ()
-    flow: tuple[tuple[Any, Any], ...] = ()
-
-    def count(self) -> Any:
-        """Tokens now: an int, or [B] for a ragged batch."""
-        if self.mask is not None:
-            return self.mask.sum(1)
-        return self.entry if self.total is None else self.total.anchor.shape[1]
-
-    def bias(self, x: Tensor) -> Tensor | None:
-        """[B, 1, 1, M]: log size, to add to the attention logits (proportional attention); -inf on padding."""
-        if self.size is None:
-            return None
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        return self.size.log().to(dtype)[:, None, None, :]
-
-    def patches(self) -> Tensor:
-        """[B, M - prefix]: which patch (row by row) each token behind the prefix is, or stands for."""
-        assert self.total is not None
-        return (self.total.anchor[:, self.prefix :] - self.prefix).clamp(min=0)
-
-    def narrow(self, x: Tensor) -> Tensor:
-        """Undo `widen`: x may come at full length from a block that was watched."""
-        if self.total is None or x.shape[1] == self.total.anchor.shape[1]:
-            return x
-        return self.total.gather(x)
-
-    def widen(self, x: Tensor, fill: int | str) -> Tensor:
-        """[B, M, C] -> [B, entry, C]; the prefix fills nothing but itself."""
-        total = self.front if self.total is None else self.total  # a resized image loses nothing further
-        if total is None:
-            return x
-        rest = total.drop_prefix(self.prefix).unmerge(x[:, self.prefix :], fill)
-        return torch.cat([x[:, : self.prefix], rest], dim=1) if self.prefix else rest
 
 
 class PatchedForward:
@@ -412,93 +278,6 @@ def head_mean(keys: Tensor, heads: int) -> Tensor:
     """[B, H, N, D] or [B, N, H D] -> [B, N, D] float32, the mean over heads."""
     pattern = "b h n d -> b n d" if keys.ndim == 4 else "b n (h d) -> b n d"
     return einops.reduce(keys.detach().float(), pattern, "mean", h=heads)
-
-
-def padding_mask(args: tuple, kwargs: dict, x: Tensor) -> Tensor | None:
-    """[B, N] True = real, from the attention mask that a block was given; None if there is none or it hides nothing.
-
-    Additive float masks that hide no token (relative position biases) are not padding.
-    """
-    if kwargs.get("is_causal"):
-        raise InputError("is_causal=True: a causal encoder cannot lose tokens; call it without, or vtc.remove(model)")
-    given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.shape[-1] == x.shape[1]]
-    given = [v for v in given if v.ndim == 4 or (v.ndim == 2 and v.shape == x.shape[:2])]
-    if not given:
-        return None
-    mask = given[0]
-    real = mask if mask.dtype == torch.bool else mask > torch.finfo(x.dtype).min / 2
-    if mask.ndim == 2:
-        real = mask.bool() if not mask.is_floating_point() else real
-    else:
-        if mask.dtype != torch.bool and bool(real.all()):
-            return None
-        if not bool((real == real[:, :1, :1]).all()):
-            raise InputError("the attention mask is not plain padding, so tokens cannot be removed; pass none")
-        real = real[:, 0, 0]
-    real = real.expand(x.shape[:2])
-    return None if bool(real.all()) else real
-
-
-def taken_at(table: Tensor, index: Tensor, dim: int = -2) -> Tensor:
-    """Rows of a position table [..., N, D], [N, D] or [H, N, D] at `index` [B, M]: [B, 1 or H, M, D]."""
-    if table.ndim == 2:
-        return table[index][:, None]
-    if table.ndim == 3 and table.shape[0] == 1:
-        return table[0][index][:, None]
-    if table.ndim == 3:
-        table = table[None]
-    table = table.expand(index.shape[0], *table.shape[1:])
-    return table.gather(2, index[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3]))
-
-
-def relative_bias(table: Tensor, stage: Stage) -> Tensor:
-    """A relative position bias [H, N, N] or [1 or B, H, N, N] at the anchors: [B, H, M, M]."""
-    assert stage.total is not None
-    at = stage.total.anchor.clamp(min=0)
-    table = table[None] if table.ndim == 3 else table
-    table = table.expand(at.shape[0], *table.shape[1:])
-    rows = table.gather(2, at[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3]))
-    return rows.gather(3, at[:, None, None, :].expand(-1, table.shape[1], rows.shape[2], -1))
-
-
-def check_blocks(site: Site) -> str:
-    """Run every block both ways on random tokens. Returns why not, or "" if both agree to the last bit."""
-    for index, block in enumerate(site.blocks):
-        weight = next((p for p in block.parameters() if p.is_floating_point()), None)
-        if weight is None or weight.is_meta:
-            return ""
-        tokens, args, kwargs = site.block.example(block)
-        width = site.block.parts(block)[0]
-        channels = site_channels(block, width)
-        noise = torch.randn(1, tokens, channels, generator=torch.Generator().manual_seed(index))
-        x = noise.to(weight.device, weight.dtype)
-        training = {module: module.training for module in block.modules()}
-        block.eval()
-        try:
-            with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-                own = block.forward(x, *args, **kwargs)
-                ours = x + site.block.attend(block, x, None, args, kwargs)
-                ours = ours + site.block.feed(block, ours)
-        except Exception as error:  # whatever a foreign block may raise
-            return f"block {index} ({type(block).__name__}) does not run as vtc knows it: {error}"
-        finally:
-            for module, mode in training.items():
-                module.training = mode
-        if not torch.equal(own, ours):
-            return (
-                f"block {index} ({type(block).__name__}) computes something vtc does not know "
-                f"(difference {(own - ours).abs().max().item():.2g} on a trial); please report the model and versions"
-            )
-    return ""
-
-
-def site_channels(block: nn.Module, attention: nn.Module) -> int:
-    for module in attention.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            return module.embed_dim
-        if isinstance(module, nn.Linear):
-            return module.in_features
-    raise UnsupportedModelError(f"{type(block).__name__}: its attention holds no Linear layer")
 
 
 def strip(module: nn.Module) -> None:
