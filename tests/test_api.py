@@ -106,6 +106,13 @@ def test_a_block_that_computes_something_else_is_refused():
     assert not any("forward" in vars(block) for block in net.blocks)
 
 
+def test_nan_weights_are_named():
+    net = copy.deepcopy(model("timm-dinov2"))
+    torch.nn.init.constant_(net.blocks[2].mlp.fc1.bias, float("nan"))
+    with pytest.raises(vtc.UnsupportedModelError, match="block 2 .* check the model's weights"):
+        vtc.compress(net, "tome", keep=0.9)
+
+
 @torch.no_grad()
 def test_nan_names_the_place():
     net = model("timm-dinov2")

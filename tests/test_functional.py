@@ -240,7 +240,7 @@ BAD = [
     ({"keep": 1.2}, "out of range"),
     ({"keep": "abc"}, "str"),
     ({"keep": True}, "bool"),
-    ({"keep": float("nan")}, "fraction"),
+    ({"keep": float("nan")}, "out of range"),
     ({"keep": 99}, "more than the 10 tokens"),
     ({"keep": 0.5, "r": 3}, "keep and r"),
     ({}, "no budget"),

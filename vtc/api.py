@@ -128,7 +128,8 @@ class Encoder:
         if self.refusal:
             return f"{where}{self.kind} is left alone: {self.refusal}"
         at = f", reduced at {self.reduces}" if self.reduces else ""
-        return f"{where}{self.kind} ({self.adapter}), {self.layers} layers, {self.prefix_tokens} prefix tokens{at}"
+        prefix = f"{self.prefix_tokens} prefix token{'s' * (self.prefix_tokens != 1)}"
+        return f"{where}{self.kind} ({self.adapter}), {self.layers} layers, {prefix}{at}"
 
 
 @dataclass(frozen=True)

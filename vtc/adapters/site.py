@@ -109,6 +109,8 @@ def check_blocks(site: Site) -> str:
         finally:
             for module, mode in training.items():
                 module.training = mode
+        if not own.isfinite().all():
+            return f"block {index} ({type(block).__name__}) gives NaN or infinity on a trial: check the model's weights"
         if not torch.equal(own, ours):
             return (
                 f"block {index} ({type(block).__name__}) computes something vtc does not know "

@@ -98,9 +98,9 @@ def check_fraction(name: str, value: Any, *, or_count: bool) -> None:
     if _is_int(value) and or_count:
         if value < 1:
             raise OptionError(f"{name}={value!r}: it takes a fraction in (0, 1]{count}; it says what stays")
-    elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise OptionError(f"{name}={value!r}: it takes a fraction in (0, 1]{count}, not {type(value).__name__}")
-    elif not 0 < value <= 1:
+    elif not 0 < value <= 1:  # NaN too
         raise OptionError(f"{name}={value!r}: out of range, it takes a fraction in (0, 1]{count}; it says what stays")
 
 

@@ -1,0 +1,150 @@
+"""How much faster a compressed model really is, against what its multiply-adds promise."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from vtc.api import Handle, compress
+from vtc.errors import OptionError
+from vtc.methods import Method
+
+Tick = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method in one measurement. Ratios are medians over rounds, each against the dense run of its own round.
+
+    Attributes:
+        tokens: image tokens at the entry and at the end of the encoder.
+        macs_ratio: the fraction of multiply-adds that remains; ideal: the speed-up that this promises.
+        seconds, dense_seconds: medians of one forward pass.
+        realised: the measured speed-up; low, high: its quartiles over the rounds.
+        efficiency: realised / ideal.
+        overhead: how much longer than dense the patched model takes at keep=1.0 (0.01 = one per cent).
+    """
+
+    method: str
+    options: dict[str, Any]
+    tokens: tuple[int, int]
+    macs_ratio: float
+    seconds: float
+    dense_seconds: float
+    ideal: float
+    realised: float
+    low: float
+    high: float
+    efficiency: float
+    overhead: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(
+    model: nn.Module,
+    inputs: Any,
+    methods: Sequence[Method],
+    repeats: int = 9,
+    warmup: int = 2,
+    *,
+    call: Callable[[nn.Module, Any], Any] | None = None,
+    tick: Tick | None = None,
+) -> list[Row]:
+    """Time `model` without and with each method, and with each method at keep=1.0, in turns. The model is not changed.
+
+    Args:
+        inputs: what the model is called with; a dict gives keyword arguments.
+        methods: ready methods with their budgets, such as `[vtc.ToMe(flops=0.55)]`.
+        repeats, warmup: rounds that count, and rounds before them that do not.
+        call: how to run it, (model, inputs); default: calling it.
+        tick: called after every single run, for progress bars.
+    """
+    if not methods:
+        raise OptionError("methods is empty: give at least one, such as vtc.ToMe(flops=0.55)")
+    run = call or _call
+    calls: dict[str, Callable[[], Any]] = {"dense": partial(run, model, inputs)}
+    handles: list[Handle] = []
+    for index, method in enumerate(methods):
+        for key, budget in (("", method), ("keep=1.0", replace(method, keep=1.0, r=None, flops=None))):
+            handle = compress(shared_copy(model), budget)
+            calls[f"{index} {key}"] = partial(run, handle.model, inputs)
+            handles += [] if key else [handle]
+    took = interleave(calls, repeats, warmup, tick=tick)
+    dense = took["dense"]
+    rows = []
+    for index, (method, handle) in enumerate(zip(methods, handles, strict=True)):
+        faster = sorted(d / s for d, s in zip(dense, took[f"{index} "], strict=True))
+        slower = [s / d for d, s in zip(dense, took[f"{index} keep=1.0"], strict=True)]
+        report = handle.report
+        ideal = 1 / report.macs_ratio
+        rows.append(
+            Row(
+                method=method.name,
+                options=method.options(),
+                tokens=(report.before[0], report.after[0]),
+                macs_ratio=report.macs_ratio,
+                seconds=median(took[f"{index} "]),
+                dense_seconds=median(dense),
+                ideal=ideal,
+                realised=median(faster),
+                low=faster[len(faster) // 4],
+                high=faster[-1 - len(faster) // 4],
+                efficiency=median(faster) / ideal,
+                overhead=median(slower) - 1,
+            )
+        )
+    return rows
+
+
+def runs(methods: int, repeats: int, warmup: int) -> int:
+    """How many single runs `measure` makes."""
+    return (1 + 2 * methods) * (repeats + warmup)
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1, *, tick: Tick | None = None
+) -> dict[str, list[float]]:
+    """Seconds of every call in each of `repeats` rounds. Every other round goes backwards, so that what the
+    machine does meanwhile falls on all alike."""
+    for name, value, least in (("repeats", repeats, 1), ("warmup", warmup, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise OptionError(f"{name}={value!r}: it takes a whole number >= {least}")
+    took: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.inference_mode():
+        for number in range(warmup + repeats):
+            order = list(calls) if number % 2 == 0 else list(calls)[::-1]
+            for name in order:
+                _settle()
+                start = time.perf_counter()
+                calls[name]()
+                _settle()
+                if number >= warmup:
+                    took[name].append(time.perf_counter() - start)
+                if tick is not None:
+                    tick()
+    return took
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy that can be patched on its own but uses the same weights: no memory, no copying."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
+def _settle() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
