@@ -7,12 +7,14 @@ import math
 
 import pytest
 import torch
-from zoo import ZOO, model
+from zoo import ZOO, model, pixels
 
 import vtc
 
 
 def norm(x, layer):
+    if isinstance(layer, torch.nn.Identity):
+        return x
     mean, var = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
     return (x - mean) / (var + layer.eps).sqrt() * layer.weight.double() + layer.bias.double()
 
@@ -21,9 +23,9 @@ def linear(x, layer):
     return x @ layer.weight.double().T + (0 if layer.bias is None else layer.bias.double())
 
 
-def attention(q, k, v, size):
+def attention(q, k, v, size, bias=0):
     """[H, N, D]; logits plus log size of the key."""
-    logits = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]) + torch.tensor(size).double().log()
+    logits = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]) + torch.tensor(size).double().log() + bias
     return (logits.softmax(-1) @ v).transpose(0, 1).flatten(1)
 
 
@@ -78,7 +80,9 @@ def encode(x, layers, prefix, groups_of, q):
     return full
 
 
-def dinov2_layers(net):
+def hf_layers(layers, norms, scales, rotate=None, bias=None):
+    """transformers' layers: [attention, MLP] norms and scales by name, rotary positions, relative position bias."""
+
     def make(layer):
         attn = layer.attention
 
@@ -86,18 +90,25 @@ def dinov2_layers(net):
             return linear(x, project).unflatten(-1, (4, -1)).transpose(0, 1)
 
         def attend(x, size, at):
-            h = norm(x, layer.norm1)
-            k = heads(h, attn.k_proj)
-            out = attention(heads(h, attn.q_proj), k, heads(h, attn.v_proj), size)
-            return linear(out, attn.o_proj) * layer.layer_scale1.lambda1.double(), k
+            h = norm(x, getattr(layer, norms[0]))
+            q, k, v = heads(h, attn.q_proj), heads(h, attn.k_proj), heads(h, attn.v_proj)
+            turned = (q, k) if rotate is None else (rotate(q, at), rotate(k, at))
+            out = attention(*turned, v, size, 0 if bias is None else bias(layer, at))
+            return linear(out, attn.o_proj) * scales(layer)[0].double(), k
 
         def feed(x):
-            h = torch.nn.functional.gelu(linear(norm(x, layer.norm2), layer.mlp.fc1))
-            return linear(h, layer.mlp.fc2) * layer.layer_scale2.lambda1.double()
+            mlp = layer.mlp
+            first, last = (mlp.fc1, mlp.fc2) if hasattr(mlp, "fc1") else (mlp.up_proj, mlp.down_proj)
+            h = torch.nn.functional.gelu(linear(norm(x, getattr(layer, norms[1])), first))
+            return linear(h, last) * scales(layer)[1].double()
 
         return {"attend": attend, "feed": feed}
 
-    return [make(layer) for layer in net.encoder.layer]
+    return [make(layer) for layer in layers]
+
+
+def dino_scales(layer):
+    return layer.layer_scale1.lambda1, layer.layer_scale2.lambda1
 
 
 def eva_layers(net, rope):
@@ -122,7 +133,7 @@ def eva_layers(net, rope):
             weights, biases = attn.qkv.weight.double().chunk(3), (attn.q_bias, attn.k_bias, attn.v_bias)
             q, k, v = (heads(h @ w.T + b.double()) for w, b in zip(weights, biases, strict=True))
             out = attention(rotate(q, at), rotate(k, at), v, size)
-            return linear(out if isinstance(attn.norm, torch.nn.Identity) else norm(out, attn.norm), attn.proj), k
+            return linear(norm(out, attn.norm), attn.proj), k
 
         def feed(x):
             with torch.no_grad():
@@ -142,22 +153,58 @@ CASES = {
 }
 
 
+def compressed(net, method, images):
+    with vtc.compress(net, CASES[method][0]):
+        return net(pixel_values=images).last_hidden_state[0].double()
+
+
 @pytest.mark.parametrize("method", CASES)
 @torch.no_grad()
-def test_dinov2(method):
-    net = model("hf-dinov2")
+def test_hf_dinov2(method):
+    net, images = model("hf-dinov2"), pixels(1)
     if not hasattr(net.encoder.layer[0].attention, "k_proj"):  # transformers 5.17 names its parts otherwise
         for layer in net.encoder.layer:
             own = layer.attention.attention
             layer.attention.k_proj, layer.attention.q_proj, layer.attention.v_proj = own.key, own.query, own.value
             layer.attention.o_proj = layer.attention.output.dense
-    inputs = ZOO["hf-dinov2"].inputs(1)
-    chosen, groups_of = CASES[method]
-    with vtc.compress(net, chosen):
-        ours = net(**inputs).last_hidden_state[0]
-    x = net.embeddings(**inputs)[0].double()
-    expected = norm(encode(x, dinov2_layers(net), 1, groups_of, 0.8), net.layernorm)
-    torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)
+    layers = hf_layers(net.encoder.layer, ("norm1", "norm2"), dino_scales)
+    expected = encode(net.embeddings(images)[0].double(), layers, 1, CASES[method][1], 0.8)
+    torch.testing.assert_close(compressed(net, method, images), norm(expected, net.layernorm), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", CASES)
+@torch.no_grad()
+def test_hf_dinov3_rotary(method):
+    net, images = model("hf-dinov3"), pixels(1)
+    cos, sin = (table.double() for table in net.rope_embeddings(images))
+    prefix = 5  # CLS and four registers
+
+    def rotate(x, at):
+        where = torch.tensor([a - prefix for a in at[prefix:]])
+        first, second = x[:, prefix:].chunk(2, -1)
+        turned = torch.cat([-second, first], -1)
+        return torch.cat([x[:, :prefix], x[:, prefix:] * cos[where] + turned * sin[where]], 1)
+
+    layers = hf_layers(net.model.layer, ("norm1", "norm2"), dino_scales, rotate=rotate)
+    expected = encode(net.embeddings(images)[0].double(), layers, prefix, CASES[method][1], 0.8)
+    torch.testing.assert_close(compressed(net, method, images), norm(expected, net.norm), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", CASES)
+@torch.no_grad()
+def test_hf_beit_relative_positions(method):
+    net, images = model("hf-beit"), pixels(1)
+
+    def bias(layer, at):
+        table = layer.relative_position_bias((8, 8), dim_size=65)[0].double()  # [heads, 65, 65]
+        return torch.stack([torch.stack([table[:, i, j] for j in at], -1) for i in at], 1)
+
+    def scales(layer):
+        return layer.lambda_1, layer.lambda_2
+
+    layers = hf_layers(net.layers, ("layernorm_before", "layernorm_after"), scales, bias=bias)
+    expected = encode(net.embeddings(images)[0].double(), layers, 1, CASES[method][1], 0.8)
+    torch.testing.assert_close(compressed(net, method, images), norm(expected, net.layernorm), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", CASES)
@@ -173,8 +220,7 @@ def test_eva02_rotary(method):
         ours = net.forward_features(images)[0]
     x, rope = net._pos_embed(net.patch_embed(images))
     expected = encode(net.norm_pre(x)[0].double(), eva_layers(net, rope), 1, groups_of, 0.8)
-    expected = expected if isinstance(net.norm, torch.nn.Identity) else norm(expected, net.norm)
-    torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.double(), norm(expected, net.norm), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

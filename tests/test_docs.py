@@ -1,0 +1,59 @@
+"""What the documentation says is what the code does."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vtc
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+# What the examples take for granted: a model, its images, and features of one's own.
+SETUP = """
+import torch, vtc
+from zoo import ZOO, randomise
+model, images = randomise(ZOO["timm-dinov2"].build()), torch.randn(2, 3, 64, 64)
+features, keys = torch.randn(2, 50, 16), torch.randn(2, 50, 16)
+"""
+
+
+def test_the_support_matrix_is_up_to_date():
+    import support_matrix
+
+    assert (ROOT / "docs" / "models.md").read_text() == support_matrix.table(), "run tools/support_matrix.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if not target.startswith(("http://", "https://", "mailto:")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_examples_run(page):
+    """Every ```python block runs, in order, with a small model and images at hand."""
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    if not blocks:
+        return
+    script = SETUP + "\n".join(blocks)
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    run = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_every_public_name_is_documented():
+    for name in vtc.__all__:
+        assert getattr(vtc, name).__doc__, name
+    for name in vtc.functional.__all__:
+        assert getattr(vtc.functional, name).__doc__, name
+    text = "".join(page.read_text() for page in PAGES)
+    for name in (*vtc.list_methods(), "compress", "remove", "explain", "token_map", "report", "save_config"):
+        assert name in text, f"{name} is nowhere in README or docs"
