@@ -45,6 +45,20 @@ def test_compile_fullgraph(name, method):
         assert handle.report == tokens
 
 
+@torch.no_grad()
+def test_a_compiled_model_follows_compress_and_remove():
+    net, x = copy.deepcopy(model("timm-dinov2")), pixels(1)
+    torch._dynamo.reset()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    dense = net(x)
+    assert torch.equal(compiled(x), dense)
+    for method in (vtc.ToMe(keep=0.8), vtc.ToMe(keep=0.6)):
+        with vtc.compress(net, method):
+            torch.testing.assert_close(compiled(x), net(x), rtol=1e-4, atol=1e-5)
+            assert not torch.equal(compiled(x), dense)
+        assert torch.equal(compiled(x), dense)
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_compile_with_inductor():

@@ -146,9 +146,9 @@ class Tower:
         patch = self.site.patchify.stride
         fine = (pixels.shape[-2] // patch[0], pixels.shape[-1] // patch[1])
         coarse = coarse_grid(fine, resized_count(self.method, fine[0] * fine[1], self.site.macs))
+        self.resized = None if coarse == fine else (fine, coarse)
         if coarse == fine:
             return None
-        self.resized = (fine, coarse)
         small = nn.functional.interpolate(
             pixels.float(), (coarse[0] * patch[0], coarse[1] * patch[1]), mode="bicubic", antialias=True
         ).to(pixels.dtype)
@@ -180,6 +180,11 @@ class Tower:
 
     def reduce(self, patch: PatchedForward, x: Tensor, stage: Stage, removed: int | Tensor) -> tuple[Tensor, Stage]:
         keys, patch.keys, patch.listening = patch.keys, None, False
+        if keys is None and self.method.needs_keys:
+            raise VTCError(
+                f"block {patch.index} of {self.site.path or 'the model'} attended without showing its keys, which "
+                f'{self.method.name} compares; please report the model, and use metric="hidden" where a method has it'
+            )
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             if not stage.maps:
                 check_finite(
@@ -194,7 +199,6 @@ class Tower:
                 grid=stage.grid,
                 layer=patch.index,
                 depth=len(self.site.blocks),
-                at=None if stage.total is None else stage.total.anchor,
             )
             token_map = self.method.decide(tokens, removed)
         x = token_map.merge(x) if self.method.merges else token_map.gather(x)

@@ -24,7 +24,6 @@ class Tokens:
         prefix: how many leading tokens (CLS, distillation, registers) are kept alone.
         grid: (rows, columns) of each image's patches, B of them; None = unknown.
         layer, depth: the layer that decides, of how many.
-        at: [B, N] long, which input token (of the first layer) each token is, or stands for.
     """
 
     features: Tensor
@@ -35,7 +34,6 @@ class Tokens:
     grid: tuple[tuple[int, int], ...] | None = None
     layer: int = 0
     depth: int = 1
-    at: Tensor | None = None
 
 
 @dataclass(frozen=True)
