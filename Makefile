@@ -44,11 +44,12 @@ wheel-check: setup  ## build the wheel, install it in a clean environment, impor
 old-transformers: setup  ## the Hugging Face tests on the oldest supported transformers
 	@$(BIN)/python tools/old_transformers.py
 
-eval: setup  ## the measurements: linear probe on ELPV, and the spectral distance
+eval: setup  ## the measurements, into out/: accuracy on ELPV, features of photographs, the spectrum
 	@echo "eval: installing elpv-dataset, 2,624 images of solar cells (90 MB, CC BY-NC-SA)"
 	@$(PIP) --no-deps elpv-dataset==1.0.0.post1
-	@$(BIN)/vtc eval elpv
-	@$(BIN)/vtc eval spectral
+	@$(BIN)/vtc eval elpv --out out
+	@$(BIN)/vtc eval photos --out out
+	@$(BIN)/vtc eval spectral --out out
 
 bench: setup  ## speed against the unpatched model
 	@$(BIN)/vtc bench

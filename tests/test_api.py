@@ -26,6 +26,7 @@ BAD = [
     ("pitome", {"keep": 0.9, "metric": "values"}, "metric='values'"),
     ("pitome", {"keep": 0.9, "margin": float("nan")}, "finite"),
     ("pitome", {"keep": 0.9, "energy": "gaussian", "margin": 1.0}, "below 1"),
+    ("pitome", {"keep": 0.9, "preset": "nearest", "margin": 0.9}, "margin= and alpha= say nothing"),
     ("downsample", {"keep": 0.5, "mode": "crop"}, "mode='crop'"),
     ("downsample", {"r": 8}, "reduces once"),
     ("tome", {"r": -3}, "r=-3"),
@@ -213,6 +214,13 @@ def test_explain_changes_nothing_and_is_data():
     assert vtc.explain(net).ok
     with vtc.compress(net, "tome", keep=0.9):
         assert vtc.explain(net, "pitome").ok
+
+
+def test_a_margin_without_a_preset_means_the_papers():
+    assert vtc.PiToMe(keep=0.9).option("energy") == "nearest"
+    given = vtc.PiToMe(keep=0.9, margin=0.8)
+    assert (given.option("energy"), given.option("margin"), given.option("protect")) == ("paper", (0.8, 0.0), (0, 1))
+    assert vtc.PiToMe(keep=0.9, energy="elu").option("margin") == (0.9, 0.0)
 
 
 def test_lists():

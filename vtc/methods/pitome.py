@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # crops of photographs and half of the ELPV images, confirmed on other ones: docs/results.md, benchmarks/results.
     "nearest": {"energy": "nearest", "split": "alternate", "margin": (0.0, 0.0), "protect": False, "metric": "keys"},
 }
-DEFAULT_PRESET = "paper"
+DEFAULT_PRESET = "nearest"  # level with ToMe on the held-out sets, as no published preset is: docs/results.md
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class PiToMe(Method):
     """Tokens with many similar neighbours (high energy) merge; tokens without (informative) are protected.
 
     Args:
-        preset: one of `PRESETS`; every other option left at None comes from it.
+        preset: one of `PRESETS`; every other option left at None comes from it. None = "nearest", or "paper" where a
+            margin or an energy that has one is given.
         margin: similarity above which a neighbour counts as near: a pair (first layer, last layer), linear in
             between, or one number m for the paper's m - m l/L.
         energy: "elu", "paper" (Eq. 4), "gaussian", or "nearest" (similarity to the nearest other token; no margin).
@@ -47,7 +48,7 @@ class PiToMe(Method):
         metric: "keys" (attention keys, mean over heads) or "hidden" (the tokens after attention).
     """
 
-    preset: str = DEFAULT_PRESET
+    preset: str | None = None
     margin: float | tuple[float, float] | None = None
     energy: str | None = None
     split: str | None = None
@@ -60,21 +61,27 @@ class PiToMe(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.preset not in PRESETS:
+        if self.preset is not None and self.preset not in PRESETS:
             raise OptionError(f"preset={self.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
         for key in ("margin", "protect"):
             if isinstance(getattr(self, key), list):
                 object.__setattr__(self, key, tuple(getattr(self, key)))
         if self.metric not in (None, "keys", "hidden"):
             raise OptionError(f'metric={self.metric!r} is unknown; choose "keys" or "hidden"')
+        if self.option("energy") == "nearest" and (self.margin is not None or self.alpha != 1.0):
+            raise OptionError('margin= and alpha= say nothing to energy="nearest": choose another energy or preset')
         start, end = self.option("margin")
         check_pitome(start, self.alpha, self.option("energy"), self.option("split"))
         check_pitome(end, self.alpha, self.option("energy"), self.option("split"))
 
     def option(self, name: str) -> Any:
         """The option in force: what was given, else what the preset says. Margins and spans come as pairs."""
+        preset = self.preset
+        if preset is None:
+            plain = self.margin is None and self.alpha == 1.0 and self.energy in (None, "nearest")
+            preset = DEFAULT_PRESET if plain else "paper"
         value = getattr(self, name)
-        value = PRESETS[self.preset][name] if value is None else value
+        value = PRESETS[preset][name] if value is None else value
         if name == "margin" and not isinstance(value, tuple):
             return (value, 0.0)
         if name == "protect" and isinstance(value, bool):
@@ -105,8 +112,8 @@ class PiToMe(Method):
 
 
 def check_pitome(margin: Any, alpha: Any, energy: str, split: str) -> None:
-    if energy not in (*ENERGIES, "nearest"):
-        raise OptionError(f"energy={energy!r} is unknown; choose one of {', '.join(ENERGIES)}, nearest")
+    if energy not in ENERGIES:
+        raise OptionError(f"energy={energy!r} is unknown; choose one of {', '.join(ENERGIES)}")
     if split not in ("alternate", "half"):
         raise OptionError(f'split={split!r} is unknown; choose "alternate" or "half"')
     for name, value in (("margin", margin), ("alpha", alpha)):
@@ -143,7 +150,7 @@ def pitome_round(
         assert mask is not None
         (a, a_valid), (b, b_valid) = _ragged_sets(unit, r, prefix, mask, (form, margin, alpha), split, some)
     else:
-        order = _energy(unit[:, prefix:], form, margin, alpha).argsort(dim=1, descending=True, stable=True) + prefix
+        order = ops.energy(unit[:, prefix:], form, margin, alpha).argsort(dim=1, descending=True, stable=True) + prefix
         order = order[:, : 2 * r] if some else order
         sides = (order[:, :r], order[:, r:]) if split == "half" else (order[:, 0::2], order[:, 1::2])
         a, b = (side.sort(dim=1).values for side in sides)
@@ -151,24 +158,12 @@ def pitome_round(
     return TokenMap.from_pairs(metric.shape[1], pairs, mask=mask, weight=size)
 
 
-def _energy(unit: Tensor, form: str, margin: float, alpha: float, mask: Tensor | None = None) -> Tensor:
-    """[B, N]; "nearest" is taken over rows and columns, so that mutual neighbours tie exactly. Padding gets -inf."""
-    if form != "nearest":
-        return ops.energy(unit, form, margin, alpha, mask)
-    cosine = unit @ unit.mT
-    cosine.diagonal(dim1=1, dim2=2).fill_(-2.0)
-    if mask is not None:
-        cosine = cosine.masked_fill(~(mask[:, :, None] & mask[:, None, :]), -2.0)
-    value = torch.maximum(cosine.amax(1), cosine.amax(2))
-    return value if mask is None else value.masked_fill(~mask, float("-inf"))
-
-
 def _ragged_sets(
     unit: Tensor, r: Tensor, prefix: int, mask: Tensor, energy: tuple[str, float, float], split: str, some: bool
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The two sets to match when every image has its own r: padded indices, ascending, and which are real."""
     inside = mask & (mask.long().cumsum(1) > prefix)
-    order = _energy(unit, *energy, inside).argsort(dim=1, descending=True, stable=True)  # padding, prefix: last
+    order = ops.energy(unit, *energy, inside).argsort(dim=1, descending=True, stable=True)  # padding, prefix: last
     place = torch.arange(order.shape[1], device=order.device).expand_as(order)
     taking = 2 * r if some else inside.sum(1)
     first = place < r[:, None] if split == "half" else place % 2 == 0

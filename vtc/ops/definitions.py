@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ENERGIES = ("elu", "paper", "gaussian")
+ENERGIES = ("elu", "paper", "gaussian", "nearest")
 # Rows of the similarity matrix that exist at one time, as a number of float32 values (64 MiB).
 _TILE = 1 << 24
 
@@ -25,7 +25,8 @@ def energy(unit: Tensor, form: str, margin: float, alpha: float = 1.0, mask: Ten
     Args:
         unit: [B, N, D] unit vectors.
         form: "paper" (Eq. 4: S if S >= m else alpha (exp(S-m)-1)), "elu" (continuous: d if d > 0 else
-            alpha (exp(d)-1), d = S-m) or "gaussian" (exp(-((1-S)/sigma)^2/2) / (sigma sqrt(2 pi)), sigma = 1-m).
+            alpha (exp(d)-1), d = S-m), "gaussian" (exp(-((1-S)/sigma)^2/2) / (sigma sqrt(2 pi)), sigma = 1-m), or
+            ours, "nearest": no mean but the largest S_ij, j != i (no margin, no alpha).
         margin: m, below 1 for "gaussian".
         mask: [B, N], True = real token. Padding neither contributes nor counts in T; its energy is -inf.
 
@@ -37,9 +38,16 @@ def energy(unit: Tensor, form: str, margin: float, alpha: float = 1.0, mask: Ten
     # A token's similarity to itself is 1 (0 for a zero vector). As computed it is 1 but for rounding, which would order
     # tokens that are equally redundant, such as the two of a pair, by chance.
     itself = unit.square().sum(-1).round()
-    rows = [unit.new_zeros(batch, 0)]
+    rows, columns = [unit.new_zeros(batch, 0)], unit.new_full((batch, tokens), -2.0)
     for start in range(0, tokens, step):
         similarity = unit[:, start : start + step] @ unit.mT
+        if form == "nearest":  # over rows and columns, so that mutual nearest neighbours tie exactly
+            similarity.diagonal(start, 1, 2).fill_(-2.0)
+            if mask is not None:
+                similarity = similarity.masked_fill(~(mask[:, start : start + step, None] & mask[:, None]), -2.0)
+            columns = torch.maximum(columns, similarity.amax(1))
+            rows.append(similarity.amax(2))
+            continue
         similarity.diagonal(start, 1, 2).copy_(itself[:, start : start + step])
         if form == "elu":
             value = torch.nn.functional.elu(similarity.sub_(margin), alpha=alpha, inplace=True)
@@ -52,6 +60,9 @@ def energy(unit: Tensor, form: str, margin: float, alpha: float = 1.0, mask: Ten
             raise ValueError(f"unknown energy {form!r}; choose one of {', '.join(ENERGIES)}")
         rows.append(value.sum(-1) if mask is None else (value * mask[:, None]).sum(-1))
     total = torch.cat(rows, dim=1)
+    if form == "nearest":
+        value = torch.maximum(total, columns)
+        return value if mask is None else value.masked_fill(~mask, float("-inf"))
     if mask is None:
         return total / max(1, tokens)
     return (total / mask.sum(1, keepdim=True).clamp(min=1)).masked_fill(~mask, float("-inf"))

@@ -1,0 +1,1 @@
+"""Measurements on real images: `elpv` (with labels), `photos` (without), `spectral` (the token graph)."""
