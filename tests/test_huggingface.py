@@ -112,6 +112,19 @@ def test_attention_without_a_bias_is_refused_for_merges():
     assert not plan.ok and 'attn_implementation="sdpa"' in str(plan)
 
 
+@torch.no_grad()
+def test_timm_models_inside_transformers():
+    config = transformers.TimmWrapperConfig(
+        architecture="vit_tiny_patch16_224", model_args={"depth": 2, "img_size": 64, "patch_size": 8}, do_pooling=True
+    )
+    net = randomise(transformers.TimmWrapperModel(config))
+    assert [encoder.adapter for encoder in vtc.explain(net).encoders] == ["timm"]
+    dense = net(pixel_values=pixels(1)).last_hidden_state
+    with vtc.compress(net, "tome", keep=0.8) as handle:
+        assert net(pixel_values=pixels(1)).last_hidden_state.shape == dense.shape
+        assert handle.report.after[0] < 64
+
+
 REFUSED = {
     "SwinModel": ("SwinConfig", {"image_size": 32, "patch_size": 4, "embed_dim": 12, "depths": [1], "num_heads": [2],
                                  "window_size": 2}, "windows"),

@@ -216,10 +216,7 @@ def find(model: nn.Module) -> Iterator[Site | Refusal]:
             continue
         embeddings = getattr(module, "embeddings", None)
         if embeddings is None:
-            if path == "" and not any(
-                getattr(m, "main_input_name", "") == "pixel_values" and hasattr(m, "embeddings")
-                for m in module.modules()
-            ):
+            if path == "" and not any(map(_covered, model.modules())):
                 yield Refusal(path, type(module).__name__, _foreign(type(module).__name__))
             continue
         layers = _layers(module)
@@ -227,6 +224,12 @@ def find(model: nn.Module) -> Iterator[Site | Refusal]:
             continue
         taken.add(id(layers))
         yield _site(path, module, layers)
+
+
+def _covered(module: Any) -> bool:
+    """True for an encoder that this adapter judges for itself, or that the timm adapter does (TimmWrapperModel)."""
+    own = getattr(module, "main_input_name", "") == "pixel_values" and hasattr(module, "embeddings")
+    return own or type(module).__module__.startswith("timm.models.")
 
 
 def _layers(module: Any) -> Any:
