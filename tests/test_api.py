@@ -223,6 +223,23 @@ def test_a_margin_without_a_preset_means_the_papers():
     assert vtc.PiToMe(keep=0.9, energy="elu").option("margin") == (0.9, 0.0)
 
 
+def test_a_failure_half_way_leaves_nothing(monkeypatch):
+    net = copy.deepcopy(model("timm-dinov2"))
+    hook, calls = torch.nn.Module.register_forward_hook, []
+
+    def fails_late(self, *args, **kwargs):
+        calls.append(self)
+        if len(calls) == 3:
+            raise RuntimeError("planted")
+        return hook(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "register_forward_hook", fails_late)
+    with pytest.raises(RuntimeError, match="planted"):
+        vtc.compress(net, "tome", keep=0.8)
+    for module in net.modules():
+        assert "forward" not in vars(module) and not module._forward_hooks and not module._forward_pre_hooks
+
+
 def test_lists():
     assert set(vtc.list_methods()) == {"pitome", "tome", "random", "downsample"}
     assert set(vtc.list_adapters()) == {"timm", "open_clip", "huggingface"}

@@ -21,7 +21,7 @@ name = "huggingface"
 covers = "ViT, DeiT, ViT-MAE, DINOv2 (with registers), DINOv3, CLIP, SigLIP, SigLIP 2, BEiT"
 
 
-def _rest(args: tuple, kwargs: dict, *drop: str) -> dict:
+def _rest(kwargs: dict, *drop: str) -> dict:
     """The layer's other arguments, which go on to its attention as they are."""
     return {k: v for k, v in kwargs.items() if k not in ("attention_mask", *drop)}
 
@@ -46,7 +46,7 @@ def _biased(mask: Tensor | None, x: Tensor, stage: Stage | None) -> Tensor | Non
 
 def _vit_attend(layer: Any, x: Tensor, stage: Stage | None, args: tuple, kwargs: dict) -> Tensor:
     mask = _biased(_mask(args, kwargs), x, stage)
-    return layer.dropout(layer.attention(layer.layernorm_before(x), mask, **_rest(args, kwargs))[0])
+    return layer.dropout(layer.attention(layer.layernorm_before(x), mask, **_rest(kwargs))[0])
 
 
 def _vit_feed(layer: Any, x: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def _beit_attend(layer: Any, x: Tensor, stage: Stage | None, args: tuple, kwargs
         own = layer.relative_position_bias(window, kwargs.get("interpolate_pos_encoding", False), dim_size=full)
         mask = own if mask is None else own + mask
     mask = _biased(mask, x, stage)
-    rest = _rest(args, kwargs, "interpolate_pos_encoding", "resolution")
+    rest = _rest(kwargs, "interpolate_pos_encoding", "resolution")
     h = layer.dropout(layer.attention(layer.layernorm_before(x), attention_mask=mask, **rest)[0])
     return layer.drop_path(layer.lambda_1 * h)
 
@@ -82,7 +82,7 @@ def _beit_example(layer: Any) -> tuple[int, tuple, dict]:
 
 
 def _dino_attend(layer: Any, x: Tensor, stage: Stage | None, args: tuple, kwargs: dict) -> Tensor:
-    rest = _rest(args, kwargs)
+    rest = _rest(kwargs)
     if stage is not None and rest.get("position_embeddings") is not None:
         # one (cos, sin) row per patch: each token carries the row of the patch it stands for
         rest["position_embeddings"] = tuple(taken_at(table, stage.patches()) for table in rest["position_embeddings"])
@@ -124,7 +124,7 @@ def _dino517_attend(layer: Any, x: Tensor, stage: Stage | None, args: tuple, kwa
 
 def _clip_attend(layer: Any, x: Tensor, stage: Stage | None, args: tuple, kwargs: dict) -> Tensor:
     mask = _biased(_mask(args, kwargs), x, stage)
-    h = layer.self_attn(hidden_states=layer.layer_norm1(x), attention_mask=mask, **_rest(args, kwargs))
+    h = layer.self_attn(hidden_states=layer.layer_norm1(x), attention_mask=mask, **_rest(kwargs))
     return h[0]
 
 

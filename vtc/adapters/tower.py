@@ -100,31 +100,24 @@ class Tower:
     # -- on and off ---------------------------------------------------------------------------------------------
 
     def install(self) -> None:
-        """Patch every block; on any failure take all of it off again."""
-        try:
-            for index, block in enumerate(self.site.blocks):
-                # accelerate wraps forward and keeps the real one in _old_forward; go below its device moves
-                name = "_old_forward" if "_old_forward" in block.__dict__ else "forward"
-                patch = PatchedForward(self, index, block, name)
-                patch.install()
-                self.patched.append(patch)
-                if self.method.needs_keys and self.site.block.keys is not None:
-                    self.site.block.keys(block).register_forward_hook(Hook("heard", patch))
-            self.site.patchify.register_forward_hook(Hook("saw_patches", self))
-            if self.site.naflex is not None:
-                self.site.naflex.register_forward_pre_hook(Hook("saw_shapes", self), with_kwargs=True)
-            if getattr(self.method, "mode", "") == "resize":
-                assert not isinstance(self.site.resizable, str)
-                for module, extra in self.site.resizable:
-                    module.register_forward_pre_hook(Hook("shrink", self, extra), with_kwargs=True)
-            for module in self.site.watched:
-                module.__dict__["forward_intermediates"] = Intermediates(self, module)
-        except BaseException:
-            for patch in self.patched:
-                patch.remove()
-            for module in {*self.site.blocks, self.site.patchify, *self.site.watched}:
-                strip(module)
-            raise
+        """Patch every block. Whoever calls this takes it off again if it fails: `compress` strips the whole model."""
+        for index, block in enumerate(self.site.blocks):
+            # accelerate wraps forward and keeps the real one in _old_forward; go below its device moves
+            name = "_old_forward" if "_old_forward" in block.__dict__ else "forward"
+            patch = PatchedForward(self, index, block, name)
+            patch.install()
+            self.patched.append(patch)
+            if self.method.needs_keys and self.site.block.keys is not None:
+                self.site.block.keys(block).register_forward_hook(Hook("heard", patch))
+        self.site.patchify.register_forward_hook(Hook("saw_patches", self))
+        if self.site.naflex is not None:
+            self.site.naflex.register_forward_pre_hook(Hook("saw_shapes", self), with_kwargs=True)
+        if getattr(self.method, "mode", "") == "resize":
+            assert not isinstance(self.site.resizable, str)
+            for module, extra in self.site.resizable:
+                module.register_forward_pre_hook(Hook("shrink", self, extra), with_kwargs=True)
+        for module in self.site.watched:
+            module.__dict__["forward_intermediates"] = Intermediates(self, module)
 
     # -- hooks --------------------------------------------------------------------------------------------------
 
