@@ -96,7 +96,7 @@ def _refuses(site: Site, method: Method | None) -> str:
             f"keep={method.keep}: inside a ViT a fraction is per layer, and a layer keeps at least half; "
             "give the final number of tokens (an int), or flops="
         )
-    if method.needs_grid and site.shuffled:
+    if "grid" in method.needs and site.shuffled:
         return f"{method.name} needs the patches in their places, but this encoder's embeddings shuffle them"
     if getattr(method, "mode", "") == "resize" and isinstance(site.resizable, str):
         return f'mode="resize": {site.resizable}; mode="pool" works'

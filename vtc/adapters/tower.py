@@ -107,7 +107,7 @@ class Tower:
             patch = PatchedForward(self, index, block, name)
             patch.install()
             self.patched.append(patch)
-            if self.method.needs_keys and self.site.block.keys is not None:
+            if "keys" in self.method.needs and self.site.block.keys is not None:
                 self.site.block.keys(block).register_forward_hook(Hook("heard", patch))
         self.site.patchify.register_forward_hook(Hook("saw_patches", self))
         if self.site.naflex is not None:
@@ -128,7 +128,7 @@ class Tower:
 
     def saw_shapes(self, hook: Hook, args: tuple, kwargs: dict) -> None:
         shapes = kwargs.get("spatial_shapes", args[1] if len(args) > 1 else None)
-        if shapes is not None and self.method.needs_grid:
+        if shapes is not None and "grid" in self.method.needs:
             self.grid = tuple((int(h), int(w)) for h, w in shapes.tolist())
 
     def shrink(self, hook: Hook, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -161,11 +161,11 @@ class Tower:
             return self.leave(patch, out, replace(stage, flow=(*stage.flow, (stage.count(), stage.count()))))
         attended = stage.count()
         x = stage.narrow(x)
-        patch.listening = not idle and self.method.needs_keys
+        patch.listening = not idle and "keys" in self.method.needs
         before = x
         x = x + block.attend(patch.block, x, stage if stage.total is not None else None, args, kwargs)
         if not idle:
-            if self.method.needs_keys and block.project is not None:
+            if "keys" in self.method.needs and block.project is not None:
                 patch.keys = block.project(patch.block, before)
             x, stage = self.reduce(patch, x, stage, removed)
         x = x + block.feed(patch.block, x)
@@ -173,7 +173,7 @@ class Tower:
 
     def reduce(self, patch: PatchedForward, x: Tensor, stage: Stage, removed: int | Tensor) -> tuple[Tensor, Stage]:
         keys, patch.keys, patch.listening = patch.keys, None, False
-        if keys is None and self.method.needs_keys:
+        if keys is None and "keys" in self.method.needs:
             raise VTCError(
                 f"block {patch.index} of {self.site.path or 'the model'} attended without showing its keys, which "
                 f'{self.method.name} compares; please report the model, and use metric="hidden" where a method has it'
@@ -229,7 +229,7 @@ class Tower:
             plans = [self.plan(int(n) - prefix) for n in mask.sum(1)]
             plan = torch.tensor(plans, device=x.device)
             return replace(stage, plan=plan, mask=mask, size=mask.float())
-        if self.method.needs_grid and (self.grid is None or any(h * w != patches for h, w in self.grid)):
+        if "grid" in self.method.needs and (self.grid is None or any(h * w != patches for h, w in self.grid)):
             raise InputError(
                 f"{self.method.name} needs all patches of the image, but {patches} of the grid {self.grid} reached the "
                 "encoder: switch masking or patch dropout off, or use a method that needs no grid"

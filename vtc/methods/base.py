@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from vtc.errors import OptionError
 from vtc.token_map import TokenMap
+
+Projector = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,17 @@ class Tokens:
         prefix: how many leading tokens (CLS, distillation, registers) are kept alone.
         grid: (rows, columns) of each image's patches, B of them; None = unknown.
         layer, depth: the layer that decides, of how many.
+
+    At the input of a multimodal LLM, where `features` are the projected image tokens, and only as far as the method's
+    `needs` ask for it and the model has it:
+
+    Attributes:
+        attention: [B, N] float32, what each token received in the vision tower, near its end: from the CLS token where
+            there is one, else summed over all queries. The mean over heads.
+        middle: [B, N] float32, the same in the middle of the tower.
+        inputs: [B, N, P, V] float32, what the projector made each token from: P patches of width V.
+        projector: [B, N, P, V] -> [B, N, C], the model's projector in float32.
+        text: [B, T, C] embeddings of the prompt's text tokens; text_mask: [B, T] bool, True = real.
     """
 
     features: Tensor
@@ -33,6 +47,12 @@ class Tokens:
     grid: tuple[tuple[int, int], ...] | None = None
     layer: int = 0
     depth: int = 1
+    attention: Tensor | None = None
+    middle: Tensor | None = None
+    inputs: Tensor | None = None
+    projector: Projector | None = None
+    text: Tensor | None = None
+    text_mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -57,8 +77,9 @@ class Method:
     merges: ClassVar[bool] = True  # False: tokens are dropped
     halves: ClassVar[bool] = True  # at most half of the tokens can go in one round (pairwise matching)
     one_shot: ClassVar[bool] = False  # inside a ViT: all at the first layer instead of some at every layer
-    needs_keys: ClassVar[bool] = False
-    needs_grid: ClassVar[bool] = False
+    encoder: ClassVar[bool] = True  # works inside a vision encoder; False: only where a multimodal LLM takes its tokens
+    # Fields of Tokens beyond the features that `decide` reads. A property where it depends on options.
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         if isinstance(self.r, list):
@@ -68,6 +89,10 @@ class Method:
     def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
         """Remove `r` tokens behind the prefix: an int, or [B] when there is a mask (a ragged batch)."""
         raise NotImplementedError
+
+    def notes(self, tokens: Tokens) -> str:
+        """What a report should say of how `tokens` will be decided on, where the options leave it open."""
+        return ""
 
     def options(self) -> dict[str, Any]:
         """The options that differ from the defaults, to print."""

@@ -27,7 +27,7 @@ class Downsample(Method):
     summary: ClassVar[str] = "averages neighbouring tokens, or shrinks the image (baseline)"
     halves: ClassVar[bool] = False
     one_shot: ClassVar[bool] = True
-    needs_grid: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"grid"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -89,14 +89,14 @@ class PiToMe(Method):
         return value
 
     @property
-    def needs_keys(self) -> bool:  # type: ignore[override]
-        return self.option("metric") == "keys"
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"keys"}) if self.option("metric") == "keys" else frozenset()
 
     def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
         share = tokens.layer / tokens.depth
         start, end = self.option("margin")
         low, high = self.option("protect")
-        metric = tokens.features if tokens.keys is None or not self.needs_keys else tokens.keys
+        metric = tokens.features if tokens.keys is None or not self.needs else tokens.keys
         return pitome_round(
             metric,
             r,

@@ -19,7 +19,7 @@ class ToMe(Method):
 
     name: ClassVar[str] = "tome"
     summary: ClassVar[str] = "merges the most similar pairs of an alternating split"
-    needs_keys: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"keys"})
 
     def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
         metric = tokens.features if tokens.keys is None else tokens.keys
