@@ -21,9 +21,17 @@ COLUMNS = {
 }
 HEAD = """# Models
 
-Written by `tools/support_matrix.py` from the models that the tests build (`tests/zoo.py`): every "yes" is a model on
-which every promise of [the architecture](architecture.md#promises) is tested. Your own model: `vtc.explain(model)`, or
-`vtc explain --model timm:vit_base_patch16_224`.
+Written by `tools/support_matrix.py` from the models that the tests build (`tests/zoo.py`, `tests/mllm_zoo.py`): every
+"yes" is a model on which every promise of [the architecture](architecture.md#promises) is tested. Your own model:
+`vtc.explain(model)`, or `vtc explain --model timm:vit_base_patch16_224`.
+
+"""
+LLM_HEAD = """
+## Multimodal LLMs
+
+Where the decoder takes its image tokens in (`fastv`, `dart`: from a layer of the decoder on), on transformers 5.17 and
+5.23, with sdpa and eager attention, in batches, with several images, with video where the family has it.
+`where="tower"` is PiToMe and ToMe inside the vision tower.
 
 """
 
@@ -49,7 +57,33 @@ def table() -> str:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     notes = [f"{number}. {reason}" for number, reason in enumerate(notes, 1)]
     covers = [f"- **{name}**: {families}" for name, families in vtc.list_adapters().items()]
-    return HEAD + "\n".join(covers) + "\n\n" + "\n".join(lines) + "\n\n" + "\n".join(notes) + "\n"
+    page = HEAD + "\n".join(covers) + "\n\n" + "\n".join(lines) + "\n\n" + "\n".join(notes) + "\n"
+    return page + LLM_HEAD + "\n".join(multimodal()) + "\n"
+
+
+def multimodal() -> list[str]:
+    """Every method in every family of multimodal LLMs, methods down and families across."""
+    from mllm_zoo import FAMILIES, build
+
+    import vtc
+    from vtc.methods import METHODS
+
+    rows = {name: (name, {"keep": 0.5}) for name in METHODS}
+    rows |= {f'{name}, where="tower"': (name, {"keep": 0.9, "where": "tower"}) for name in ("pitome", "tome")}
+    lines, notes = ["| method | " + " | ".join(FAMILIES) + " |", "|---" * (len(FAMILIES) + 1) + "|"], []
+    for label, (method, options) in rows.items():
+        cells = []
+        for name in FAMILIES:
+            plan = vtc.explain(build(name), method, **options)
+            if plan.ok:
+                cells.append("yes")
+                continue
+            reason = plan.encoders[0].refusal.removesuffix('; where="llm" works').removeprefix('where="tower": ')
+            if reason not in notes:
+                notes.append(reason)
+            cells.append(f"no ({notes.index(reason) + 1})")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return [*lines, "", *(f"{number}. {reason}" for number, reason in enumerate(notes, 1))]
 
 
 def main() -> int:

@@ -4,16 +4,42 @@ from vtc import functional
 from vtc.api import Explanation, Handle, Report, compress, explain, list_adapters, list_methods, remove
 from vtc.config import load_config, save_config
 from vtc.errors import InputError, OptionError, UnsupportedModelError, VTCError
-from vtc.methods import Downsample, PiToMe, Random, ToMe
+from vtc.methods import (
+    DART,
+    DPCKNN,
+    SCOPE,
+    CDPruner,
+    DivPrune,
+    Downsample,
+    FastV,
+    HiPrune,
+    IDPruner,
+    Norm,
+    PiToMe,
+    Random,
+    ToMe,
+    VisionZip,
+    VisPruner,
+    ZOOPrune,
+)
 from vtc.token_map import TokenMap
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DART",
+    "DPCKNN",
+    "SCOPE",
+    "CDPruner",
+    "DivPrune",
     "Downsample",
     "Explanation",
+    "FastV",
     "Handle",
+    "HiPrune",
+    "IDPruner",
     "InputError",
+    "Norm",
     "OptionError",
     "PiToMe",
     "Random",
@@ -22,6 +48,9 @@ __all__ = [
     "TokenMap",
     "UnsupportedModelError",
     "VTCError",
+    "VisPruner",
+    "VisionZip",
+    "ZOOPrune",
     "compress",
     "explain",
     "functional",

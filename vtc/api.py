@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
 from vtc import adapters
+from vtc.adapters import multimodal
+from vtc.adapters.multimodal import Gate
+from vtc.adapters.multimodal.intake import Intake
+from vtc.adapters.multimodal.question import Record
+from vtc.adapters.multimodal.standins import strip as strip_intake
 from vtc.adapters.site import Refusal, Site, check_blocks
 from vtc.adapters.stage import Stage
 from vtc.adapters.tower import PatchedForward, Tower, strip
 from vtc.errors import OptionError, UnsupportedModelError, VTCError
+from vtc.macs import decoder_macs
 from vtc.methods import METHODS, Method, make
 from vtc.token_map import TokenMap
 
 
 def compress(model: nn.Module, method: str | Method, **options: Any) -> Handle:
-    """Patch `model` in place so that its vision encoders work on fewer tokens. Takes itself off with `handle.remove()`,
+    """Patch `model` in place so that it works on fewer visual tokens. Takes itself off with `handle.remove()`,
     `vtc.remove(model)` or at the end of a `with` block.
 
     Args:
-        model: a model of timm, open_clip or transformers, or one that contains such an encoder.
+        model: a vision encoder of timm, open_clip or transformers, or a model that contains one; or a multimodal LLM of
+            transformers.
         method: a name (`vtc.list_methods()`) with its options, or a ready method: `vtc.PiToMe(keep=0.9)`.
 
     Returns:
-        A `Handle`. Outputs keep their shape: merged tokens are copied back to the places they came from after the last
-        block. A model that is compressed already gets the new method instead of the old one.
+        A `Handle`. An encoder's outputs keep their shape: merged tokens are copied back to the places they came from
+        after the last block. A multimodal LLM takes its own calls (`generate`, `forward`, `pipeline`); its decoder and
+        cache hold fewer tokens. A model that is compressed already gets the new method instead of the old one.
 
     Raises:
         OptionError: unknown method or option, a value out of range.
-        UnsupportedModelError: no encoder that can be reduced, and why. The model is unchanged.
+        UnsupportedModelError: nothing that can be reduced, and why. The model is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"model is a {type(model).__name__}: compress takes a torch.nn.Module")
@@ -40,21 +49,26 @@ def compress(model: nn.Module, method: str | Method, **options: Any) -> Handle:
     if not plan.ok:
         raise UnsupportedModelError(str(plan))
     remove(model)
-    towers: list[Tower] = []
+    parts: list[Tower | Intake] = []
     try:
         for site in plan._sites:
-            towers.append(Tower(site, chosen))
-            towers[-1].install()
+            if isinstance(site, Site):
+                parts.append(Tower(site, chosen))
+            else:
+                inside = Tower(_tower_site(site), chosen) if chosen.where == "tower" else None  # type: ignore[arg-type]
+                parts.append(Intake(site.family, site.path, site.inner, site.owners, chosen, inside))
+            parts[-1].install()
     except BaseException:
         remove(model)
         raise
-    return Handle(model, chosen, tuple(towers))
+    return Handle(model, chosen, tuple(parts))
 
 
 def remove(model: nn.Module) -> None:
     """Take every patch of vtc off `model`. Does nothing to a model without."""
     for module in model.modules():
         strip(module)
+        strip_intake(module)
 
 
 def explain(model: nn.Module, method: str | Method | None = None, **options: Any) -> Explanation:
@@ -65,22 +79,103 @@ def explain(model: nn.Module, method: str | Method | None = None, **options: Any
     if isinstance(method, str) and not {"keep", "r", "flops"} & set(options):
         options["keep"] = 1.0
     chosen = None if method is None else make(method, **options)
-    sites: list[Site] = []
+    sites: list[Site | Gate] = []
     found: list[Encoder] = []
-    for adapter, item in adapters.find(model):
+    for adapter, item in _find(model):
         if isinstance(item, Refusal):
             found.append(Encoder(item.path, item.kind, adapter, refusal=item.reason))
             continue
-        reason = _refuses(item, chosen)
-        depth = len(item.blocks)
-        found.append(Encoder(item.path, item.kind, adapter, depth, item.prefix, _reduced(item, chosen), reason))
-        if not reason:
+        if isinstance(item, Gate):
+            found.append(_explain_gate(item, chosen))
+        else:
+            reason = _refuses(item, chosen)
+            depth = len(item.blocks)
+            found.append(Encoder(item.path, item.kind, adapter, depth, item.prefix, _reduced(item, chosen), reason))
+        if not found[-1].refusal:
             sites.append(item)
     name = None if chosen is None else chosen.name
     return Explanation(type(model).__name__, name, tuple(found), tuple(sites))
 
 
+def _find(model: nn.Module) -> Iterator[tuple[str, Site | Gate | Refusal]]:
+    """Everything that can be reduced, or why not. The tower of a multimodal LLM is a part of it."""
+    gates = list(multimodal.find(model))
+    for gate in gates:
+        yield (gate.family.name if isinstance(gate, Gate) else "multimodal"), gate
+    for adapter, item in adapters.find(model):
+        if not any(f"{item.path}.".startswith(f"{gate.path}." if gate.path else "") for gate in gates):
+            yield adapter, item
+
+
+def _explain_gate(gate: Gate, method: Method | None) -> Encoder:
+    decoder = getattr(gate.inner, gate.family.decoder)
+    layers = len(getattr(decoder, "layers", ()))
+    where = "" if method is None else "the decoder's input, once"
+    if method is not None and method.where == "tower":
+        where = "the layers of its vision tower"
+    if method is not None and method.in_decoder:
+        where = f"layer {getattr(method, 'layer', 0)} of the decoder"
+    kind = type(gate.inner).__name__
+    return Encoder(gate.path, kind, gate.family.name, layers, 0, where, _gate_refuses(gate, method))
+
+
+def _gate_refuses(gate: Gate, method: Method | None) -> str:
+    decoder = getattr(gate.inner, gate.family.decoder)
+    if not hasattr(decoder, "rotary_emb"):
+        return f"its decoder ({type(decoder).__name__}) has no rotary positions, which kept tokens would keep"
+    if method is None:
+        return ""
+    if method.where == "tower":
+        site = _tower_site(gate)
+        return site if isinstance(site, str) else _refuses(site, method)
+    if method.keep is None:
+        return "r= and flops= are for the layers of an encoder; at the decoder's input give keep="
+    if getattr(method, "mode", "") == "resize":
+        return 'mode="resize": give the processor a smaller image instead; mode="pool" works'
+    if method.in_decoder:
+        return _layer_refuses(gate, method)
+    needs = method.needs & {"attention", "middle", "keys"} if not method.encoder else frozenset()
+    if needs and not gate.family.attentions(gate.inner):
+        return (
+            f"{method.name} reads the tower's attention, and {type(gate.family.tower(gate.inner)).__name__} shows none"
+        )
+    return ""
+
+
+def _layer_refuses(gate: Gate, method: Method) -> str:
+    decoder, layer = getattr(gate.inner, gate.family.decoder), method.layer  # type: ignore[attr-defined]
+    depth = len(decoder.layers)
+    if not 1 <= layer < depth:
+        return f"layer={layer}: the decoder has {depth} layers, so it takes 1 to {depth - 1}"
+    if "sliding_attention" in (getattr(decoder.config, "layer_types", None) or ()):
+        return f"{method.name} reduces between layers, and the windows of this decoder's sliding layers would shift"
+    planes = len(getattr(getattr(gate.inner, "visual", None), "deepstack_visual_indexes", ()))
+    if layer < planes:
+        return f"layer={layer}: DeepStack adds to the image tokens behind {planes} layers; give layer={planes} or more"
+    return ""
+
+
+def _tower_site(gate: Gate) -> Site | str:
+    """The layers of a multimodal LLM's tower up to the one that is projected, or why it cannot be reduced."""
+    reason = gate.family.in_tower
+    if reason:
+        return f'where="tower": {reason}; where="llm" works'
+    for _, item in adapters.find(gate.family.tower(gate.inner)):
+        if isinstance(item, Refusal):
+            return f'where="tower": {item.reason}'
+        path = f"{gate.path}.vision_tower".strip(".")
+        return replace(
+            item, path=path, blocks=item.blocks[: len(item.blocks) + 1 + gate.family.feature_layer(gate.inner)]
+        )
+    return f'where="tower": {type(gate.family.tower(gate.inner)).__name__} is no encoder that vtc knows'
+
+
 def _refuses(site: Site, method: Method | None) -> str:
+    if method is not None and (not method.encoder or method.where == "llm" or method.pooled):
+        what = "pooled=True" if method.pooled else 'where="llm"' if method.where else method.name
+        return (
+            f"{what} is for multimodal LLMs, where the decoder takes its image tokens; this is a vision encoder alone"
+        )
     if method is not None and method.merges and site.no_bias:
         return f'{site.no_bias} takes no size bias, which merged tokens need; load it with attn_implementation="sdpa"'
     if not any(isinstance(block.__dict__.get("forward"), PatchedForward) for block in site.blocks):
@@ -139,7 +234,7 @@ class Explanation:
     model: str
     method: str | None
     encoders: tuple[Encoder, ...]
-    _sites: tuple[Site, ...] = ()
+    _sites: tuple[Site | Gate, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -152,7 +247,7 @@ class Explanation:
 
     def __str__(self) -> str:
         if not self.encoders:
-            known = "; ".join(f"{a.name}: {a.covers}" for a in adapters.ADAPTERS.values())
+            known = "; ".join(f"{name}: {covers}" for name, covers in list_adapters().items())
             return (
                 f"{self.model} holds no vision encoder that vtc knows: it is a CNN, a windowed or pooling pyramid, or "
                 f"of a family without an adapter. Known are {known}"
@@ -167,7 +262,10 @@ class Report:
     Attributes:
         tokens: per layer (tokens into attention, tokens into the MLP), prefix included; per image if they differ.
         before, after: image tokens at the encoder's entry and end, one per image.
-        macs_before, macs_after: multiply-adds of the encoder for the whole call.
+        macs_before, macs_after: multiply-adds of the encoder for the whole call; in a multimodal LLM those of the
+            decoder's prefill, without the language head.
+        notes: what the method chose by itself.
+        prompts: in a multimodal LLM, the length of every prompt as it came, without padding; `tokens` tells the rest.
     """
 
     method: str
@@ -178,6 +276,8 @@ class Report:
     macs_before: int
     macs_after: int
     path: str = ""
+    notes: str = ""
+    prompts: tuple[int, ...] = ()
 
     @property
     def macs_ratio(self) -> float:
@@ -196,22 +296,22 @@ class Report:
             f"{self.method}: {span(self.before)} -> {span(self.after)} image tokens ({kept:.1%} kept, {1 - kept:.1%} "
             f"removed), {self.images} image{'s' * (self.images != 1)}, {self.macs_before / 1e9:.2f} -> "
             f"{self.macs_after / 1e9:.2f} GMACs ({self.macs_ratio:.1%} remain)"
+            f"{'; ' if self.notes else ''}{self.notes}"
         )
 
 
 class Handle:
     """A compressed model's method, what it did last, and the way back."""
 
-    def __init__(self, model: nn.Module, method: Method, towers: tuple[Tower, ...]) -> None:
-        self.model, self.method, self._towers = model, method, towers
+    def __init__(self, model: nn.Module, method: Method, parts: tuple[Tower | Intake, ...]) -> None:
+        self.model, self.method, self._parts = model, method, parts
 
     def remove(self) -> None:
         """Give the model back as it was. Nothing happens if it is, or if another method took this one's place."""
-        for tower in self._towers:
-            for patch in tower.patched:
-                if patch.block.__dict__.get(patch.name) is patch:
-                    remove(self.model)
-                    return
+        for part in self._parts:
+            if any(patch.installed for patch in part.patched):
+                remove(self.model)
+                return
 
     def __enter__(self) -> Handle:
         return self
@@ -221,42 +321,77 @@ class Handle:
     ) -> None:
         self.remove()
 
-    def _stage(self) -> tuple[Tower, Stage]:
-        for tower in self._towers:
-            if tower.stage is not None and tower.stage.layer == len(tower.site.blocks):
-                return tower, tower.stage
+    def _last(self) -> tuple[Tower, Stage] | tuple[Intake, Record]:
+        for part in self._parts:
+            if isinstance(part, Intake):
+                if part.record is not None:
+                    return part, part.record
+            elif part.stage is not None and part.stage.layer == len(part.site.blocks):
+                return part, part.stage
         raise VTCError("nothing to report yet: no call with an image has gone through the compressed model")
 
     @property
     def token_map(self) -> TokenMap:
-        """Image tokens (without CLS and other prefix tokens) to the tokens at the encoder's end, in the last call."""
+        """Image tokens (without CLS and other prefix tokens) to the tokens at the end, in the last call that held
+        images; in a multimodal LLM one row per image in prompt order (per crop, per frame), newlines not counted."""
         return self.layer_maps[-1]
 
     @property
     def layer_maps(self) -> list[TokenMap]:
         """Image tokens to the tokens after each layer that reduced, in the last call; at least one."""
-        tower, stage = self._stage()
-        maps = [] if stage.front is None else [stage.front]
-        for step in stage.maps:
+        part, last = self._last()
+        if isinstance(last, Record):
+            return [last.token_map]
+        maps = [] if last.front is None else [last.front]
+        for step in last.maps:
             maps.append(maps[-1].compose(step) if maps else step)
         if not maps:
-            maps = [TokenMap.identity(stage.batch, stage.entry)]
-        return [step.drop_prefix(stage.prefix) for step in maps]
+            maps = [TokenMap.identity(last.batch, last.entry)]
+        return [step.drop_prefix(last.prefix) for step in maps]
+
+    @property
+    def kept(self) -> Tensor:
+        """[B, L] bool: which columns of the prompt a multimodal LLM's decoder was given in the last call with images.
+        Logits of a forward and hidden states are those of these columns, in order."""
+        _, last = self._last()
+        if not isinstance(last, Record):
+            raise VTCError("kept speaks of prompts, and this model is a vision encoder: see token_map")
+        return last.kept
 
     @property
     def report(self) -> Report:
         """What the last call did: tokens per layer and image, MACs before and after."""
-        tower, stage = self._stage()
-        return _report(self.method.name, tower, stage)
+        part, last = self._last()
+        if isinstance(part, Intake):
+            assert isinstance(last, Record)
+            return _prompt_report(self.method, part, last)
+        assert isinstance(last, Stage)
+        return _report(self.method.name, part, last)
 
     def __repr__(self) -> str:
         options = ", ".join(f"{k}={v!r}" for k, v in self.method.options().items())
-        where = ", ".join(tower.site.path or tower.site.kind for tower in self._towers)
+        where = ", ".join(part.where for part in self._parts)
         try:
             last = f"; last call {self.report}"
         except VTCError:
             last = "; no call yet"
         return f"Handle({self.method.name}({options}) in {where}{last})"
+
+
+def _prompt_report(method: Method, intake: Intake, record: Record) -> Report:
+    """Of a multimodal LLM: the decoder's prefill, and the tower where the method works in it."""
+    decoder = getattr(intake.inner, intake.family.decoder)
+    before, after = record.lengths, tuple(record.token_map.mask().sum(1).tolist())
+    dense, short = record.real.sum(1).tolist(), (record.columns >= 0).sum(1).tolist()
+    macs = [sum(decoder_macs(decoder, count) for count in counts) for counts in (dense, short)]
+    if intake.tower is not None and intake.tower.stage is not None:
+        inside = _report(method.name, intake.tower, intake.tower.stage)
+        macs = [macs[0] + inside.macs_before, macs[1] + inside.macs_after]
+    layers = len(decoder.layers)
+    flow = tuple((short[0] if len(set(short)) == 1 else tuple(short),) * 2 for _ in range(layers))
+    return Report(
+        method.name, len(before), before, after, flow, macs[0], macs[1], intake.where, record.notes, tuple(dense)
+    )
 
 
 def _report(name: str, tower: Tower, stage: Stage) -> Report:
@@ -295,7 +430,8 @@ def list_methods() -> dict[str, str]:
 
 def list_adapters() -> dict[str, str]:
     """Name of every adapter and the model families it covers."""
-    return {name: adapter.covers for name, adapter in adapters.ADAPTERS.items()}
+    known = {name: adapter.covers for name, adapter in adapters.ADAPTERS.items()}
+    return {**known, **{name: family.covers for name, family in multimodal.FAMILIES.items()}}
 
 
 __all__ = ["Explanation", "Handle", "Report", "compress", "explain", "list_adapters", "list_methods", "remove"]

@@ -4,6 +4,9 @@ Every function takes features [B, N, D] and returns a `TokenMap`. `prefix` leadi
 marks real tokens; `size` [B, N] says what each token already stands for. `keep` is what stays of the real tokens behind
 the prefix: a fraction (r = floor(T - T keep) tokens go) or a count. Pairwise matching halves at most per round, so a
 smaller keep takes several rounds, with the features merged in between. Ties go to the lowest index.
+
+The selections (`mmr`, `sads`, `max_min`, `dpp`, `coverage`) and `dpc_knn` reduce once, to max(1, round(keep T)) tokens,
+and know no prefix and no size. A selection's map has the `order` in which the tokens were picked.
 """
 
 from __future__ import annotations
@@ -16,15 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtc import ops
 from vtc.errors import InputError, OptionError
+from vtc.methods import idpruner, zoo_prune
 from vtc.methods.base import check_budget
 from vtc.methods.downsample import coarse_grid, pool_map
+from vtc.methods.dpc_knn import dpc_knn_map
 from vtc.methods.pitome import check_pitome, pitome_round
 from vtc.methods.random import random_round
+from vtc.methods.selector import check_number, selected
 from vtc.methods.tome import tome_round
 from vtc.token_map import TokenMap
 
-__all__ = ["downsample", "pitome", "random", "tome"]
+__all__ = ["coverage", "downsample", "dpc_knn", "dpp", "max_min", "mmr", "pitome", "random", "sads", "tome"]
 
 
 def tome(
@@ -99,6 +106,80 @@ def downsample(
     return pool_map(tokens, (grid,) * batch, [coarse] * batch, prefix, size=size, device=features.device)
 
 
+def mmr(
+    features: Tensor,
+    importance: Tensor,
+    *,
+    keep: float | int,
+    balance: float = 0.5,
+    normalize: str = "minmax",
+    step: int = 1,
+    mask: Tensor | None = None,
+) -> TokenMap:
+    """IDPruner's selection (arXiv 2602.13315): the next token maximises balance x importance less (1 - balance) x its
+    highest cosine to those picked. The importance [B, N] is normalised per image: "minmax", "rank" or "none"."""
+    idpruner.check_mmr(balance, normalize, step)
+
+    def pick(unit: Tensor, count: int | Tensor, scores: Tensor) -> Tensor:
+        scaled = idpruner.normalized(scores, normalize, mask)
+        return ops.greedy_select(unit, scaled, count, "mmr", balance, step, mask)
+
+    return _select(pick, features, keep, mask, importance=importance)
+
+
+def sads(features: Tensor, sensitivity: Tensor, *, keep: float | int, mask: Tensor | None = None) -> TokenMap:
+    """ZOO-Prune's selection (arXiv 2509.24837): the next token maximises its sensitivity [B, N], min-max normalised,
+    times 1 - its highest cosine to those picked."""
+
+    def pick(unit: Tensor, count: int | Tensor, scores: Tensor) -> Tensor:
+        return ops.greedy_select(unit, zoo_prune.normalized(scores, mask), count, "sads", mask=mask)
+
+    return _select(pick, features, keep, mask, sensitivity=sensitivity)
+
+
+def max_min(features: Tensor, *, keep: float | int, mask: Tensor | None = None) -> TokenMap:
+    """DivPrune's selection (arXiv 2503.02175): the next token is the farthest, by cosine, from those picked."""
+
+    def pick(unit: Tensor, count: int | Tensor) -> Tensor:
+        return ops.greedy_select(unit, None, count, "max_min", mask=mask)
+
+    return _select(pick, features, keep, mask)
+
+
+def dpp(features: Tensor, relevance: Tensor, *, keep: float | int, mask: Tensor | None = None) -> TokenMap:
+    """CDPruner's selection (arXiv 2506.10967): greedily the largest determinant of `r_i cos_ij r_j`, the relevance r
+    [B, N] as it is given; ones leave diversity alone."""
+
+    def pick(unit: Tensor, count: int | Tensor, scores: Tensor) -> Tensor:
+        return ops.dpp_select(unit, scores, count, mask)
+
+    return _select(pick, features, keep, mask, relevance=relevance)
+
+
+def coverage(
+    features: Tensor, saliency: Tensor, *, keep: float | int, alpha: float = 1.0, mask: Tensor | None = None
+) -> TokenMap:
+    """SCOPE's selection (arXiv 2510.24214): the next token maximises its saliency [B, N] to the power of alpha times
+    how much of the tokens it covers that is not covered yet."""
+    check_number("alpha", alpha, 0)
+
+    def pick(unit: Tensor, count: int | Tensor, scores: Tensor) -> Tensor:
+        scores = scores.float()
+        if bool((scores < 0).any() if mask is None else ((scores < 0) & mask).any()):
+            raise InputError("the saliency holds negative values: it says how much a token's cover counts")
+        return ops.coverage_select(unit, scores**alpha, count, mask)
+
+    return _select(pick, features, keep, mask, saliency=saliency)
+
+
+def dpc_knn(features: Tensor, *, keep: float | int, neighbors: int = 5, mask: Tensor | None = None) -> TokenMap:
+    """DPC-KNN clustering: tokens join the nearest of the density peaks (see `vtc.DPCKNN`)."""
+    check_number("neighbors", neighbors, 1, whole=True)
+    check(features, 0, mask)
+    with torch.no_grad():
+        return dpc_knn_map(features, rounded(features, keep, mask), neighbors, mask)
+
+
 def check(features: Tensor, prefix: int = 0, mask: Tensor | None = None, size: Tensor | None = None) -> None:
     """Raise InputError unless the tensors fit together and the features are finite."""
     if features.ndim != 3 or not features.is_floating_point():
@@ -139,6 +220,32 @@ def removals(
             assert keep is not None
             gone.append(min(math.floor(count - count * keep), max(0, count - 1)))
     return gone[0] if mask is None else torch.tensor(gone, device=features.device)
+
+
+def rounded(features: Tensor, keep: float | int, mask: Tensor | None) -> int | Tensor:
+    """How many tokens stay where a method reduces once: max(1, round(keep T)), for all images or, with a mask, each."""
+    check_budget(keep)
+    if isinstance(keep, int):
+        removed = removals(features, keep, None, 0, mask)
+        return features.shape[1] - removed if mask is None else mask.sum(1) - removed
+    if mask is None:
+        return min(features.shape[1], max(1, round(features.shape[1] * keep)))
+    counts = [min(n, max(1, round(n * keep))) for n in mask.sum(1).tolist()]
+    return torch.tensor(counts, device=features.device)
+
+
+def _select(
+    pick: Callable[..., Tensor], features: Tensor, keep: float | int, mask: Tensor | None, **scores: Tensor
+) -> TokenMap:
+    """The map of what `pick(unit vectors, count, *scores)` picks, once everything is checked."""
+    check(features, 0, mask)
+    for name, score in scores.items():
+        if score.shape != features.shape[:2]:
+            raise InputError(f"{name} must be {tuple(features.shape[:2])} like the features, not {tuple(score.shape)}")
+        check_finite(score if mask is None else score.masked_fill(~mask, 0), name)
+    with torch.no_grad():
+        order = pick(ops.normalize(features), rounded(features, keep, mask), *scores.values())
+    return selected(order, features.shape[1])
 
 
 def _rounds(

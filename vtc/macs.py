@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -60,3 +61,13 @@ def linear_weights(module: nn.Module | None) -> int:
         if isinstance(m, nn.MultiheadAttention) and m.in_proj_weight is not None:
             count += m.in_proj_weight.numel()
     return count
+
+
+def decoder_macs(decoder: Any, tokens: int) -> int:
+    """Multiply-adds of a decoder's layers on a prompt of `tokens`, from the weights alone: every Linear weight once per
+    token, and `width N^2` for the two products with the causal half of the attention map."""
+    total = 0
+    for layer in decoder.layers:
+        attention = next(m for m in layer.modules() if hasattr(m, "head_dim") and hasattr(m, "o_proj"))
+        total += tokens * linear_weights(layer) + attention.o_proj.in_features * tokens * tokens
+    return total

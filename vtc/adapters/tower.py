@@ -53,6 +53,10 @@ class PatchedForward:
     def install(self) -> None:
         self.block.__dict__[self.name] = self
 
+    @property
+    def installed(self) -> bool:
+        return self.block.__dict__.get(self.name) is self
+
     def remove(self) -> None:
         if self.replaced is not None:
             self.block.__dict__[self.name] = self.replaced
@@ -96,6 +100,10 @@ class Tower:
     plans: dict[int, tuple[int, ...]] = field(default_factory=dict)
     grid: tuple[Grid, ...] | None = None
     resized: tuple[Grid, Grid] | None = None  # the image's own grid and the one it was resized to, until block 0
+
+    @property
+    def where(self) -> str:
+        return self.site.path or self.site.kind
 
     # -- on and off ---------------------------------------------------------------------------------------------
 

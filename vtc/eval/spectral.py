@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import vtc
 from vtc import ops
+from vtc.adapters.site import Site
 from vtc.adapters.tower import head_mean
 from vtc.eval import common, elpv, photos
 from vtc.eval.common import Results
@@ -141,7 +142,9 @@ def run(
     levels = common.check_levels(levels)
     pixels, what = _images(common.check_images(images, 128))
     model = common.load_model()
-    macs = vtc.explain(model)._sites[0].macs
+    (site,) = vtc.explain(model)._sites
+    assert isinstance(site, Site)
+    macs = site.macs
     compared = [(level, label, method) for level in levels for label, method in methods(level).items()]
     bar = common.bar(len(pixels), "spectral", progress)
     found: dict[tuple[float, str, Any], list[Tensor]] = {}

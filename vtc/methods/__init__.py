@@ -7,12 +7,31 @@ from typing import Any
 
 from vtc.errors import OptionError
 from vtc.methods.base import Method, Tokens
+from vtc.methods.cdpruner import CDPruner
+from vtc.methods.dart import DART
+from vtc.methods.divprune import DivPrune
 from vtc.methods.downsample import Downsample
+from vtc.methods.dpc_knn import DPCKNN
+from vtc.methods.fastv import FastV
+from vtc.methods.hiprune import HiPrune
+from vtc.methods.idpruner import IDPruner
+from vtc.methods.norm import Norm
 from vtc.methods.pitome import PiToMe
 from vtc.methods.random import Random
+from vtc.methods.scope import SCOPE
 from vtc.methods.tome import ToMe
+from vtc.methods.visionzip import VisionZip
+from vtc.methods.vispruner import VisPruner
+from vtc.methods.zoo_prune import ZOOPrune
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (PiToMe, ToMe, Random, Downsample)}
+_MATCHING = (PiToMe, ToMe)
+_AT_THE_INPUT = (IDPruner, ZOOPrune, DivPrune, CDPruner, SCOPE, VisPruner, HiPrune, VisionZip, DPCKNN)
+_IN_THE_DECODER = (FastV, DART)
+_BASELINES = (Norm, Random, Downsample)
+
+METHODS: dict[str, type[Method]] = {
+    cls.name: cls for cls in (*_MATCHING, *_AT_THE_INPUT, *_IN_THE_DECODER, *_BASELINES)
+}
 
 # Options of other libraries that mean the opposite, or something else.
 _ALIASES = ("ratio", "compression_ratio", "pruning_ratio", "prune_ratio", "rate", "keep_ratio", "reduction")
@@ -41,4 +60,25 @@ def make(method: str | Method, **options: Any) -> Method:
     return METHODS[method](**options)
 
 
-__all__ = ["METHODS", "Downsample", "Method", "PiToMe", "Random", "ToMe", "Tokens", "make"]
+__all__ = [
+    "DART",
+    "DPCKNN",
+    "METHODS",
+    "SCOPE",
+    "CDPruner",
+    "DivPrune",
+    "Downsample",
+    "FastV",
+    "HiPrune",
+    "IDPruner",
+    "Method",
+    "Norm",
+    "PiToMe",
+    "Random",
+    "ToMe",
+    "Tokens",
+    "VisPruner",
+    "VisionZip",
+    "ZOOPrune",
+    "make",
+]

@@ -66,17 +66,23 @@ class Method:
             int, the number of tokens left at the end.
         r: tokens to remove per layer of a ViT, or a list with one number per layer.
         flops: float in (0, 1], the fraction of the encoder's multiply-adds that remains.
+        where: in a multimodal LLM: "llm" (default), once, where the decoder takes the image tokens in; or "tower",
+            layer by layer inside the vision tower, as in a ViT alone.
+        pooled: in a multimodal LLM: one budget for all images of a prompt instead of one for each.
     """
 
     keep: float | int | None = None
     r: int | tuple[int, ...] | None = None
     flops: float | None = None
+    where: str | None = None
+    pooled: bool = False
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     merges: ClassVar[bool] = True  # False: tokens are dropped
     halves: ClassVar[bool] = True  # at most half of the tokens can go in one round (pairwise matching)
     one_shot: ClassVar[bool] = False  # inside a ViT: all at the first layer instead of some at every layer
+    in_decoder: ClassVar[bool] = False  # drops tokens behind a layer of the decoder
     encoder: ClassVar[bool] = True  # works inside a vision encoder; False: only where a multimodal LLM takes its tokens
     # Fields of Tokens beyond the features that `decide` reads. A property where it depends on options.
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -85,6 +91,11 @@ class Method:
         if isinstance(self.r, list):
             object.__setattr__(self, "r", tuple(self.r))
         check_budget(self.keep, self.r, self.flops)
+        if self.where not in (None, "llm", "tower"):
+            raise OptionError(f'where={self.where!r} is unknown; choose "llm" or "tower"')
+        if self.where == "tower" and (self.pooled or not self.encoder):
+            what = "pooled=True says nothing there" if self.pooled else f"{self.name} works at the decoder's input only"
+            raise OptionError(f'where="tower": {what}')
 
     def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
         """Remove `r` tokens behind the prefix: an int, or [B] when there is a mask (a ragged batch)."""

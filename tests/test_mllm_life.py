@@ -1,0 +1,309 @@
+"""What people do with a multimodal LLM besides one `generate`: turns, beams, training, saving, taking it off again."""
+
+from __future__ import annotations
+
+import copy
+
+import mllm_zoo as zoo
+import pytest
+import torch
+from mllm_oracle import dense_generate_positions, oracle
+
+import vtc
+
+NAMES = list(zoo.FAMILIES)
+SOME = ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "idefics3", "gemma3", "paligemma"]
+
+
+def fingerprint(model):
+    """Everything that a patch could leave behind."""
+    found = []
+    for path, module in model.named_modules():
+        hooks = [len(getattr(module, name)) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")]
+        state = {k: id(v) for k, v in module.__dict__.items() if k not in ("_parameters", "_buffers", "_modules")}
+        state.pop("rope_deltas", None)  # Qwen models remember the last prompt's
+        found.append((path, type(module), sorted(state.items()), hooks, [id(p) for p in module.parameters(False)]))
+    return found
+
+
+def said(model, inputs, **options):
+    return model.generate(**inputs, max_new_tokens=5, do_sample=False, **options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_removed_without_a_trace(name):
+    model, inputs = zoo.build(name), zoo.inputs(name, "single")
+    dense, before = said(model, inputs), fingerprint(model)
+    for method in ("random", "tome"):
+        with vtc.compress(model, method, keep=0.3):
+            said(model, inputs)
+        assert fingerprint(model) == before
+        assert torch.equal(said(model, inputs), dense)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_removed_after_an_exception_in_the_middle(name):
+    model, inputs = zoo.build(name), zoo.inputs(name, "single")
+    dense, before = said(model, inputs), fingerprint(model)
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    hook = zoo.text_model(model).layers[1].register_forward_hook(stop)
+    try:
+        with pytest.raises(Stop), vtc.compress(model, "random", keep=0.3):
+            said(model, inputs)
+    finally:
+        hook.remove()
+    assert fingerprint(model) == before
+    assert torch.equal(said(model, inputs), dense)
+
+
+@pytest.mark.parametrize("case", ["single", "ragged", "pair"])
+@pytest.mark.parametrize("name", NAMES)
+def test_keep_all_is_the_model_itself(name, case):
+    model, inputs = zoo.build(name), zoo.inputs(name, case)
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        for method in ("random", "tome"):
+            with vtc.compress(model, method, keep=1.0):
+                assert torch.equal(model(**inputs).logits, dense)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cache_holds_what_was_kept(name):
+    model, inputs = zoo.build(name), zoo.inputs(name, "ragged")
+    with vtc.compress(model, "random", keep=0.3) as handle:
+        out = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+        longest = int((handle.kept & inputs["attention_mask"].bool()).sum(1).max())
+        kept = handle.report.after
+    cache = out.past_key_values
+    window = getattr(zoo.text_model(model).config, "sliding_window", None) or 10**6
+    sizes = {layer.keys.shape[2] for layer in cache.layers}
+    assert sizes <= {longest + 2, min(longest + 2, window - 1)} and max(sizes) == longest + 2
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1] + 2  # the conversation's own length
+    assert all(k == max(1, round(0.3 * n)) for k, n in zip(kept, handle.report.before, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batch_is_its_items(name):
+    """Also the choice itself: one image's tokens do not depend on its neighbours."""
+    model, inputs = zoo.build(name), zoo.inputs(name, "ragged")
+    with vtc.compress(model, "tome", keep=0.4) as handle:
+        together = said(model, inputs)
+        kept = handle.kept
+        for row in range(len(kept)):
+            single = zoo.alone(name, "ragged", row)
+            length = single["input_ids"].shape[1]
+            assert torch.equal(said(model, single)[0, length:], together[row, inputs["input_ids"].shape[1] :])
+            assert torch.equal(handle.kept[0], kept[row, -length:])
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_second_turn_on_the_cache(name):
+    """A question after the answer, with the cache that came back: the same as the whole conversation at once."""
+    model, inputs = zoo.build(name), zoo.inputs(name, "single")
+    more = torch.tensor([[7, 9, 11, 13, 8]])
+    with vtc.compress(model, "random", keep=0.3) as handle:
+        first = model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+        kept = handle.kept
+        ids = torch.cat([first.sequences, more], dim=1)
+        extra = {
+            k: torch.cat([v, v.new_zeros(1, ids.shape[1] - v.shape[1])], dim=1)
+            for k, v in inputs.items()
+            if k in ("mm_token_type_ids", "token_type_ids")
+        }
+        if name == "paligemma":
+            extra["token_type_ids"][:, inputs["input_ids"].shape[1] :] = 1
+        second = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=first.past_key_values,
+            max_new_tokens=4,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **extra,
+        )
+    whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids), **extra}
+    everything = torch.cat([kept, torch.ones(1, ids.shape[1] - kept.shape[1], dtype=torch.bool)], dim=1)
+    answer = second.sequences[:, ids.shape[1] :]
+    want = oracle(name, model, whole, everything, steps=3, forced=answer[:, :3])
+    got = torch.stack(second.logits, dim=1)[0]
+    if name == "paligemma":  # its first turn looks both ways inside the prompt, of which the answer is then a part
+        return
+    assert torch.allclose(got[0], want.prefill[0][-1], atol=1e-5, rtol=0)
+    assert torch.allclose(got[1:], want.decode[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llava", "idefics3", "qwen2_5_vl", "qwen3_vl"])
+def test_second_image_in_a_later_turn(name):
+    """Two turns with an image each, against one call that holds both."""
+    model, pair = zoo.build(name), zoo.inputs(name, "pair")
+    runs = zoo.runs(model, pair["input_ids"])
+    positions = dense_generate_positions(name, model, pair)
+    with vtc.compress(model, "random", keep=0.3) as handle, torch.no_grad():
+        whole = model(**pair, position_ids=positions)
+        kept = handle.kept
+        half = next(i for i, run in enumerate(runs) if run[1] - runs[i - 1][2] > 1 and i > 0) if len(runs) > 2 else 1
+        border = runs[half][1] - 1
+        first, second = split(name, model, pair, border)
+        start = model(**first, position_ids=positions[..., :border], use_cache=True)
+        parts = [handle.kept]
+        end = model(
+            **second,
+            attention_mask=pair["attention_mask"],
+            position_ids=positions[..., border:],
+            past_key_values=start.past_key_values,
+            use_cache=True,
+        )
+        parts.append(handle.kept)
+    assert torch.equal(torch.cat(parts, dim=1), kept)
+    both = torch.cat([start.logits, end.logits], dim=1)
+    assert torch.allclose(both, whole.logits, atol=1e-5, rtol=0)
+
+
+def split(name, model, pair, border):
+    """The first and the second half of a prompt with two images, without the second's mask."""
+    first, second = {}, {}
+    visual = zoo.placeholders(model, pair["input_ids"])
+    share = int(visual[:, :border].sum())
+    for key, value in pair.items():
+        if value.shape[-1] == pair["input_ids"].shape[-1] and value.ndim == 2:
+            first[key], second[key] = value[:, :border], value[:, border:]
+        elif key.endswith("grid_thw"):
+            first[key], second[key] = value[:1], value[1:]
+        elif name.startswith("qwen"):  # patches in one row
+            first[key], second[key] = value[: share * 4], value[share * 4 :]
+        elif name == "idefics3":  # [1, images, ...], 16 tokens each
+            first[key], second[key] = value[:, : share // 16], value[:, share // 16 :]
+        else:
+            first[key], second[key] = value[:1], value[1:]
+    second.pop("attention_mask")
+    return first, second
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3"])
+def test_beams(name):
+    """Beam search: images repeated, caches reordered. One prompt as a batch of itself is the reference."""
+    model, inputs = zoo.build(name), zoo.inputs(name, "ragged" if name != "gemma3" else "single")
+    with vtc.compress(model, "random", keep=0.4):
+        together = model.generate(**inputs, max_new_tokens=5, num_beams=3, do_sample=False)
+        if "ragged" and name != "gemma3":
+            for row in range(len(together)):
+                single = zoo.alone(name, "ragged", row)
+                alone = model.generate(**single, max_new_tokens=5, num_beams=3, do_sample=False)
+                assert torch.equal(alone[0, -5:], together[row, -5:])
+        dense = model.generate(**inputs, max_new_tokens=5, num_beams=1, do_sample=False)
+    assert dense.shape == together.shape
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_chunked_prefill_is_refused(name):
+    """transformers cuts the encoded image into chunks (5.23), or fails at it, or prefills wrongly (5.17)."""
+    model, inputs = zoo.build(name), zoo.inputs(name, "single")
+    try:
+        own = torch.equal(said(model, inputs, prefill_chunk_size=8), said(model, inputs))
+    except RuntimeError:
+        own = False
+    if own:
+        with vtc.compress(model, "random", keep=0.4), pytest.raises(vtc.InputError, match="chunk"):
+            said(model, inputs, prefill_chunk_size=8)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_labels_give_the_loss_over_what_was_kept(name):
+    model, inputs = zoo.build(name), zoo.inputs(name, "ragged_right")
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels = labels.masked_fill(zoo.placeholders(model, inputs["input_ids"]), -100)
+    with vtc.compress(model, "random", keep=0.4) as handle:
+        out = model(**inputs, labels=labels)
+        record = handle._parts[0].record
+    columns = record.columns
+    kept = labels.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -100)
+    want = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), kept[:, 1:].flatten(), ignore_index=-100)
+    assert torch.allclose(out.loss, want, atol=1e-6)
+    assert out.logits.shape[1] == columns.shape[1] < labels.shape[1]
+
+
+@pytest.mark.parametrize("method", ["random", "tome"])
+@pytest.mark.parametrize("name", SOME)
+def test_gradients_flow(name, method):
+    model, inputs = zoo.build(name, fresh=True).train(), zoo.inputs(name, "single")
+    with vtc.compress(model, method, keep=0.4):
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    tower = next(p for n, p in model.named_parameters() if ("vision" in n or "visual" in n) and "patch" in n)
+    decoder = zoo.text_model(model).layers[0].self_attn.q_proj.weight
+    assert tower.grad.abs().sum() > 0 and decoder.grad.abs().sum() > 0
+
+
+def test_copies_are_compressed_apart():
+    model, inputs = zoo.build("qwen2_5_vl", fresh=True), zoo.inputs("qwen2_5_vl", "single")
+    handle = vtc.compress(model, "random", keep=0.4)
+    twin = copy.deepcopy(model)
+    short = said(model, inputs)
+    handle.remove()
+    dense = said(model, inputs)
+    assert torch.equal(said(twin, inputs), short)
+    vtc.remove(twin)
+    assert torch.equal(said(twin, inputs), dense)
+    cache = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True).past_key_values
+    copy.deepcopy(cache)
+
+
+def test_half_precision_and_static_cache():
+    model, inputs = zoo.build("llava", fresh=True).to(torch.bfloat16), zoo.inputs("llava", "ragged")
+    inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+    with vtc.compress(model, "random", keep=0.4):
+        assert said(model, inputs).shape[1] == inputs["input_ids"].shape[1] + 5
+    model, inputs = zoo.build("llava"), zoo.inputs("llava", "ragged")
+    with vtc.compress(model, "random", keep=0.4):
+        assert torch.equal(said(model, inputs, cache_implementation="static"), said(model, inputs))
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
+def test_a_compiled_decoder(name):
+    model, inputs = zoo.build(name, fresh=True), zoo.inputs(name, "single")
+    want = None
+    with vtc.compress(model, "random", keep=0.4):
+        want = said(model, inputs)
+        zoo.text_model(model).compile(backend="aot_eager")
+        assert torch.equal(said(model, inputs), want)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_assisted_decoding(name):
+    """With a draft model, tokens are taken back from the cache."""
+    model, draft = zoo.build(name), zoo.build(name, fresh=True)
+    inputs = zoo.inputs(name, "single")
+    with torch.no_grad():
+        for p in draft.lm_head.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.05)
+    with vtc.compress(model, "random", keep=0.4), vtc.compress(draft, "random", keep=0.4):
+        want = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+        got = model.generate(**inputs, max_new_tokens=12, do_sample=False, assistant_model=draft)
+    assert torch.equal(got, want)
+
+
+def test_wrong_inputs_change_nothing():
+    model, inputs = zoo.build("llava"), zoo.inputs("llava", "pair")
+    dense = said(model, inputs)
+    with vtc.compress(model, "random", keep=0.4):
+        fewer = {**inputs, "pixel_values": inputs["pixel_values"][:1]}
+        with pytest.raises(vtc.InputError, match="does not match the prompt"):
+            said(model, fewer)
+        broken = {**inputs, "pixel_values": inputs["pixel_values"] * float("nan")}
+        with pytest.raises(vtc.InputError, match="NaN"):
+            said(model, broken)
+    with vtc.compress(model, "random", keep=1000), pytest.raises(vtc.OptionError, match="more than the 25 tokens"):
+        said(model, inputs)
+    assert torch.equal(said(model, inputs), dense)
+    for options in ({"r": 4}, {"flops": 0.5}, {"keep": 0.5, "where": "nowhere"}):
+        with pytest.raises(vtc.VTCError):
+            vtc.compress(model, "random", **options)
+    with pytest.raises(vtc.UnsupportedModelError, match="smaller image"):
+        vtc.compress(model, "downsample", keep=0.5, mode="resize")

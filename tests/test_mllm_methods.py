@@ -1,0 +1,207 @@
+"""Every method in every multimodal family, and the evidence that adapters gather for them."""
+
+from __future__ import annotations
+
+import mllm_zoo as zoo
+import pytest
+import torch
+from mllm_oracle import dense_features, dense_generate_positions
+
+import vtc
+from vtc.adapters import multimodal
+from vtc.adapters.multimodal.evidence import Evidence
+from vtc.adapters.multimodal.family import IMAGE, VIDEO
+from vtc.methods import METHODS
+
+NAMES = list(zoo.FAMILIES)
+NEEDS = frozenset({"attention", "middle", "keys", "projector"})
+
+
+def allowed(name, method):
+    """Whether `explain` says that the method goes with the family; a refusal must say why."""
+    plan = vtc.explain(zoo.build(name), make(name, method))
+    if not plan.ok:
+        assert len(str(plan)) > 40
+    return plan.ok
+
+
+def make(name, method, keep=0.3):
+    options = {}
+    if METHODS[method].in_decoder and name == "qwen3_vl":
+        options["layer"] = 2
+    return vtc.methods.make(method, keep=keep, **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_in_every_family(name, method):
+    model, inputs = zoo.build(name), zoo.inputs(name, "ragged")
+    if not allowed(name, method):
+        with pytest.raises(vtc.UnsupportedModelError):
+            vtc.compress(model, make(name, method))
+        assert method in ("fastv", "dart") and name.startswith("gemma3")  # windows would shift: the one refusal
+        return
+    positions = dense_generate_positions(name, model, inputs)  # keys, which DART measures, depend on them
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        with vtc.compress(model, make(name, method, 1.0)):
+            assert torch.equal(model(**inputs).logits, dense)
+        with vtc.compress(model, make(name, method)) as handle:
+            out = model(**inputs, position_ids=positions)
+            again = model(**inputs, position_ids=positions)
+            kept, report, token_map = handle.kept, handle.report, handle.token_map
+            assert torch.equal(out.logits, again.logits)
+            for row in range(len(kept)):
+                single = zoo.alone(name, "ragged", row)
+                model(**single)
+                assert torch.equal(handle.kept[0], kept[row, -single["input_ids"].shape[1] :]), f"row {row} alone"
+    wanted = [max(1, round(0.3 * n)) for n in report.before]
+    if method == "downsample":
+        assert all(0 < k <= w for k, w in zip(report.after, wanted, strict=True))
+    else:
+        assert list(report.after) == wanted
+    assert METHODS[method].merges == (token_map.order is None)
+    size = token_map.size.sum(1)
+    assert torch.equal(size, torch.tensor(report.before if METHODS[method].merges else report.after).float())
+    visual = zoo.placeholders(model, inputs["input_ids"])
+    assert kept[~visual].all()  # text is never pruned
+    assert int((kept & visual).sum()) == sum(report.after) + newlines(name, inputs)
+
+
+def newlines(name, inputs):
+    """Placeholders that no unit holds, which always stay."""
+    model = zoo.build(name)
+    if not hasattr(model.model, "image_newline"):
+        return 0
+    return int((dense_features(model, inputs) == model.model.image_newline).all(-1).sum())
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_budgets(pooled):
+    """Counts are per image; pooled, per prompt."""
+    model, inputs = zoo.build("qwen2_5_vl"), zoo.inputs("qwen2_5_vl", "ragged")
+    with vtc.compress(model, "divprune", keep=6, pooled=pooled) as handle:
+        model(**inputs)
+        visual = zoo.placeholders(model, inputs["input_ids"])
+        per_prompt = (handle.kept & visual).sum(1).tolist()
+        images = [sum(run[0] == row for run in zoo.runs(model, inputs["input_ids"])) for row in range(3)]
+    assert per_prompt == ([6] * 3 if pooled else [6 * n for n in images])
+    model, inputs = zoo.build("llava_next"), zoo.inputs("llava_next", "single")
+    extra = newlines("llava_next", inputs)
+    assert extra > 0
+    with vtc.compress(model, "random", keep=7) as handle:
+        model(**inputs)
+        assert sum(handle.report.after) == 7 and min(handle.report.after) >= 1
+        assert int((handle.kept & zoo.placeholders(model, inputs["input_ids"])).sum()) == 7 + extra
+
+
+# -- evidence ---------------------------------------------------------------------------------------------------------
+
+
+def gathered(name, case):
+    """The evidence of a call by hand: (gate, {kind: (features, layout, evidence)})."""
+    model, inputs = zoo.build(name, fresh=True), zoo.inputs(name, case)
+    gate = next(iter(multimodal.find(model)))
+    evidence = Evidence(gate.family, gate.inner, NEEDS)
+    evidence.install()
+    found = {}
+    for kind in gate.family.kinds:
+        if kind.pixels not in inputs:
+            continue
+        evidence.start()
+        with torch.no_grad():
+            names = ("image_grid_thw", "video_grid_thw", "image_sizes", "pixel_attention_mask", "batch_num_images")
+            want = [
+                n
+                for n in names
+                if n in inputs and (kind.name in n or n in ("pixel_attention_mask", "batch_num_images"))
+            ]
+            if kind is VIDEO:
+                want = [n for n in want if n == "video_grid_thw"]
+            output = getattr(gate.inner, kind.encode)(
+                inputs[kind.pixels], **{n: inputs[n] for n in want}, return_dict=True
+            )
+            heard = evidence.stop()
+            lengths = [x.numel() // x.shape[-1] for x in output.pooler_output]
+            layout = gate.family.layout(gate.inner, kind, lengths, inputs)
+            features = torch.cat([x.reshape(-1, x.shape[-1]) for x in output.pooler_output])
+            found[kind.name] = features, layout, evidence.gather(heard, kind, layout, len(features), inputs)
+    vtc.remove(model)
+    return gate, found
+
+
+@pytest.mark.parametrize("case", ["single", "ragged", "video"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_projectors_input_is_each_tokens_own(name, case):
+    """Projected again, it gives the token: so crops, windows, folds and newlines are told apart rightly."""
+    if case not in zoo.CASES[name]:
+        assert case == "video"
+        return
+    gate, found = gathered(name, case)
+    for kind, (features, layout, evidence) in found.items():
+        if name == "llava_onevision" and kind == "video":
+            continue  # a token is the mean of projected patches, its evidence that of the mean patch
+        with torch.no_grad():
+            again = gate.family.projection(gate.inner)(evidence["inputs"])
+        own = torch.ones(len(features), dtype=torch.bool) if layout.source is None else layout.source >= 0
+        exact = own
+        if name == "llava_onevision" and case == "ragged":  # one image is resized behind the projector
+            exact = torch.zeros_like(own)
+            for item in {unit.item for unit in layout.units}:
+                exact[next(unit.rows for unit in layout.units if unit.item == item)] = True
+        assert torch.allclose(again[exact], features[exact], atol=1e-5), kind
+        inside = torch.cat([unit.rows for unit in layout.units]).sort().values
+        assert torch.equal(inside, own.nonzero().flatten())  # every token but the newlines is in one unit
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_is_the_towers(name):
+    """Against the maps that eager attention makes in the layer, summed by the definition."""
+    gate, found = gathered(name, "ragged" if name != "gemma3" else "pair")
+    features, layout, evidence = found[IMAGE.name]
+    model = zoo.build(name, "eager", fresh=True)
+    inner = next(iter(multimodal.find(model))).inner
+    inputs = zoo.inputs(name, "ragged" if name != "gemma3" else "pair")
+    block = gate.family.attentions(inner)[-1]
+    space = __import__("sys").modules[type(block).__module__]
+    original, maps = space.eager_attention_forward, []
+
+    def record(module, *args, **kwargs):
+        out = original(module, *args, **kwargs)
+        if module is block:
+            maps.append(out[1].detach())
+        return out
+
+    space.eager_attention_forward = record
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        space.eager_attention_forward = original
+    prefix = gate.family.prefix(inner)
+    received = []
+    for chunk in maps:  # [n, heads, P, P]
+        for image in chunk.double().mean(1):
+            if prefix:
+                row = image[0, prefix:]
+                received.append(row / row.sum())
+            else:
+                received.append(image.sum(0))
+    per_patch = torch.cat(received)
+    patches = len(per_patch) if name.startswith("qwen") else len(received[0])
+    if name.startswith("qwen"):
+        rows = per_patch.view(-1, 4).sum(1)
+    else:
+        per_image = gate.family.rows_per_image(inner, patches)
+        members = gate.family.patches(inner, patches, per_image)
+        rows = torch.cat([image[members].sum(1) for image in received])
+    want = rows if layout.source is None else torch.where(layout.source < 0, 0.0, rows[layout.source.clamp(min=0)])
+    if name in ("idefics3", "smolvlm"):  # padded patches look around too in an eager map
+        real = evidence["attention"] > 0
+        assert torch.isfinite(evidence["attention"]).all() and real.any()
+        return
+    if prefix:  # ours is over the patch keys alone per head, then averaged
+        assert torch.allclose(evidence["attention"].double(), want, rtol=0.2, atol=1e-3)
+    else:
+        assert torch.allclose(evidence["attention"].double(), want, rtol=1e-4, atol=1e-5)
+    assert evidence["keys"].shape[0] == len(features)

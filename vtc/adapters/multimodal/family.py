@@ -1,0 +1,174 @@
+"""What a family file says about its multimodal models: where the parts are, and how image tokens are laid out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of visual input: the call's argument with its pixels, the config's placeholder id, the model's encoder."""
+
+    name: str
+    pixels: str
+    token: str
+    encode: str
+
+
+IMAGE = Kind("image", "pixel_values", "image_token_id", "get_image_features")
+VIDEO = Kind("video", "pixel_values_videos", "video_token_id", "get_video_features")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Tokens that share a budget: an image, a crop of it, or a frame.
+
+    Attributes:
+        rows: [n] long, which of the kind's tokens, ascending (all items of the call one after the other).
+        item: the image or video they belong to, counted over the call.
+        grid: (rows, columns) where they fill a rectangle.
+    """
+
+    rows: Tensor
+    item: int
+    grid: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a kind's tokens came about, all items of the call one after the other.
+
+    Attributes:
+        units: the tokens by budget. A token in no unit (a newline) always stays.
+        source: [n] long, the row of the projector's output that each token is, -1 = none (a newline); or [n, Q], the
+            rows it is the mean of; None = its own number.
+    """
+
+    units: tuple[Unit, ...]
+    source: Tensor | None = None
+
+
+class Projection:
+    """A projector as methods see it: [..., P, V] -> [..., C], P patches per token. `module` is the model's own."""
+
+    def __init__(self, module: nn.Module, run: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        self.module, self.run = module, run
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.run(self.module, x)
+
+
+def _one_patch(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x.squeeze(-2))
+
+
+class Family:
+    """One family of multimodal models. Subclasses set names and override what differs.
+
+    Attributes:
+        classes: class names of the model without its language head, which holds tower, projector and decoder.
+        decoder: the attribute with the text decoder.
+        kinds: the visual inputs it takes.
+        in_tower: why methods cannot merge inside the tower with fewer tokens reaching the decoder; "" = they can.
+    """
+
+    name: ClassVar[str]
+    covers: ClassVar[str]
+    classes: ClassVar[tuple[str, ...]]
+    decoder: ClassVar[str] = "language_model"
+    kinds: ClassVar[tuple[Kind, ...]] = (IMAGE,)
+    ignored: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # arguments of the encoder that the model's forward does not pass on
+    middle: ClassVar[float] = 0.375  # depth of the tower's "middle" layer (HiPrune: 9 of CLIP's 24)
+    in_tower: ClassVar[str] = "its tower's tokens are rearranged on the way to the decoder"
+
+    # -- the prompt ---------------------------------------------------------------------------------------------
+
+    def layout(self, inner: Any, kind: Kind, lengths: list[int], call: dict[str, Any]) -> Layout:
+        """How the tokens of the items with `lengths` tokens are laid out. By default every item is a square image."""
+        units, start = [], 0
+        for item, length in enumerate(lengths):
+            units.append(Unit(torch.arange(start, start + length), item, square(length)))
+            start += length
+        return Layout(tuple(units))
+
+    def trailing(self, inner: Any, kind: Kind) -> int:
+        """Placeholders behind every item that the model's forward fills itself, after the encoder."""
+        return 0
+
+    def positions(self, inner: Any, call: dict[str, Any], past: int, embeds: Tensor) -> Tensor:
+        """Positions [B, L] or [axes, B, L] that the model gives a call which brings none."""
+        batch, length = embeds.shape[:2]
+        return torch.arange(past, past + length, device=embeds.device).expand(batch, length)
+
+    # -- the tower ----------------------------------------------------------------------------------------------
+
+    def tower(self, inner: Any) -> nn.Module:
+        return inner.vision_tower
+
+    def attentions(self, inner: Any) -> list[nn.Module]:
+        """The attention modules of the tower, in order, up to the layer whose output is projected."""
+        found = [m for m in self.tower(inner).modules() if _attends(m)]
+        return found[: len(found) + 1 + self.feature_layer(inner)]
+
+    def feature_layer(self, inner: Any) -> int:
+        """Which of the tower's hidden states is projected, from the end: -1 = the last."""
+        layer = getattr(inner.config, "vision_feature_layer", -1)
+        if not isinstance(layer, int):
+            return -1
+        depth = getattr(inner.config.vision_config, "num_hidden_layers", 0)
+        return layer if layer < 0 else layer - depth - 1
+
+    def prefix(self, inner: Any) -> int:
+        """How many of the tower's leading tokens (CLS) never reach the projector."""
+        return int(getattr(inner.config, "vision_feature_select_strategy", "full") == "default")
+
+    def segments(self, inner: Any, kind: Kind, call: dict[str, Any]) -> list[int] | None:
+        """Patches per frame, where the tower packs all frames into one row; None = one image a row."""
+        return None
+
+    # -- the projector ------------------------------------------------------------------------------------------
+
+    def projector(self, inner: Any) -> nn.Module:
+        """The module from the tower's patches to the decoder's width; its input is what ZOO-Prune perturbs."""
+        return inner.multi_modal_projector
+
+    def projection(self, inner: Any) -> Projection:
+        return Projection(self.projector(inner), _one_patch)
+
+    def blocks(self, inner: Any, seen: Tensor) -> Tensor:
+        """What the projector was given -> [rows, P, V], the patches of each of its output rows."""
+        return seen.reshape(-1, 1, seen.shape[-1])
+
+    def rows_per_image(self, inner: Any, patches: int) -> int | None:
+        """Projector rows of an image with so many patches; None where images are packed."""
+        return patches
+
+    def unit(self, inner: Any) -> int:
+        """Consecutive patches per projector row, where images are packed."""
+        return 1
+
+    def patches(self, inner: Any, count: int, rows: int) -> Tensor:
+        """[rows, P] long: which of an image's `count` patches each of its projector rows is made of."""
+        if count == rows:
+            return torch.arange(count)[:, None]
+        side, coarse = math.isqrt(count), math.isqrt(rows)
+        cells = torch.arange(count).view(coarse, side // coarse, coarse, side // coarse)
+        return cells.permute(0, 2, 1, 3).reshape(rows, -1)
+
+
+def square(count: int) -> tuple[int, int] | None:
+    side = math.isqrt(count)
+    return (side, side) if side * side == count else None
+
+
+def _attends(module: nn.Module) -> bool:
+    """An attention module that goes through transformers' attention interface."""
+    return type(module).__name__.endswith("Attention") and hasattr(module, "config") and hasattr(module, "is_causal")

@@ -1,0 +1,86 @@
+"""InternVL, Idefics3, SmolVLM, Gemma 3: square images whose patches are folded or pooled into fewer tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc.adapters.multimodal.family import Family, Kind, Layout, Projection
+
+
+class InternVL(Family):
+    """Budget per tile: the model does not see which tiles make an image."""
+
+    name = "internvl"
+    covers = "InternVL 2.5, 3 and 3.5 (the Hugging Face models)"
+    classes = ("InternVLModel",)
+
+    def rows_per_image(self, inner: Any, patches: int) -> int:
+        return int(patches * inner.config.downsample_ratio**2)
+
+    def patches(self, inner: Any, count: int, rows: int) -> Tensor:
+        side = math.isqrt(count)
+        index = torch.arange(count).float().view(1, side, side, 1)  # the model's own shuffle, of patch numbers
+        return inner.pixel_shuffle(index, scale_factor=inner.config.downsample_ratio).reshape(rows, -1).long()
+
+
+def _fold(module: nn.Module, x: Tensor) -> Tensor:
+    return module.modality_projection(x.flatten(-2))  # type: ignore[operator]
+
+
+class Idefics3(Family):
+    """Budget per sub-image: the tiles of an image and the small whole one."""
+
+    name = "idefics3"
+    covers = "Idefics3, SmolVLM, SmolVLM2"
+    classes = ("Idefics3Model", "SmolVLMModel")
+    decoder = "text_model"
+
+    def layout(self, inner: Any, kind: Kind, lengths: list[int], call: dict[str, Any]) -> Layout:
+        # one length per prompt; its images one after the other
+        tile = inner.image_seq_len
+        return super().layout(inner, kind, [tile] * (sum(lengths) // tile), call)
+
+    def tower(self, inner: Any) -> nn.Module:
+        return inner.vision_model
+
+    def projector(self, inner: Any) -> nn.Module:
+        return inner.connector
+
+    def projection(self, inner: Any) -> Projection:
+        return Projection(inner.connector, _fold)
+
+    def blocks(self, inner: Any, seen: Tensor) -> Tensor:
+        members = self.patches(inner, seen.shape[1], self.rows_per_image(inner, seen.shape[1]))
+        return seen[:, members.to(seen.device)].flatten(0, 1)
+
+    def rows_per_image(self, inner: Any, patches: int) -> int:
+        return patches // inner.connector.scale_factor**2
+
+    def patches(self, inner: Any, count: int, rows: int) -> Tensor:
+        index = torch.arange(count).float().view(1, count, 1)
+        return inner.connector.pixel_shuffle(index, inner.connector.scale_factor)[0].long()
+
+
+def _pool(module: nn.Module, x: Tensor) -> Tensor:
+    normed = module.mm_soft_emb_norm(x.mean(-2))  # type: ignore[operator]
+    return normed @ module.mm_input_projection_weight
+
+
+class Gemma3(Family):
+    name = "gemma3"
+    covers = "Gemma 3"
+    classes = ("Gemma3Model",)
+
+    def projection(self, inner: Any) -> Projection:
+        return Projection(inner.multi_modal_projector, _pool)
+
+    def blocks(self, inner: Any, seen: Tensor) -> Tensor:
+        members = self.patches(inner, seen.shape[1], self.rows_per_image(inner, seen.shape[1]))
+        return seen[:, members.to(seen.device)].flatten(0, 1)
+
+    def rows_per_image(self, inner: Any, patches: int) -> int:
+        return inner.multi_modal_projector.tokens_per_side**2

@@ -1,0 +1,280 @@
+"""From the image tokens of a call to what a method sees, and from its answer to the columns of the prompt that stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.adapters.multimodal.family import Kind, Layout, Unit
+from vtc.errors import InputError, OptionError
+from vtc.methods.base import Method, Tokens
+from vtc.token_map import TokenMap
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What is known of an encoder's output: how its tokens are laid out, the evidence, what its tower merged."""
+
+    owner: Any  # the intake that was there
+    lengths: tuple[int, ...]  # of its items (images, videos)
+    layout: Layout
+    evidence: dict[str, Tensor]
+    merged: TokenMap | None = None
+
+    def repeated(self, placeholders: list[int], times: int) -> Encoded:
+        """For prompts that were each repeated `times`, with their images, one after the other (beams)."""
+        first: list[range] = []  # of every prompt, its items
+        at = 0
+        for count in placeholders[::times]:
+            start = at
+            while count > 0:
+                count -= self.lengths[at]
+                at += 1
+            first.append(range(start, at))
+        order = [item for items in first for _ in range(times) for item in items]
+        edges = torch.tensor([0, *self.lengths]).cumsum(0).tolist()
+        old = torch.cat([torch.arange(edges[item], edges[item + 1]) for item in order])
+        units, start = [], 0
+        for new, item in enumerate(order):
+            for unit in self.layout.units:
+                if edges[item] <= int(unit.rows[0]) < edges[item + 1]:
+                    units.append(Unit(unit.rows - edges[item] + start, new, unit.grid))
+            start += self.lengths[item]
+        source = self.layout.source
+        layout = Layout(tuple(units), old if source is None else source[old])
+        evidence = {name: x[old.to(x.device)] for name, x in self.evidence.items()}
+        return replace(self, lengths=tuple(self.lengths[i] for i in order), layout=layout, evidence=evidence)
+
+
+@dataclass
+class Seen:
+    """The tokens of one kind in one call: what encoded them, and which columns they fill."""
+
+    kind: Kind
+    output: Any
+    encoded: Encoded
+    rows: Tensor  # [n, C]
+    columns: Tensor  # [n] long, prompt times length plus column
+
+
+@dataclass(frozen=True)
+class Record:
+    """What happened in the last call that held images.
+
+    Attributes:
+        token_map: one row per unit (image, crop, frame) in prompt order.
+        kept: [B, L] bool, the prompt's columns that the decoder was given; real: those that are no padding.
+        columns: [B, S] long, which column each row of the decoder is; -1 = padding.
+        places: [U, N] long, the column of the prompt that each of the map's inputs has; -1 = padding.
+        rows, lengths: the prompt (batch row) of every unit, and its tokens before.
+        layer: the decoder layer before which tokens went.
+        notes: what the method said.
+    """
+
+    token_map: TokenMap
+    kept: Tensor
+    real: Tensor
+    columns: Tensor
+    places: Tensor
+    rows: tuple[int, ...]
+    lengths: tuple[int, ...]
+    layer: int = 0
+    notes: str = ""
+
+
+class Question:
+    """All image tokens of a call as methods take them: one row per unit, padded.
+
+    Attributes:
+        rows: [n, C], the tokens of all kinds, one after the other; columns: [n], where they are in the call.
+        units, prompts: the units in prompt order, and the batch row of each.
+        index: [U, N] long into `rows`, -1 = padding; mask: which are real, None = all.
+    """
+
+    def __init__(self, seen: list[Seen], batch: int, length: int, pooled: bool) -> None:
+        self.seen, self.batch, self.length = seen, batch, length
+        self.rows = torch.cat([item.rows for item in seen])
+        self.columns = torch.cat([item.columns for item in seen])
+        self.spans: list[slice] = []
+        units: list[Unit] = []
+        start = 0
+        for item in seen:
+            # items are numbered apart by kind
+            units += [Unit(u.rows + start, u.item + start, u.grid) for u in item.encoded.layout.units]
+            self.spans.append(slice(start, start + len(item.rows)))
+            start += len(item.rows)
+        spots = self.columns.cpu()
+        units.sort(key=lambda unit: int(spots[unit.rows[0]]))
+        self.units = units
+        self.prompts = [int(spots[unit.rows[0]]) // length for unit in units]
+        if pooled:
+            self.pool()
+        device = self.rows.device
+        padded = torch.nn.utils.rnn.pad_sequence([unit.rows for unit in self.units], True, -1)
+        self.index = padded.to(device)
+        ragged = bool((padded < 0).any())
+        self.mask = self.index >= 0 if ragged else None
+        self.places = torch.where(self.index < 0, -1, self.columns.to(device)[self.index.clamp(min=0)] % length)
+
+    def pool(self) -> None:
+        """All units of a prompt as one."""
+        order = sorted(set(self.prompts))
+        pairs = list(zip(self.units, self.prompts, strict=True))
+        self.units = [Unit(torch.cat([u.rows for u, of in pairs if of == prompt]), prompt) for prompt in order]
+        self.prompts = order
+
+    def packed(self, x: Tensor) -> Tensor:
+        """[n, ...] -> [U, N, ...], 0 on padding."""
+        return self.padded(x[self.index.clamp(min=0)])
+
+    def padded(self, x: Tensor) -> Tensor:
+        """[U, N, ...] with 0 on padding."""
+        return x if self.mask is None else x.masked_fill(~self.mask.view(*self.mask.shape, *[1] * (x.ndim - 2)), 0)
+
+    def tokens(self, method: Method, **fields: Any) -> Tokens:
+        """What the method sees, with the evidence that the encoders' outputs carry."""
+        for name in self.seen[0].encoded.evidence:
+            fields[name] = self.packed(torch.cat([item.encoded.evidence[name] for item in self.seen]))
+        grids = tuple(unit.grid for unit in self.units)
+        if "grid" in method.needs and None in grids:
+            raise InputError(
+                f"{method.name} needs every image to fill a grid, but one here does not (cut to its shape, or budgets "
+                "pooled): use another method"
+            )
+        fields.setdefault("features", self.packed(self.rows.detach()))
+        return Tokens(mask=self.mask, grid=None if None in grids else grids, **fields)  # type: ignore[arg-type]
+
+    def removals(self, keep: float | int | None) -> int | Tensor:
+        """How many tokens of every unit go: an int where all units have the same length, else [U]."""
+        counts = [len(unit.rows) for unit in self.units]
+        if isinstance(keep, float):
+            gone = [n - max(1, round(n * keep)) for n in counts]
+        else:
+            assert keep is not None
+            gone = [n - k for n, k in zip(counts, shares(keep, self.units), strict=True)]
+        if self.mask is None and len(set(gone)) == 1:
+            return gone[0]
+        return torch.tensor(gone, device=self.rows.device)
+
+    def answered(self, token_map: TokenMap, mask: Tensor | None, notes: str, layer: int = 0) -> tuple[Tensor, Record]:
+        """Which of `rows` stay, and the record, given the prompt's padding mask [B, L]."""
+        stays = torch.ones(len(self.rows), dtype=torch.bool, device=self.rows.device)
+        flat = self.index.flatten()
+        stays[flat[flat >= 0]] = False
+        stays[self.anchors(token_map)] = True
+        kept = torch.ones(self.batch * self.length, dtype=torch.bool, device=self.columns.device)
+        kept[self.columns] = stays.to(kept.device)
+        kept = kept.view(self.batch, self.length)
+        real = torch.ones_like(kept) if mask is None else mask[:, -self.length :].bool()
+        everything = torch.arange(self.length, device=kept.device).expand_as(kept)
+        columns = everything if bool(stays.all()) else lay_out(kept, None if mask is None else real)
+        lengths = tuple(len(unit.rows) for unit in self.units)
+        prompts = tuple(self.prompts)
+        return stays, Record(token_map, kept, real, columns, self.places, prompts, lengths, layer, notes)
+
+    def anchors(self, token_map: TokenMap) -> Tensor:
+        """The rows that represent the slots, slot by slot."""
+        return self.index.gather(1, token_map.anchor.clamp(min=0))[token_map.anchor >= 0]
+
+    def from_tower(self) -> TokenMap:
+        """The map that the tower made, for the tokens that its patches became."""
+        whole, source = self.seen[0].encoded.merged, self.seen[0].encoded.layout.source
+        device = self.index.device
+        if whole is None:
+            return TokenMap.identity(self.index.shape[0], self.index.shape[1], device)
+        patch = torch.arange(len(self.rows), device=device) if source is None else source.to(device)
+        patch = patch[self.index.clamp(min=0)]  # [U, N], counted over the tower's batch
+        crop, inside = patch // whole.group.shape[1], patch % whole.group.shape[1]
+        slot = whole.group[crop, inside].masked_fill(self.index < 0, -1)
+        return regroup(slot, whole.anchor[crop, slot.clamp(min=0)] == inside)
+
+
+def decide_all(method: Method, tokens: Tokens, removed: int | Tensor) -> TokenMap:
+    """The method's decision, in as many rounds as it takes: pairwise matching removes at most half in one."""
+    if isinstance(removed, Tensor) and tokens.mask is None:
+        tokens = replace(tokens, mask=torch.ones(tokens.features.shape[:2], dtype=torch.bool, device=removed.device))
+    if not bool(torch.as_tensor(removed).any()):
+        kept = torch.ones(tokens.features.shape[:2], dtype=torch.bool, device=tokens.features.device)
+        return TokenMap.from_anchors(kept if tokens.mask is None else tokens.mask)
+    total: TokenMap | None = None
+    while True:
+        if isinstance(removed, Tensor):
+            assert tokens.mask is not None
+            now: int | Tensor = torch.minimum(removed, tokens.mask.sum(1) // 2) if method.halves else removed
+        else:
+            now = min(removed, tokens.features.shape[1] // 2) if method.halves else removed
+        step = method.decide(tokens, now)
+        total = step if total is None else total.compose(step)
+        removed = removed - now
+        if not method.halves or not bool((torch.as_tensor(removed) > 0).any()):
+            return total
+        mask = None if tokens.mask is None else step.mask()
+        tokens = replace(tokens, features=step.merge(tokens.features), size=step.size, mask=mask)
+
+
+def shares(keep: int, units: list[Unit]) -> list[int]:
+    """`keep` tokens for every item (image, video), shared out over its units by their lengths, at least one each."""
+    found = [0] * len(units)
+    for item in {unit.item for unit in units}:
+        mine = [i for i, unit in enumerate(units) if unit.item == item]
+        total = sum(len(units[i].rows) for i in mine)
+        if keep > total:
+            raise OptionError(f"keep={keep} is more than the {total} tokens of an image; keep=1.0 keeps all")
+        if keep < len(mine):
+            raise OptionError(
+                f"keep={keep} is less than one token for each of the {len(mine)} parts (crops, frames) of an image"
+            )
+        exact = [keep * len(units[i].rows) / total for i in mine]
+        share = [max(1, int(x)) for x in exact]
+        while sum(share) > keep:  # what was lifted to 1 is taken from the largest
+            share[max(range(len(share)), key=lambda j: share[j])] -= 1
+        rest = sorted(range(len(mine)), key=lambda j: (int(exact[j]) - exact[j], j))  # largest remainder first
+        for j in rest[: keep - sum(share)]:
+            share[j] += 1
+        for i, count in zip(mine, share, strict=True):
+            found[i] = count
+    return found
+
+
+def regroup(slot: Tensor, is_anchor: Tensor) -> TokenMap:
+    """A map from the slot [B, N] of every token (-1 = none, slots of any numbering). A slot's anchor is the token
+    marked so, else its first: the marked one may have been cut away."""
+    tokens = slot.shape[1]
+    place = torch.arange(tokens, device=slot.device).expand_as(slot)
+    spare = int(slot.max()) + 1 if slot.numel() else 0
+    key = torch.where(slot < 0, spare, slot)
+    rank = torch.where(is_anchor, place - tokens, place)
+    mine = rank.new_full((slot.shape[0], spare + 1), tokens).scatter_reduce(1, key, rank, "amin").gather(1, key)
+    kept = (rank == mine) & (slot >= 0)
+    anchor = torch.where(mine < 0, mine + tokens, mine).clamp(max=tokens - 1)
+    source = place.masked_fill(kept | (slot < 0), -1)
+    return TokenMap.from_anchors(kept, (source, anchor, torch.zeros_like(slot, dtype=torch.float32)))
+
+
+def lay_out(kept: Tensor, mask: Tensor | None) -> Tensor:
+    """Columns [B, S] of the shorter prompt: the kept ones in order, -1 = padding. Padding of the prompt is dropped and
+    made anew, on the side where the prompt had it; without any, in front, so that every prompt still ends at the end.
+    """
+    alive = kept if mask is None else kept & mask
+    count = alive.sum(1)
+    longest = max(1, int(count.max()))
+    order = (~alive).long().argsort(dim=1, stable=True)[:, :longest]  # alive first
+    place = torch.arange(longest, device=kept.device)
+    if mask is not None and not bool(mask[:, -1].all()):  # padding behind
+        return order.masked_fill(place >= count[:, None], -1)
+    shift = place - (longest - count)[:, None]
+    return torch.where(shift < 0, -1, order.gather(1, shift.clamp(min=0)))
+
+
+def two_d(mask: Any, batch: int, length: int) -> Tensor | None:
+    """The padding mask [B, L] in whatever `generate` has made of it: 2-D, or 4-D per layer type for static caches."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if mask is None or mask.ndim == 2:
+        return mask
+    last = mask[:, 0, -1, :length]
+    seen = last if last.dtype == torch.bool else last >= 0
+    return seen.expand(batch, -1).long()

@@ -1,0 +1,136 @@
+"""What takes the place of a model's own parts. Objects, not closures, so that deep copies refer to their own model."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from vtc.adapters.multimodal.evidence import unlisten
+from vtc.adapters.multimodal.family import IMAGE, VIDEO, Kind
+
+if TYPE_CHECKING:
+    from vtc.adapters.multimodal.intake import Intake
+    from vtc.adapters.multimodal.layers import Thinning
+
+
+class StandIn:
+    """Takes the place of one attribute of a module."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
+        self.replaced = module.__dict__.get(name)
+        method = getattr(type(module), name, None)
+        if callable(method):  # `generate` looks at the arguments of what it calls
+            self.__signature__ = inspect.signature(method.__get__(module))
+
+    def install(self) -> None:
+        self.module.__dict__[self.name] = self
+
+    @property
+    def installed(self) -> bool:
+        return self.module.__dict__.get(self.name) is self
+
+    def remove(self) -> None:
+        if self.replaced is None:
+            self.module.__dict__.pop(self.name, None)
+        else:
+            self.module.__dict__[self.name] = self.replaced
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
+
+
+class Positions(StandIn):
+    """For the `forward` of the decoder's rotary embedding: gives it the positions of the tokens that stay."""
+
+    ids: Tensor | None = None
+
+    def __call__(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.original(x, position_ids if self.ids is None else self.ids, *args, **kwargs)
+
+
+class IntakeForward(StandIn):
+    """For the `forward` of a multimodal model."""
+
+    def __init__(self, intake: Intake, name: str) -> None:
+        super().__init__(intake.inner, name)
+        self.intake = intake
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)  # the name may be accelerate's `_old_forward`
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        names = inspect.signature(type(self.module).forward).parameters
+        return self.intake.run(self, {**dict(zip(list(names)[1:], args, strict=False)), **kwargs})
+
+
+class Encode(StandIn):
+    """For `get_image_features` and `get_video_features`: what they give carries what a method needs to know of it.
+    While the model runs on a shorter prompt, `output` is what they have given already, reduced."""
+
+    output: Any = None
+
+    def __init__(self, intake: Intake, kind: Kind) -> None:
+        super().__init__(intake.inner, kind.encode)
+        self.intake, self.kind = intake, kind
+        self.names = list(self.__signature__.parameters)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.output is not None:
+            return self.output
+        return self.intake.encode(self, args, kwargs)
+
+
+class LayerForward(StandIn):
+    """For the `forward` of a decoder layer behind which image tokens are fewer."""
+
+    def __init__(self, thinning: Thinning, index: int, module: nn.Module) -> None:
+        super().__init__(module, "_old_forward" if "_old_forward" in module.__dict__ else "forward")
+        self.thinning, self.index = thinning, index
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.thinning.run(self, hidden_states, args, kwargs)
+
+
+class Loss(StandIn):
+    """For a model's `loss_function`: labels of tokens that went away go with them."""
+
+    def __init__(self, intake: Intake, module: nn.Module) -> None:
+        super().__init__(module, "_loss_function")
+        self.intake = intake
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        self.remove()  # without ours the model finds its own
+        try:
+            own = self.module.loss_function
+        finally:
+            self.install()
+        return own(*args, **kwargs)  # type: ignore[operator]
+
+    def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Any:
+        columns = self.intake.columns
+        if columns is not None and logits.shape[1] == columns.shape[1] != labels.shape[1]:
+            columns = columns.to(labels.device)
+            labels = labels.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -100)
+        return self.original(*args, logits=logits, labels=labels, **kwargs)
+
+
+def strip(module: nn.Module) -> None:
+    """Take our patches off one module."""
+    for name in ("forward", "_old_forward", "_loss_function", IMAGE.encode, VIDEO.encode):
+        if isinstance(module.__dict__.get(name), StandIn):
+            module.__dict__[name].remove()
+    unlisten(module)

@@ -1,0 +1,53 @@
+"""DPC-KNN: density peaks among nearest neighbours, as Chat-UniVi merges tokens, https://arxiv.org/abs/2311.08046."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtc import ops
+from vtc.methods.base import Method, Tokens
+from vtc.methods.selector import check_number, marked, stays
+from vtc.token_map import TokenMap
+
+
+@dataclass(frozen=True)
+class DPCKNN(Method):
+    """Clusters the tokens: K density peaks are centres, every token joins the nearest centre and the mean is taken.
+
+    With d the Euclidean distance / sqrt(width), `rho_i = exp(-mean of the k smallest d_i^2)` and
+    `delta_i = min d_ij over j with rho_j > rho_i`, the centres are the K tokens of highest rho delta.
+    `vtc.ops.dpc_knn` has the details.
+
+    Args:
+        neighbors: k, a token itself included.
+    """
+
+    neighbors: int = 5
+
+    name: ClassVar[str] = "dpc_knn"
+    summary: ClassVar[str] = "clusters tokens around density peaks and merges each cluster"
+    halves: ClassVar[bool] = False
+    one_shot: ClassVar[bool] = True
+    encoder: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("neighbors", self.neighbors, 1, whole=True)
+
+    def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
+        return dpc_knn_map(tokens.features, stays(tokens, r), self.neighbors, tokens.mask, tokens.size)
+
+
+def dpc_knn_map(
+    features: Tensor, count: int | Tensor, neighbors: int = 5, mask: Tensor | None = None, size: Tensor | None = None
+) -> TokenMap:
+    """The map that merges every token into its centre. features [B, N, D]."""
+    centres, target, distance = ops.dpc_knn(features, count, neighbors, mask)
+    kept = marked(centres, features.shape[1])
+    index = torch.arange(features.shape[1], device=features.device).expand_as(target)
+    source = index.masked_fill(kept | (target < 0), -1)
+    return TokenMap.from_anchors(kept, (source, target, -distance), slots=centres.shape[1], weight=size)

@@ -1,0 +1,39 @@
+"""FastV: An Image is Worth 1/2 Tokens After Layer 2, Chen et al., ECCV 2024, https://arxiv.org/abs/2403.06764."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vtc import ops
+from vtc.methods.base import Tokens
+from vtc.methods.selector import Selector, check_number, checked, evidence
+
+
+@dataclass(frozen=True)
+class FastV(Selector):
+    """Inside the LLM: keeps the K image tokens to which the prompt's last token attends the most after `layer` layers.
+
+    The adapter gives that attention as `Tokens.attention`: the query of the last token that is no image token, softmax
+    over the image's keys, mean over the heads. (The paper's softmax is over all keys.)
+
+    Args:
+        layer: how many decoder layers see all tokens.
+    """
+
+    layer: int = 2
+
+    name: ClassVar[str] = "fastv"
+    summary: ClassVar[str] = "keeps the tokens the prompt attends to, inside the LLM"
+    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+    in_decoder: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("layer", self.layer, 0, whole=True)
+
+    def pick(self, tokens: Tokens, count: int | Tensor) -> Tensor:
+        score = checked(evidence(tokens, "attention", self.name), "attention", tokens)
+        return ops.top_select(score, count, tokens.mask)

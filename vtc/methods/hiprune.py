@@ -1,0 +1,70 @@
+"""HiPrune: Hierarchical Attention for Efficient Token Pruning in VLMs, https://arxiv.org/abs/2508.00553."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtc import ops
+from vtc.errors import OptionError
+from vtc.methods.base import Tokens
+from vtc.methods.selector import Selector, check_number, checked, each, evidence
+
+
+@dataclass(frozen=True)
+class HiPrune(Selector):
+    """Anchors, their neighbours, and the rest by attention: the `round(K alpha / 5)` tokens (at least 1 from K = 5 on)
+    that received the most attention in the middle of the vision tower, the four around each, then those that received
+    the most near its end, until K.
+
+    The neighbours of token i are i - 1, i + 1, i - width and i + width in raster order, clamped to the image, as
+    released: at the edge of a row they lie on the next one. The released code may keep more than K; here anchors come
+    first, by falling attention, then their neighbours in that order, and what is beyond K does not stay.
+
+    Args:
+        alpha: the share of K that goes to anchors and their neighbours.
+    """
+
+    alpha: float = 0.1
+
+    name: ClassVar[str] = "hiprune"
+    summary: ClassVar[str] = "keeps attended tokens of the tower's middle with neighbours, and of its end"
+    needs: ClassVar[frozenset[str]] = frozenset({"attention", "middle", "grid"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("alpha", self.alpha, 0, 1)
+
+    def pick(self, tokens: Tokens, count: int | Tensor) -> Tensor:
+        attention = checked(evidence(tokens, "attention", self.name), "attention", tokens)
+        middle = checked(evidence(tokens, "middle", self.name), "attention in the middle", tokens)
+        batch, total = attention.shape
+        device, grid = attention.device, evidence(tokens, "grid", self.name)
+        mask = torch.ones(batch, total, dtype=torch.bool, device=device) if tokens.mask is None else tokens.mask
+        real = mask.sum(1)
+        if [rows * columns for rows, columns in grid] != real.tolist():
+            raise OptionError(f"hiprune needs all tokens of each image, but the grid {grid} is not {real.tolist()}")
+        counts = [self.anchors(k) for k in each(count, batch)]
+        anchors = ops.top_select(middle, torch.tensor(counts, device=device), mask)
+
+        place = mask.long().cumsum(1) - 1  # of a token among the real ones, and back
+        token = (~mask).long().argsort(dim=1, stable=True)
+        width = torch.tensor([columns for _, columns in grid], device=device)
+        ones = torch.ones_like(width)
+        steps = torch.stack([-ones, ones, -width, width], 1)[:, None]
+        around = place.gather(1, anchors.clamp(min=0))[..., None] + steps
+        around = torch.minimum(around.clamp(min=0), (real - 1)[:, None, None]).clamp(min=0).flatten(1)
+        around = token.gather(1, around).masked_fill((anchors < 0).repeat_interleave(4, 1), -1)
+
+        # a token's priority is the first place it has in the list of all wishes
+        wishes = torch.cat([anchors, around, ops.top_select(attention, total, mask)], 1)
+        at = torch.arange(wishes.shape[1], device=device).expand_as(wishes)
+        first = at.new_full((batch, total + 1), wishes.shape[1])
+        first = first.scatter_reduce(1, torch.where(wishes < 0, total, wishes), at, "amin")
+        return ops.top_select(-first[:, :total].float(), count, mask)
+
+    def anchors(self, k: int) -> int:
+        return max(round(k * self.alpha / 5), int(k >= 5))

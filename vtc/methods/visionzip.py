@@ -1,0 +1,60 @@
+"""VisionZip: Longer is Better but Not Necessary in Vision Language Models, https://arxiv.org/abs/2412.04467."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtc import ops
+from vtc.methods.base import Method, Tokens
+from vtc.methods.selector import checked, each, evidence, marked, packed, stays
+from vtc.token_map import TokenMap
+
+_TARGETS = 10 / 64  # the part of K that others merge into: 10 of the paper's 64 tokens
+
+
+@dataclass(frozen=True)
+class VisionZip(Method):
+    """Dominant tokens stay alone, the others merge into a few of them at regular distances.
+
+    Of K tokens, `K_t = max(1, round(10 K / 64))` are targets and the other K - K_t dominant: those that received the
+    most attention in the vision tower. Of the tokens that are not dominant, in raster order, every
+    `(their number // K_t)`-th is a target, K_t of them; each of the others joins the target whose attention key has
+    the highest cosine to its own. A row is the plain mean of its members.
+    """
+
+    name: ClassVar[str] = "visionzip"
+    summary: ClassVar[str] = "keeps attended tokens, merges the others into evenly spaced ones"
+    halves: ClassVar[bool] = False
+    one_shot: ClassVar[bool] = True
+    encoder: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset({"attention", "keys"})
+
+    def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
+        attention = checked(evidence(tokens, "attention", self.name), "attention", tokens)
+        keys = evidence(tokens, "keys", self.name)
+        checked(keys.float().sum(-1), "attention keys", tokens)
+        unit = ops.normalize(keys)
+        batch, total = attention.shape
+        device, count = attention.device, stays(tokens, r)
+        mask = torch.ones_like(attention, dtype=torch.bool) if tokens.mask is None else tokens.mask
+        if not total:
+            return TokenMap.identity(batch, total, device)
+        keep = torch.as_tensor(count, device=device).expand(batch)
+        aims = torch.tensor([min(k, max(1, round(k * _TARGETS))) for k in each(count, batch)], device=device)
+        dominant = marked(ops.top_select(attention, keep - aims, mask), total)
+
+        others = mask & ~dominant
+        place = others.long().cumsum(1) - 1  # among the others
+        stride = (others.sum(1) // aims.clamp(min=1)).clamp(min=1)[:, None]
+        target = others & (place % stride == 0) & (place // stride < aims[:, None])
+
+        joins, joins_valid = packed(others & ~target)
+        targets, targets_valid = packed(target)
+        pairs = ops.bipartite_match(unit, joins, targets, None, joins_valid, targets_valid)
+        return TokenMap.from_anchors(
+            dominant | target, pairs, slots=count if isinstance(count, int) else None, weight=tokens.size
+        )

@@ -1,0 +1,69 @@
+"""VisPruner: Beyond Text-Visual Attention, Exploiting Visual Cues, ICCV 2025, https://arxiv.org/abs/2412.01818."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtc import ops
+from vtc.methods.base import Tokens
+from vtc.methods.selector import Selector, check_number, checked, each, evidence, joined, marked, packed
+
+_PER_ROUND = 8  # duplicates that go at a time
+
+
+@dataclass(frozen=True)
+class VisPruner(Selector):
+    """Important tokens first, then different ones: the `round(K fraction)` tokens that received the most attention in
+    the vision tower, and of the rest what remains when duplicates go.
+
+    The rest, n tokens in raster order, is split into every second one and the others; of the first half the
+    `min(8, n // 2, too many)` with the highest cosine to one of the second half go; again until K are left. The
+    cosine is between the tokens that the LLM would take in.
+
+    Args:
+        fraction: the share of K that attention decides on.
+    """
+
+    fraction: float = 0.5
+
+    name: ClassVar[str] = "vispruner"
+    summary: ClassVar[str] = "keeps attended tokens, and of the others those without a duplicate"
+    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("fraction", self.fraction, 0, 1)
+
+    def pick(self, tokens: Tokens, count: int | Tensor) -> Tensor:
+        attention = checked(evidence(tokens, "attention", self.name), "attention", tokens)
+        batch, total = attention.shape
+        mask = torch.ones_like(attention, dtype=torch.bool) if tokens.mask is None else tokens.mask
+        counts = each(count, batch)
+        important = [self.important(k) for k in counts]
+        top = ops.top_select(attention, torch.tensor(important, device=mask.device), mask)
+        rest = mask & ~marked(top, total)
+        rest = distinct(ops.normalize(tokens.features), rest, [k - n for k, n in zip(counts, important, strict=True)])
+        return joined(top, rest)[:, : max(counts, default=0)]
+
+    def important(self, k: int) -> int:
+        n = round(k * self.fraction)
+        return k - 1 if n >= k > 1 else n
+
+
+def distinct(unit: Tensor, chosen: Tensor, counts: list[int]) -> Tensor:
+    """Which `counts[b]` of the chosen tokens [B, N] stay when duplicates go: [B, K], ascending, -1-padded."""
+    left = chosen.sum(1).tolist()
+    while True:
+        rest, real = packed(chosen)
+        drop = [min(_PER_ROUND, n // 2, n - k) for n, k in zip(left, counts, strict=True)]
+        if not any(drop):
+            wanted = torch.tensor(counts, device=rest.device)[:, None]  # 0 beside the last one, which has no partner
+            return rest.masked_fill(~real | (wanted == 0), -1)
+        removed = torch.tensor(drop, device=rest.device)
+        gone = ops.bipartite_match(unit, rest[:, ::2], rest[:, 1::2], removed, real[:, ::2], real[:, 1::2])[0]
+        chosen = chosen & ~marked(gone, chosen.shape[1])
+        left = [n - d for n, d in zip(left, drop, strict=True)]

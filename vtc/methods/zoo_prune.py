@@ -1,0 +1,80 @@
+"""ZOO-Prune: zeroth-order sensitivity and diversity, https://arxiv.org/abs/2509.24837."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtc import ops
+from vtc.errors import OptionError
+from vtc.methods.base import Tokens
+from vtc.methods.selector import Selector, check_number, checked, evidence, minmax
+
+# A projector that is linear is equally sensitive everywhere; what differs then is rounding.
+_FLAT = 1e-3
+
+
+@dataclass(frozen=True)
+class ZOOPrune(Selector):
+    """Picks, one after the other, the token to which the projector M is sensitive and that is unlike those picked
+    before: `argmax_i S_i (1 - max_(j picked) cos(z_i, z_j))`, the most sensitive one first, z = M(x).
+
+    `S_i = mean_u |M(x_i + h u) - M(x_i - h u)| / 2h` over random unit directions u, then min-max normalised per image.
+    Where S hardly differs (less than 1e-3 of its size, a linear projector) it is 1 everywhere: diversity alone.
+
+    Args:
+        probes: how many directions u.
+        step: h. Not used where the closed form is.
+        exact: the limit h -> 0 in closed form: "auto" where the projector allows it, True = required, False = never.
+        seed: of the directions.
+    """
+
+    probes: int = 64
+    step: float = 0.01
+    exact: bool | str = "auto"
+    seed: int = 0
+
+    name: ClassVar[str] = "zoo_prune"
+    summary: ClassVar[str] = "keeps tokens to which the projector is sensitive, unlike each other"
+    needs: ClassVar[frozenset[str]] = frozenset({"inputs", "projector"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("probes", self.probes, 1, whole=True)
+        check_number("step", self.step, 0)
+        check_number("seed", self.seed, 0, whole=True)
+        if self.step == 0:
+            raise OptionError("step=0: it takes a number > 0")
+        if not isinstance(self.exact, bool) and self.exact != "auto":
+            raise OptionError(f'exact={self.exact!r} is unknown; choose "auto", True or False')
+
+    def pick(self, tokens: Tokens, count: int | Tensor) -> Tensor:
+        from vtc import scores
+
+        projector, inputs = (evidence(tokens, field, self.name) for field in ("projector", "inputs"))
+        sensitivity = scores.sensitivity(
+            projector,
+            inputs,
+            probes=self.probes,
+            step=self.step,
+            exact=self.exact,
+            seed=self.seed,
+            mask=tokens.mask,
+        )
+        sensitivity = checked(sensitivity, "sensitivity", tokens)
+        scaled = normalized(sensitivity, tokens.mask)
+        return ops.greedy_select(ops.normalize(tokens.features), scaled, count, "sads", mask=tokens.mask)
+
+
+def normalized(sensitivity: Tensor, mask: Tensor | None) -> Tensor:
+    """S in [0, 1] per image, 1 everywhere where it is flat. [B, N]"""
+    if not sensitivity.shape[1]:
+        return sensitivity
+    sensitivity = sensitivity.float()
+    low = (sensitivity if mask is None else sensitivity.masked_fill(~mask, float("inf"))).amin(1, keepdim=True)
+    high = (sensitivity if mask is None else sensitivity.masked_fill(~mask, float("-inf"))).amax(1, keepdim=True)
+    flat = high - low <= _FLAT * torch.maximum(low.abs(), high.abs())
+    return torch.where(flat, 1.0, minmax(sensitivity, mask, eps=1e-8))

@@ -1,0 +1,267 @@
+"""Which K of N tokens stay: the greedy selections and DPC-KNN in plain torch, the definition for faster backends.
+
+B images, N tokens, D width. Every selection takes `count`, an int or [B], and returns `order` [B, K] long, the tokens
+as they were picked: always min(count, real tokens) different ones, -1 behind them where another image has more.
+`mask` [B, N], True = real; padding is never picked. Decisions are float32, ties go to the lowest index, a NaN score
+counts as the lowest there is. The images of a batch go through the picks together, without asking the device per pick.
+
+The N x N cosines exist at once where they fit a tile; else the rows of the picked tokens are computed as they come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vtc.ops import definitions
+
+SELECTIONS = ("mmr", "sads", "max_min")
+# Copies of a token have cosine 1 but for rounding, which would order them by chance: from here on it counts as 1.
+_SAME = 1.0 - 1e-6
+# Part of a token's own kernel value that rounding leaves over when the picked tokens span it.
+_SPANNED = 1e-5
+# How many stale gains `coverage_select` brings up to date at a time.
+_PANEL = 32
+_LOWEST = torch.finfo(torch.float32).min
+
+
+@torch.no_grad()
+def top_select(score: Tensor, count: int | Tensor, mask: Tensor | None = None) -> Tensor:
+    """The highest scores [B, N], highest first."""
+    most, each = _budget(score, count, mask)
+    return _trim(_best(score.float(), _taken(score, mask), most), each)
+
+
+@torch.no_grad()
+def greedy_select(
+    unit: Tensor,
+    importance: Tensor | None,
+    count: int | Tensor,
+    kind: str,
+    balance: float = 0.5,
+    step: int = 1,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """One token after the other, the best by its importance I and m, its highest cosine to a token already picked.
+
+    Args:
+        unit: [B, N, D] unit vectors.
+        importance: [B, N]; None for "max_min".
+        kind: "mmr" maximises `balance I - (1 - balance) m`, "sads" `I (1 - m)`; both begin with the highest I.
+            "max_min" maximises `1 - m` and begins with the token whose nearest other token is farthest.
+        step: tokens per round; those of one round do not see each other.
+    """
+    if kind not in SELECTIONS:
+        raise ValueError(f"unknown selection {kind!r}; choose one of {', '.join(SELECTIONS)}")
+    most, each = _budget(unit, count, mask)
+    taken, rows = _taken(unit, mask), _rows(unit)
+    if kind == "max_min":
+        nearest = definitions.energy(unit, "nearest", 0.0, mask=mask)
+        importance = score = -nearest.masked_fill(nearest > _SAME, 1.0)
+    else:
+        assert importance is not None
+        importance = score = importance.float()
+    closest = torch.full_like(score, -1.0)
+    order = [taken.new_zeros(len(taken), 0, dtype=torch.long)]
+    for start in range(0, most, step):
+        picks = _best(score, taken, min(step, most - start))
+        order.append(picks)
+        taken.scatter_(1, picks, True)
+        closest = torch.maximum(closest, rows(picks).amax(1))
+        if kind == "mmr":
+            score = balance * importance - (1.0 - balance) * closest
+        elif kind == "sads":
+            score = importance * (1.0 - closest)
+        else:
+            score = -closest  # orders like 1 - closest, which rounds more
+    return _trim(torch.cat(order, 1), each)
+
+
+@torch.no_grad()
+def dpp_select(unit: Tensor, relevance: Tensor, count: int | Tensor, mask: Tensor | None = None) -> Tensor:
+    """Greedy MAP of a determinantal point process with the kernel `L_ij = r_i cos_ij r_j` (Chen et al., 2018,
+    https://arxiv.org/abs/1709.05135): each pick makes det L of the picked tokens grow the most.
+
+    What is left of every L_ii beside the picked tokens is updated with one row of L's Cholesky factor per pick: K N
+    floats. A token that the picked ones span (less than 1e-5 of its L_ii is left) adds nothing; when only such tokens
+    remain they follow by index.
+    """
+    most, each = _budget(unit, count, mask)
+    taken, rows = _taken(unit, mask), _rows(unit)
+    relevance = relevance.float()
+    own = relevance.square() * unit.square().sum(-1).round()  # a zero vector has cosine 0 to itself too
+    left, factor = own, unit.new_zeros(len(unit), most, unit.shape[1])
+    order = [taken.new_zeros(len(taken), 0, dtype=torch.long)]
+    for place in range(most):
+        left = torch.where(left > _SPANNED * own, left, 0.0)
+        pick = _best(left, taken, 1)
+        order.append(pick)
+        taken.scatter_(1, pick, True)
+        before = factor[:, :place]
+        there = before.gather(2, pick[:, None].expand(-1, place, 1))
+        row = relevance.gather(1, pick) * rows(pick)[:, 0] * relevance - (there.mT @ before)[:, 0]
+        pivot = left.gather(1, pick)
+        factor[:, place] = row = torch.where(pivot > 0, row * pivot.rsqrt(), 0.0)
+        left = left - row.square()
+    return _trim(torch.cat(order, 1), each)
+
+
+@torch.no_grad()
+def coverage_select(unit: Tensor, weight: Tensor, count: int | Tensor, mask: Tensor | None = None) -> Tensor:
+    """Each pick j maximises `weight_j sum_i max(0, cos_ij - cover_i)`, cover_i = the highest cosine of token i to a
+    picked one, at first 0. weight: [B, N], not negative.
+
+    A gain only ever shrinks, so one that was computed earlier is an upper bound. The highest bounds are brought up to
+    date, a panel at a time, until the highest of all is a fresh one: the same picks as from all gains, for a fraction
+    of the work. A GPU computes all gains in less time than it takes to ask it whether they are needed.
+    """
+    most, each = _budget(unit, count, mask)
+    if mask is not None:
+        unit = unit.masked_fill(~mask[..., None], 0.0)  # cosine 0: padding needs no cover
+    taken, rows, weight = _taken(unit, mask), _rows(unit), weight.float()
+    tokens = unit.shape[1]
+    panel = tokens if unit.is_cuda and _fits(unit) else min(tokens, _PANEL)
+    bound, cover = torch.full_like(weight, float("inf")), torch.zeros_like(weight)
+    order = [taken.new_zeros(len(taken), 0, dtype=torch.long)]
+    for _ in range(most):
+        fresh = taken.clone()
+        while True:
+            at = bound.masked_fill(fresh, float("-inf")).topk(panel).indices
+            gain = weight.gather(1, at) * (rows(at) - cover[:, None]).clamp_(min=0).sum(-1)
+            bound, fresh = bound.scatter(1, at, gain), fresh.scatter(1, at, True)
+            pick = _best(bound, taken, 1)
+            if panel == tokens or bool(fresh.gather(1, pick).all()):
+                break
+        order.append(pick)
+        taken.scatter_(1, pick, True)
+        cover = torch.maximum(cover, rows(pick)[:, 0])
+    return _trim(torch.cat(order, 1), each)
+
+
+@torch.no_grad()
+def dpc_knn(
+    x: Tensor, count: int | Tensor, neighbors: int = 5, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Density peaks: centres are dense and far from anything denser; every token joins the nearest centre.
+
+    With d = Euclidean distance / sqrt(D): density rho_i = exp(-mean of the `neighbors` smallest d_i^2, its own 0
+    included), delta_i = distance to the nearest denser token (for the densest: the largest distance of the image), and
+    the centres have the highest rho delta. Of equally dense tokens the one of lower index counts as denser, so that
+    copies of a token do not all become centres. Fewer centres than neighbors: min(3, max(centres // 2, 1)) neighbors.
+
+    Args:
+        x: [B, N, D], not normalized.
+
+    Returns:
+        centres [B, K] in the order of rho delta, -1-padded; each token's centre [B, N], a centre's is itself, -1 for
+        padding; each token's distance to it [B, N].
+    """
+    most, each = _budget(x, count, mask)
+    batch, tokens, width = x.shape
+    x = x.float()
+    centres_there = torch.full((batch,), most, device=x.device) if each is None else each
+    none = torch.full((batch, tokens), -1, device=x.device)
+    if not most:
+        return none[:, :0], none, torch.full_like(none, float("inf"), dtype=torch.float32)
+    index = torch.arange(tokens, device=x.device)
+    size = max(1, min(tokens, definitions._TILE // max(1, batch * tokens)))
+    starts = range(0, tokens, size)
+
+    def distances(start: int, to: Tensor) -> Tensor:
+        # not by |a|^2 + |b|^2 - 2ab, which cancels for near neighbours
+        rows = x[:, start : start + size]
+        return torch.cdist(rows, to, compute_mode="donot_use_mm_for_euclid_dist") / width**0.5
+
+    whole = distances(0, x) if size == tokens else None
+    near = torch.where(centres_there >= neighbors, neighbors, (centres_there // 2).clamp(1, 3))[:, None, None]
+    density = []
+    for start in starts:
+        apart = distances(start, x) if whole is None else whole
+        if mask is not None:
+            apart = apart.masked_fill(~mask[:, None], float("inf"))
+        nearest = apart.topk(min(neighbors, tokens), largest=False).values.square()
+        beyond = index[: nearest.shape[2]] >= near
+        density.append(-nearest.masked_fill(beyond, 0.0).sum(-1) / near[..., 0])  # log rho: exp would underflow
+    rho = torch.cat(density, 1)
+    if mask is not None:
+        rho = rho.masked_fill(~mask, float("-inf"))
+    delta, widest = [], x.new_zeros(batch, 1)
+    for start in starts:
+        apart = distances(start, x) if whole is None else whole
+        here = slice(start, start + size)
+        denser = rho[:, None] > rho[:, here, None]
+        denser |= (rho[:, None] == rho[:, here, None]) & (index < index[here, None])
+        delta.append(apart.masked_fill(~denser, float("inf")).amin(2))
+        if mask is not None:
+            apart = apart.masked_fill(~(mask[:, here, None] & mask[:, None]), 0.0)
+        widest = torch.maximum(widest, apart.flatten(1).amax(1, keepdim=True))
+    far = torch.cat(delta, 1)
+    score = rho + torch.where(far.isinf(), widest, far).log()
+    order = _trim(_best(score, _taken(x, mask), most), each)
+    centres, absent = order.masked_fill(order < 0, tokens).sort(1).values, (order < 0).sum(1)
+    absent_column = index[:most] >= (most - absent)[:, None]
+    places = x.gather(1, centres.clamp(max=tokens - 1)[..., None].expand(-1, -1, width))
+    found = [distances(start, places).masked_fill(absent_column[:, None], float("inf")).min(2) for start in starts]
+    distance = torch.cat([f.values for f in found], 1)
+    target = centres.gather(1, torch.cat([f.indices for f in found], 1))
+    spare = torch.nn.functional.pad(target, (0, 1))
+    target = spare.scatter(1, centres, centres)[:, :tokens]  # also a centre that lies on another one
+    if mask is not None:
+        target, distance = target.masked_fill(~mask, -1), distance.masked_fill(~mask, float("inf"))
+    return order, target, distance
+
+
+def _budget(x: Tensor, count: int | Tensor, mask: Tensor | None) -> tuple[int, Tensor | None]:
+    """The most picks of any image, and of every image [B] where they may differ. x: [B, N, ...]."""
+    batch, tokens = x.shape[:2]
+    if mask is None and isinstance(count, int):
+        return max(0, min(count, tokens)), None
+    real = torch.full((batch,), tokens, device=x.device) if mask is None else mask.sum(1)
+    each = real.clamp(max=count) if isinstance(count, int) else torch.minimum(real, count.to(real))
+    each = each.clamp(min=0)
+    return (int(each.max()) if batch else 0), each
+
+
+def _taken(x: Tensor, mask: Tensor | None) -> Tensor:
+    return torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else ~mask
+
+
+def _best(score: Tensor, taken: Tensor, count: int) -> Tensor:
+    """The `count` best that are not taken, best first. Whatever the scores hold, taken ones come behind all others."""
+    score = score.nan_to_num(nan=_LOWEST, neginf=_LOWEST).masked_fill(taken, float("-inf"))
+    if count == 1:
+        return score.argmax(1, keepdim=True)
+    return score.argsort(dim=1, descending=True, stable=True)[:, :count]
+
+
+def _trim(order: Tensor, each: Tensor | None) -> Tensor:
+    """-1 behind every image's own number of picks."""
+    if each is None:
+        return order
+    return order.masked_fill(torch.arange(order.shape[1], device=order.device) >= each[:, None], -1)
+
+
+def _fits(unit: Tensor) -> bool:
+    return unit.shape[0] * unit.shape[1] ** 2 <= definitions._TILE
+
+
+def _rows(unit: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function from tokens [B, P] to their cosines with all tokens [B, P, N]."""
+    batch, tokens, _ = unit.shape
+    whole = _fits(unit)
+    table = _cosine(unit, unit) if whole else unit
+    width = table.shape[2]
+    flat, offset = table.reshape(batch * tokens, width), torch.arange(batch, device=unit.device)[:, None] * tokens
+
+    def rows(at: Tensor) -> Tensor:
+        chosen = flat.index_select(0, (at + offset).reshape(-1)).view(batch, at.shape[1], width)
+        return chosen if whole else _cosine(chosen, unit)
+
+    return rows
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    product = a @ b.mT
+    return product.masked_fill_(product > _SAME, 1.0)

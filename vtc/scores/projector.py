@@ -1,0 +1,119 @@
+"""Projectors of the form [norm] - Linear - activation - Linear, whose sensitivity has a formula.
+
+Every token is made from P patches of width V by
+
+    y_g = (x_g - mean) / s_g                 over groups g: each patch (Qwen's mergers), all P V values, or no norm
+    a   = sum_g W_g y_g + b                  [H]; the norm's gain and shift are folded into W and b
+    z   = W2 act(a) + b2                     [C]
+
+and all its patches move by the same u, as ZOO-Prune moves them. With D = diag(act'(a)), alpha_g = 1 / s_g, w the
+width of a group and b_g = W_g y_g, the norm's own Jacobian alpha (I - 1 1^T / w - y y^T / w) gives
+
+    dz = W2 D v,   v = sum_g alpha_g (W_g u_g - b_g (y_g . u_g) / w).                                   (along)
+
+For a single group, B = sum_p W_p ([H, V], the columns that u meets), r = sum_p y_p ([V]) and g = act'(a):
+
+    |J|_F^2 = alpha^2 (g^T Q g - (2 / w) m . n + (|r|^2 / w^2) |m|^2),
+    Q = (W2^T W2) o (B B^T),   m = W2 (g o b),   n = W2 (g o B r)                                  (frobenius)
+
+and without a norm just g^T Q g. Q costs C H^2 + V H^2 once per model and H^2 per token; it is kept as long as the
+module lives and its weights do not change. With a norm on each of P > 1 patches there are P (P + 1) / 2 such Q.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vtc.scores.simple import TILE
+
+
+@dataclass(frozen=True)
+class LinearActLinear:
+    """The weights, in the type that everything is computed in. Tokens are rows: T of them, x [T, P, V].
+
+    Attributes:
+        first: [H, G, w] with the norm's gain folded in; bias: [H].
+        second: [C, H]; shift: [C].
+        eps: of the norm, None = no norm; centred: LayerNorm rather than RMSNorm.
+        memo: Q once it is known.
+    """
+
+    first: Tensor
+    bias: Tensor
+    act: Callable[[Tensor], Tensor]
+    second: Tensor
+    shift: Tensor
+    patches: int
+    eps: float | None = None
+    centred: bool = False
+    memo: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def closed(self) -> bool:
+        """Whether |J|_F has the cheap formula: one group."""
+        return self.first.shape[1] == 1
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, P, V] -> [T, C], the projector itself."""
+        return self.act(self.hidden(x)[0]) @ self.second.mT + self.shift
+
+    def along(self, x: Tensor, directions: Tensor, sketch: Tensor | None = None) -> Tensor:
+        """mean_j |J u_j| by the exact Jacobian. x [T, P, V], directions [m, V] -> [T].
+
+        With a sketch R [r, C], E R^T R = 1, it is mean_j |R J u_j|: the output's length is read off r < C random rows.
+        """
+        tokens, (hidden, groups, width) = len(x), self.first.shape
+        a, y, alpha, part = self.hidden(x)
+        slope = self.slope(a)[:, None]
+        second = self.second if sketch is None else sketch @ self.second
+        moved = directions.repeat(1, self.patches).view(-1, groups, width)  # [m, G, w]
+        shared = torch.einsum("mgw,hgw->gmh", moved, self.first)
+        if self.eps is not None:  # W2 D applied to the part of v that is a product, b_g by y_g . u_g
+            lost = torch.einsum("tgw,mgw->tgm", y, moved) / width
+            along_y = (part * alpha[..., None] * slope) @ second.mT
+        step = max(1, TILE // max(1, tokens * max(hidden, len(second))))
+        total = x.new_zeros(tokens)
+        for j in range(0, len(directions), step):
+            block = slice(j, j + step)
+            out = torch.einsum("tg,gmh->tmh", alpha, shared[:, block]).mul_(slope) @ second.mT
+            if self.eps is not None:
+                out -= torch.einsum("tgc,tgm->tmc", along_y, lost[..., block])
+            total += out.norm(dim=-1).sum(1)
+        return total / max(1, len(directions))
+
+    def frobenius(self, x: Tensor) -> Tensor:
+        """|J|_F / sqrt(V), the root mean square of |J u| over all unit u. x [T, P, V] -> [T]."""
+        a, y, alpha, part = self.hidden(x)
+        slope, columns = self.slope(a), self.first.view(len(self.first), self.patches, -1).sum(1)  # B [H, V]
+        if "Q" not in self.memo:
+            self.memo["Q"] = (self.second.mT @ self.second) * (columns @ columns.mT)
+        square = ((slope @ self.memo["Q"]) * slope).sum(1)
+        if self.eps is not None:
+            width, own = y.shape[2], part[:, 0]
+            r = y.view(x.shape).sum(1)
+            m = (slope * own) @ self.second.mT
+            n = m if self.patches == 1 else (slope * (r @ columns.mT)) @ self.second.mT
+            square = square - 2 / width * (m * n).sum(1) + r.square().sum(1) / width**2 * m.square().sum(1)
+            square = square * alpha[:, 0].square()
+        return (square.clamp(min=0) / x.shape[2]).sqrt()
+
+    def hidden(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """a [T, H], y [T, G, w], alpha [T, G] and each group's part of a, W_g y_g [T, G, H]."""
+        y = x.reshape(len(x), *self.first.shape[1:])
+        alpha = y.new_ones(y.shape[:2])
+        if self.eps is not None:
+            y = y - y.mean(-1, keepdim=True) if self.centred else y
+            alpha = (y.square().mean(-1) + self.eps).rsqrt()
+            y = y * alpha[..., None]
+        part = torch.stack([y[:, g] @ self.first[:, g].mT for g in range(y.shape[1])], dim=1)
+        return part.sum(1) + self.bias, y, alpha, part
+
+    def slope(self, a: Tensor) -> Tensor:
+        """act'(a), from the activation's own gradient; also inside no_grad and inference mode."""
+        with torch.inference_mode(False), torch.enable_grad():
+            a = a.clone().requires_grad_()
+            return torch.autograd.grad(self.act(a.clone()).sum(), a)[0]  # the clone is for acts that work in place

@@ -1,0 +1,139 @@
+"""Which projectors have a formula for their sensitivity, read off the module and checked against it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from vtc.errors import InputError
+from vtc.scores.projector import LinearActLinear
+
+_logger = logging.getLogger(__name__)
+# Per module: the state of its weights that was checked, and what was computed from them.
+_known: WeakKeyDictionary[nn.Module, tuple[Any, dict[str, Tensor]]] = WeakKeyDictionary()
+
+
+def recognize(projector: Any, patches: int | None = None, dtype: torch.dtype = torch.float32) -> LinearActLinear | None:
+    """The projector's weights if it is [norm] - Linear - activation - Linear, else None.
+
+    The leaf modules in the order in which they were registered have to look so, and the formula has to give what the
+    projector itself gives on a few random tokens, when it is first seen and whenever its weights have changed: a hook
+    or a forward with more in it makes it unknown. That finds LLaVA's and LLaVA-NeXT's projector, InternVL's, the
+    mergers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, and any such nn.Sequential.
+
+    Args:
+        projector: a module, or a callable that has one as `module`.
+        patches: P where it takes [B, N, P, V], None where it takes [B, N, V].
+    """
+    module = getattr(projector, "module", projector)
+    if not isinstance(module, nn.Module):
+        return None
+    state, known = _state(module, projector, patches, dtype), _known.get(module)
+    if known is not None and known[0] == state:
+        return _read(module, patches or 1, dtype, known[1])
+    form = _read(module, patches or 1, dtype, {})
+    if form is None or not _agrees(form, projector, patches):
+        return None
+    if state is not None:
+        _known[module] = (state, form.memo)
+    return form
+
+
+def in_type(projector: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The projector with its weights in `dtype`: [B, N, P, V] or [B, N, V] -> [B, N, C]. The module is not touched."""
+    module, call = getattr(projector, "module", projector), projector
+    if isinstance(module, nn.Module) and any(t.is_floating_point() and t.dtype != dtype for t in _tensors(module)):
+        if isinstance(projector, nn.Module):
+            names = {**dict(projector.named_parameters()), **dict(projector.named_buffers())}
+            weights = {name: t.to(dtype) if t.is_floating_point() else t for name, t in names.items()}
+
+            def call(x: Tensor) -> Tensor:
+                return torch.func.functional_call(projector, weights, (x,))
+        else:
+            call = copy.copy(projector)
+            object.__setattr__(call, "module", copy.deepcopy(module).to(dtype))  # also if it is frozen
+
+    def run(x: Tensor) -> Tensor:
+        out = call(x)
+        if out.shape[:-1].numel() != x.shape[0] * x.shape[1]:
+            raise InputError(
+                f"the projector made {tuple(out.shape)} of {tuple(x.shape)}: it has to return one row per token, "
+                "[B, N, C]"
+            )
+        return out.reshape(*x.shape[:2], -1)
+
+    return run
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _state(module: nn.Module, projector: Any, patches: int | None, dtype: torch.dtype) -> Any:
+    """What changes when the weights do (but for writes through `.data`); None where that cannot be seen.
+
+    Wrappers of one type are taken to do one thing to a module.
+    """
+    tensors = list(_tensors(module))
+    if any(t.is_inference() for t in tensors):
+        return None
+    return type(projector), patches, dtype, tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)
+
+
+def _read(module: nn.Module, patches: int, dtype: torch.dtype, memo: dict[str, Tensor]) -> LinearActLinear | None:
+    leaves = [m for m in module.modules() if not any(m.children()) and not isinstance(m, (nn.Identity, nn.Dropout))]
+    if len(leaves) not in (3, 4):
+        return None
+    *before, one, act, two = leaves
+    linears = [m for m in (one, two) if isinstance(m, nn.Linear) and m.weight.is_floating_point()]
+    if len(linears) != 2 or isinstance(act, nn.Linear) or any(t.is_meta for t in _tensors(module)):
+        return None
+    (first, bias), (second, shift) = (_affine(m, dtype) for m in linears)
+    if first.shape[1] % patches or second.shape[1] != first.shape[0]:
+        return None
+    if not before:
+        return LinearActLinear(first[:, None], bias, act, second, shift, patches, memo=memo)
+    norm: Any = before[0]
+    gain, eps = getattr(norm, "weight", None), getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
+    if not isinstance(gain, Tensor) or not isinstance(eps, float):
+        return None
+    width = len(gain) if gain.ndim == 1 else 0
+    if width not in (first.shape[1], first.shape[1] // patches):
+        return None
+    blocks = first.unflatten(1, (-1, width))
+    if getattr(norm, "bias", None) is not None:
+        bias = bias + blocks.sum(1) @ norm.bias.detach().to(dtype)
+    blocks = blocks * gain.detach().to(dtype)
+    centred = isinstance(norm, nn.LayerNorm)
+    if centred:  # y has mean 0, so this changes no W y; and W u becomes W (u - mean)
+        blocks = blocks - blocks.mean(-1, keepdim=True)
+    return LinearActLinear(blocks, bias, act, second, shift, patches, eps, centred, memo)
+
+
+def _affine(linear: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    weight = linear.weight.detach().to(dtype)
+    return weight, weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach().to(dtype)
+
+
+def _agrees(form: LinearActLinear, projector: Any, patches: int | None) -> bool:
+    """Whether the formula gives what the projector gives, and the activation works on every value alone."""
+    weight, generator = form.first, torch.Generator().manual_seed(0)
+    inputs = torch.randn(4, form.patches, weight[0].numel() // form.patches, generator=generator)
+    inputs = (inputs * torch.tensor([0.01, 0.1, 1.0, 10.0])[:, None, None]).to(weight)
+    try:
+        want = in_type(projector, weight.dtype)(inputs[None] if patches else inputs[None, :, 0])[0]
+        gap = ((form(inputs) - want).abs().amax(1) / want.abs().amax(1)).amax()
+        a = form.hidden(inputs)[0]
+        together, alone = form.act(a.clone()), form.act(a.reshape(-1, 1).clone()).view_as(a)
+        elementwise = torch.allclose(together, alone, rtol=1e-4, atol=1e-6)
+        return bool(gap < 1e-4 and form.slope(a).isfinite().all()) and elementwise
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
+        _logger.debug("the projector could not be checked: %s", error)
+        return False

@@ -1,0 +1,50 @@
+"""Scores that need no more than the tokens themselves, and what the scores share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vtc.errors import InputError
+from vtc.ops import normalize
+
+# Float values of the largest intermediate that a score holds at one time (64 MiB in float32).
+TILE = 1 << 24
+
+
+def norm(features: Tensor) -> Tensor:
+    """`|x_i|`, the L2 norm of every token. [B, N, D] -> [B, N] float32.
+
+    Named here because sensitivity follows it closely on some models: it is the baseline to print next to ZOO-Prune.
+    """
+    return torch.linalg.vector_norm(features, dim=-1, dtype=torch.float32)
+
+
+def relevance(features: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
+    """How near every token lies to the prompt: its cosine to the mean of the unit text embeddings.
+
+    The mean of the cosines to the single text tokens is this times one factor per image, so the ranking is the same.
+
+    Args:
+        features: [B, N, C] projected visual tokens.
+        text: [B, T, C] text embeddings; text_mask: [B, T] bool, True = real.
+
+    Returns:
+        [B, N] float32 in [-1, 1]; 0 where there is no text.
+    """
+    words = normalize(text)
+    if text_mask is not None:  # where, not a product: what stands in the padding may be NaN
+        words = words.where(text_mask[..., None], 0.0)
+    prompt = normalize(words.mean(1) if words.shape[1] else words.new_zeros(len(words), words.shape[2]))
+    return (normalize(features) @ prompt[..., None])[..., 0]
+
+
+def check_mask(mask: Tensor | None, shape: tuple[int, ...] | torch.Size) -> None:
+    """Raise InputError unless the mask is bool and of this shape."""
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != torch.Size(shape)):
+        raise InputError(f"mask must be bool {tuple(shape)} (True = real), not {mask.dtype} {tuple(mask.shape)}")
+
+
+def can_look(x: Tensor) -> bool:
+    """Whether values may steer Python: not inside compiled graphs or the capture of a CUDA graph."""
+    return not (torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()))
