@@ -20,6 +20,10 @@ from zoo import ZOO, randomise
 model, images = randomise(ZOO["timm-dinov2"].build()), torch.randn(2, 3, 64, 64)
 features, keys = torch.randn(2, 50, 16), torch.randn(2, 50, 16)
 """
+LLM = """
+import mllm_zoo
+llm, inputs = mllm_zoo.build("llava_next"), mllm_zoo.inputs("llava_next", "single")
+"""
 
 
 def test_the_support_matrix_is_up_to_date():
@@ -41,7 +45,8 @@ def test_python_examples_run(page):
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     if not blocks:
         return
-    script = SETUP + "\n".join(blocks)
+    script = "\n".join(blocks)
+    script = SETUP + (LLM if "llm" in script else "") + script
     path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     run = subprocess.run(
         [sys.executable, "-c", script],

@@ -18,7 +18,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = "5.17.0"
-TESTS = ["tests/test_huggingface.py", "tests/test_matrix.py", "tests/test_oracle.py", "-k", "huggingface or hf"]
+TESTS = [
+    *("tests/test_huggingface.py", "tests/test_matrix.py", "tests/test_oracle.py"),
+    *("tests/test_mllm.py", "tests/test_mllm_life.py", "tests/test_mllm_methods.py", "tests/test_mllm_tower.py"),
+    *("-k", "huggingface or hf or mllm"),
+]
 
 # Loaded by pytest and its workers: what is tested must be the version that was asked for.
 PLUGIN = """

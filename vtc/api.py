@@ -116,7 +116,7 @@ def _explain_gate(gate: Gate, method: Method | None) -> Encoder:
     if method is not None and method.in_decoder:
         where = f"layer {getattr(method, 'layer', 0)} of the decoder"
     kind = type(gate.inner).__name__
-    return Encoder(gate.path, kind, gate.family.name, layers, 0, where, _gate_refuses(gate, method))
+    return Encoder(gate.path, kind, gate.family.name, layers, None, where, _gate_refuses(gate, method))
 
 
 def _gate_refuses(gate: Gate, method: Method | None) -> str:
@@ -125,16 +125,16 @@ def _gate_refuses(gate: Gate, method: Method | None) -> str:
         return f"its decoder ({type(decoder).__name__}) has no rotary positions, which kept tokens would keep"
     if method is None:
         return ""
+    if getattr(method, "mode", "") == "resize":
+        return 'mode="resize": give the processor a smaller image instead; mode="pool" works'
     if method.where == "tower":
         site = _tower_site(gate)
         return site if isinstance(site, str) else _refuses(site, method)
     if method.keep is None:
         return "r= and flops= are for the layers of an encoder; at the decoder's input give keep="
-    if getattr(method, "mode", "") == "resize":
-        return 'mode="resize": give the processor a smaller image instead; mode="pool" works'
     if method.in_decoder:
         return _layer_refuses(gate, method)
-    needs = method.needs & {"attention", "middle", "keys"} if not method.encoder else frozenset()
+    needs = (method.needs - method.optional) & {"attention", "middle", "keys"} if not method.encoder else frozenset()
     if needs and not gate.family.attentions(gate.inner):
         return (
             f"{method.name} reads the tower's attention, and {type(gate.family.tower(gate.inner)).__name__} shows none"
@@ -163,10 +163,13 @@ def _tower_site(gate: Gate) -> Site | str:
     for _, item in adapters.find(gate.family.tower(gate.inner)):
         if isinstance(item, Refusal):
             return f'where="tower": {item.reason}'
-        path = f"{gate.path}.vision_tower".strip(".")
-        return replace(
-            item, path=path, blocks=item.blocks[: len(item.blocks) + 1 + gate.family.feature_layer(gate.inner)]
+        depth = len(item.blocks) + 1 + gate.family.feature_layer(gate.inner)
+        macs = item.macs
+        macs = replace(
+            macs, attention=macs.attention[:depth], width=macs.width[:depth], mlp=macs.mlp[:depth], tail=(0, 0)
         )
+        path = f"{gate.path}.vision_tower".strip(".")
+        return replace(item, path=path, blocks=item.blocks[:depth], macs=macs)
     return f'where="tower": {type(gate.family.tower(gate.inner)).__name__} is no encoder that vtc knows'
 
 
@@ -214,7 +217,7 @@ class Encoder:
     kind: str
     adapter: str
     layers: int = 0
-    prefix_tokens: int = 0
+    prefix_tokens: int | None = 0  # None: a multimodal LLM, whose layers are the decoder's
     reduces: str = ""
     refusal: str = ""
 
@@ -223,8 +226,10 @@ class Encoder:
         if self.refusal:
             return f"{where}{self.kind} is left alone: {self.refusal}"
         at = f", reduced at {self.reduces}" if self.reduces else ""
-        prefix = f"{self.prefix_tokens} prefix token{'s' * (self.prefix_tokens != 1)}"
-        return f"{where}{self.kind} ({self.adapter}), {self.layers} layers, {prefix}{at}"
+        prefix = f", {self.prefix_tokens} prefix token{'s' * (self.prefix_tokens != 1)}"
+        if self.prefix_tokens is None:
+            prefix = ""
+        return f"{where}{self.kind} ({self.adapter}), {self.layers} layers{prefix}{at}"
 
 
 @dataclass(frozen=True)
@@ -292,9 +297,14 @@ class Report:
             return str(values[0]) if len(set(values)) == 1 else f"{min(values)}-{max(values)}"
 
         kept = sum(self.after) / max(1, sum(self.before))
+        where = f"{self.images} image{'s' * (self.images != 1)}"
+        if self.prompts:
+            where = f"{self.images} image{'s, crops or frames' * (self.images != 1)}"
+            last = self.tokens[-1][0]
+            where += f", prompt {span(self.prompts)} -> {span(last if isinstance(last, tuple) else (last,))}"
         return (
             f"{self.method}: {span(self.before)} -> {span(self.after)} image tokens ({kept:.1%} kept, {1 - kept:.1%} "
-            f"removed), {self.images} image{'s' * (self.images != 1)}, {self.macs_before / 1e9:.2f} -> "
+            f"removed), {where}, {self.macs_before / 1e9:.2f} -> "
             f"{self.macs_after / 1e9:.2f} GMACs ({self.macs_ratio:.1%} remain)"
             f"{'; ' if self.notes else ''}{self.notes}"
         )
@@ -383,12 +393,14 @@ def _prompt_report(method: Method, intake: Intake, record: Record) -> Report:
     decoder = getattr(intake.inner, intake.family.decoder)
     before, after = record.lengths, tuple(record.token_map.mask().sum(1).tolist())
     dense, short = record.real.sum(1).tolist(), (record.columns >= 0).sum(1).tolist()
-    macs = [sum(decoder_macs(decoder, count) for count in counts) for counts in (dense, short)]
+    macs = [
+        sum(decoder_macs(decoder, count, few, record.layer) for count, few in zip(dense, fewer, strict=True))
+        for fewer in (dense, short)
+    ]
     if intake.tower is not None and intake.tower.stage is not None:
         inside = _report(method.name, intake.tower, intake.tower.stage)
         macs = [macs[0] + inside.macs_before, macs[1] + inside.macs_after]
-    layers = len(decoder.layers)
-    flow = tuple((short[0] if len(set(short)) == 1 else tuple(short),) * 2 for _ in range(layers))
+    flow = tuple((_plain(dense if layer < record.layer else short),) * 2 for layer, _ in enumerate(decoder.layers))
     return Report(
         method.name, len(before), before, after, flow, macs[0], macs[1], intake.where, record.notes, tuple(dense)
     )
@@ -408,19 +420,20 @@ def _report(name: str, tower: Tower, stage: Stage) -> Report:
         before += tower.site.macs.dense(entry[b] - prefix)
         macs += tower.site.macs.total([a[b] for a, _ in flow], [m[b] for _, m in flow], seen[b] - prefix)
 
-    def plain(counts: list[int]) -> Any:
-        return counts[0] if len(set(counts)) == 1 else tuple(counts)
-
     return Report(
         name,
         images,
         tuple(n - prefix for n in entry),
         tuple(n - prefix for n in flow[-1][1]),
-        tuple((plain(a), plain(b)) for a, b in flow),
+        tuple((_plain(a), _plain(b)) for a, b in flow),
         before,
         macs,
         tower.site.path,
     )
+
+
+def _plain(counts: list[int]) -> Any:
+    return counts[0] if len(set(counts)) == 1 else tuple(counts)
 
 
 def list_methods() -> dict[str, str]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc import ops
+from vtc import ops, scores
 from vtc.errors import InputError, OptionError
 from vtc.methods import idpruner, zoo_prune
 from vtc.methods.base import check_budget
@@ -31,7 +31,10 @@ from vtc.methods.selector import check_number, selected
 from vtc.methods.tome import tome_round
 from vtc.token_map import TokenMap
 
-__all__ = ["coverage", "downsample", "dpc_knn", "dpp", "max_min", "mmr", "pitome", "random", "sads", "tome"]
+__all__ = [
+    *("coverage", "downsample", "dpc_knn", "dpp", "max_min", "mmr", "pitome", "random", "sads", "tome"),
+    "zeroth_order_sensitivity",
+]
 
 
 def tome(
@@ -178,6 +181,20 @@ def dpc_knn(features: Tensor, *, keep: float | int, neighbors: int = 5, mask: Te
     check(features, 0, mask)
     with torch.no_grad():
         return dpc_knn_map(features, rounded(features, keep, mask), neighbors, mask)
+
+
+def zeroth_order_sensitivity(
+    projector: Any,
+    features: Tensor,
+    *,
+    probes: int = 64,
+    step: float = 0.01,
+    exact: bool | str = "auto",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """ZOO-Prune's sensitivity [B, N] of `projector` (arXiv 2509.24837) at its inputs `features` [B, N, V], or
+    [B, N, P, V] with P patches to a token: see `vtc.scores.sensitivity`, which also takes a seed and a mask."""
+    return scores.sensitivity(projector, features, probes=probes, step=step, exact=exact, generator=generator)
 
 
 def check(features: Tensor, prefix: int = 0, mask: Tensor | None = None, size: Tensor | None = None) -> None:

@@ -63,11 +63,13 @@ def linear_weights(module: nn.Module | None) -> int:
     return count
 
 
-def decoder_macs(decoder: Any, tokens: int) -> int:
-    """Multiply-adds of a decoder's layers on a prompt of `tokens`, from the weights alone: every Linear weight once per
-    token, and `width N^2` for the two products with the causal half of the attention map."""
+def decoder_macs(decoder: Any, tokens: int, fewer: int | None = None, layer: int = 0) -> int:
+    """Multiply-adds of a decoder's layers on a prompt of `tokens`, of which `fewer` are left from `layer` on; from the
+    weights alone: every Linear weight once per token, and `width N^2` for the two products with the causal half of the
+    attention map."""
     total = 0
-    for layer in decoder.layers:
-        attention = next(m for m in layer.modules() if hasattr(m, "head_dim") and hasattr(m, "o_proj"))
-        total += tokens * linear_weights(layer) + attention.o_proj.in_features * tokens * tokens
+    for index, block in enumerate(decoder.layers):
+        count = tokens if fewer is None or index < layer else fewer
+        attention = next(m for m in block.modules() if hasattr(m, "head_dim") and hasattr(m, "o_proj"))
+        total += count * linear_weights(block) + attention.o_proj.in_features * count * count
     return total

@@ -86,6 +86,7 @@ class Method:
     encoder: ClassVar[bool] = True  # works inside a vision encoder; False: only where a multimodal LLM takes its tokens
     # Fields of Tokens beyond the features that `decide` reads. A property where it depends on options.
     needs: ClassVar[frozenset[str]] = frozenset()
+    optional: ClassVar[frozenset[str]] = frozenset()  # of those, what `decide` can do without
 
     def __post_init__(self) -> None:
         if isinstance(self.r, list):

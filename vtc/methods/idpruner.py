@@ -67,6 +67,10 @@ class IDPruner(Selector):
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return _NEEDS["selector" if self.scorer is not None else self.importance]
 
+    @property
+    def optional(self) -> frozenset[str]:  # type: ignore[override]
+        return self.needs if self.importance == "auto" else frozenset()
+
     def source(self, tokens: Tokens) -> str:
         """Where the importance of these tokens comes from."""
         if self.scorer is not None:
@@ -78,7 +82,7 @@ class IDPruner(Selector):
         return "sensitivity" if tokens.inputs is not None and tokens.projector is not None else "norm"
 
     def notes(self, tokens: Tokens) -> str:
-        return f"importance: {self.source(tokens)}" if self.importance == "auto" and self.scorer is None else ""
+        return f"importance: {self.source(tokens)}" if self.importance == "auto" else ""
 
     def pick(self, tokens: Tokens, count: int | Tensor) -> Tensor:
         source = self.source(tokens)

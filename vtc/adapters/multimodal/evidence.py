@@ -71,8 +71,8 @@ class Evidence:
 
     def install(self) -> None:
         attentions = self.family.attentions(self.inner)
-        if not attentions and self.needs & {"attention", "middle", "keys"}:
-            raise VTCError(f"{type(self.inner).__name__}: its tower shows no attention that vtc can listen to")
+        if not attentions:
+            self.needs -= {"attention", "middle", "keys"}
         if self.needs & {"attention", "keys"}:
             self.ears["attention"] = listen(attentions[-1])
         if "middle" in self.needs:

@@ -212,7 +212,8 @@ def decide_all(method: Method, tokens: Tokens, removed: int | Tensor) -> TokenMa
         if not method.halves or not bool((torch.as_tensor(removed) > 0).any()):
             return total
         mask = None if tokens.mask is None else step.mask()
-        tokens = replace(tokens, features=step.merge(tokens.features), size=step.size, mask=mask)
+        keys = None if tokens.keys is None else step.merge(tokens.keys)
+        tokens = replace(tokens, features=step.merge(tokens.features), keys=keys, size=step.size, mask=mask)
 
 
 def shares(keep: int, units: list[Unit]) -> list[int]:
