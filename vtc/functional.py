@@ -22,7 +22,7 @@ from torch import Tensor
 from vtc import ops, scores
 from vtc.errors import InputError, OptionError
 from vtc.methods import idpruner, zoo_prune
-from vtc.methods.base import check_budget
+from vtc.methods.base import Tokens, check_budget, in_rounds
 from vtc.methods.downsample import coarse_grid, pool_map
 from vtc.methods.dpc_knn import dpc_knn_map
 from vtc.methods.pitome import check_pitome, pitome_round
@@ -276,21 +276,10 @@ def _rounds(
     **options: Any,
 ) -> TokenMap:
     check(features, prefix, mask, size)
-    left = removals(features, keep, r, prefix, mask)
-    total: TokenMap | None = None
+    removed = removals(features, keep, r, prefix, mask)
+
+    def decide(tokens: Tokens, now: int | Tensor) -> TokenMap:
+        return step(tokens.features, now, tokens.prefix, tokens.mask, tokens.size, **options)
+
     with torch.no_grad():
-        while True:
-            count: int | Tensor = features.shape[1] - prefix
-            if isinstance(left, Tensor):
-                assert mask is not None
-                now: int | Tensor = torch.minimum(left, (mask.sum(1) - prefix).clamp(min=0) // 2)
-                done = not bool((left > 0).any())
-            else:
-                now, done = min(left, count // 2), left == 0
-            if total is not None and done:
-                return total
-            step_map = step(features, now, prefix, mask, size, **options)
-            total = step_map if total is None else total.compose(step_map)
-            left = left - now
-            features, size = step_map.merge(features), step_map.size
-            mask = None if mask is None else step_map.mask()
+        return in_rounds(decide, Tokens(features, size=size, mask=mask, prefix=prefix), removed)

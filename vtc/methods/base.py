@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from vtc.errors import OptionError
@@ -140,3 +141,28 @@ def check_fraction(name: str, value: Any, *, or_count: bool) -> None:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def in_rounds(decide: Callable[[Tokens, int | Tensor], TokenMap], tokens: Tokens, removed: int | Tensor) -> TokenMap:
+    """The decision of a method that removes at most half in one round (`halves`): as many rounds as `removed` takes, an
+    int or, with a mask, [B]. What merged in one round counts as one token in the next."""
+    total: TokenMap | None = None
+    while True:
+        if isinstance(removed, Tensor):
+            assert tokens.mask is not None
+            now: int | Tensor = torch.minimum(removed, (tokens.mask.sum(1) - tokens.prefix).clamp(min=0) // 2)
+            done = not bool((removed > 0).any())
+        else:
+            now, done = min(removed, (tokens.features.shape[1] - tokens.prefix) // 2), removed == 0
+        if total is not None and done:
+            return total
+        step = decide(tokens, now)
+        total = step if total is None else total.compose(step)
+        removed = removed - now
+        tokens = replace(
+            tokens,
+            features=step.merge(tokens.features),
+            keys=None if tokens.keys is None else step.merge(tokens.keys),
+            size=step.size,
+            mask=None if tokens.mask is None else step.mask(),
+        )

@@ -264,9 +264,9 @@ class Intake:
             past = cache.vtc_entries
         else:
             past = Entries.whole(batch, cache.get_seq_length(), device)
+        padded = columns is not None and bool((columns < 0).any())
         if columns is None:
             columns = torch.arange(length, device=device).expand(batch, length)
-        padded = bool((columns < 0).any())
         entries = past.extend(columns, length, padded)
         mask = two_d(call.get("attention_mask"), batch, entries.length)
         positions = call.get("position_ids")

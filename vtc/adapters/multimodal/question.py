@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtc.adapters.multimodal.family import Kind, Layout, Unit
 from vtc.errors import InputError, OptionError
-from vtc.methods.base import Method, Tokens
+from vtc.methods.base import Method, Tokens, in_rounds
 from vtc.token_map import TokenMap
 
 
@@ -199,21 +199,7 @@ def decide_all(method: Method, tokens: Tokens, removed: int | Tensor) -> TokenMa
     if not bool(torch.as_tensor(removed).any()):
         kept = torch.ones(tokens.features.shape[:2], dtype=torch.bool, device=tokens.features.device)
         return TokenMap.from_anchors(kept if tokens.mask is None else tokens.mask)
-    total: TokenMap | None = None
-    while True:
-        if isinstance(removed, Tensor):
-            assert tokens.mask is not None
-            now: int | Tensor = torch.minimum(removed, tokens.mask.sum(1) // 2) if method.halves else removed
-        else:
-            now = min(removed, tokens.features.shape[1] // 2) if method.halves else removed
-        step = method.decide(tokens, now)
-        total = step if total is None else total.compose(step)
-        removed = removed - now
-        if not method.halves or not bool((torch.as_tensor(removed) > 0).any()):
-            return total
-        mask = None if tokens.mask is None else step.mask()
-        keys = None if tokens.keys is None else step.merge(tokens.keys)
-        tokens = replace(tokens, features=step.merge(tokens.features), keys=keys, size=step.size, mask=mask)
+    return in_rounds(method.decide, tokens, removed) if method.halves else method.decide(tokens, removed)
 
 
 def shares(keep: int, units: list[Unit]) -> list[int]:
