@@ -604,3 +604,14 @@ def runs(model: nn.Module, input_ids: Tensor) -> list[tuple[int, int, int]]:
     marks = nn.functional.pad(placeholders(model, input_ids).int(), (1, 1)).diff(dim=1)
     starts, stops = (marks == 1).nonzero().tolist(), (marks == -1).nonzero().tolist()
     return [(row, start, stop) for (row, start), (_, stop) in zip(starts, stops, strict=True)]
+
+
+def fingerprint(model):
+    """Everything that a patch could leave behind."""
+    found = []
+    for path, module in model.named_modules():
+        hooks = [len(getattr(module, name)) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")]
+        state = {k: id(v) for k, v in module.__dict__.items() if k not in ("_parameters", "_buffers", "_modules")}
+        state.pop("rope_deltas", None)  # Qwen models remember the last prompt's
+        found.append((path, type(module), sorted(state.items()), hooks, [id(p) for p in module.parameters(False)]))
+    return found

@@ -43,7 +43,7 @@ def test_every_method_in_every_family(name, method):
         return
     positions = dense_generate_positions(name, model, inputs)  # keys, which DART measures, depend on them
     with torch.no_grad():
-        dense = model(**inputs).logits
+        dense, before = model(**inputs).logits, zoo.fingerprint(model)
         with vtc.compress(model, make(name, method, 1.0)):
             assert torch.equal(model(**inputs).logits, dense)
         with vtc.compress(model, make(name, method)) as handle:
@@ -55,6 +55,7 @@ def test_every_method_in_every_family(name, method):
                 single = zoo.alone(name, "ragged", row)
                 model(**single)
                 assert torch.equal(handle.kept[0], kept[row, -single["input_ids"].shape[1] :]), f"row {row} alone"
+        assert zoo.fingerprint(model) == before and torch.equal(model(**inputs).logits, dense)
     wanted = [max(1, round(0.3 * n)) for n in report.before]
     if method == "downsample":
         assert all(0 < k <= w for k, w in zip(report.after, wanted, strict=True))
@@ -205,3 +206,107 @@ def test_attention_is_the_towers(name):
     else:
         assert torch.allclose(evidence["attention"].double(), want, rtol=1e-4, atol=1e-5)
     assert evidence["keys"].shape[0] == len(features)
+
+
+def test_crops_in_two_rows_and_columns():
+    """A large image, four crops stitched: every token is projected from its own patch, and sits in its own crop."""
+    from vtc.adapters.multimodal.anyres import LlavaNext
+
+    model = zoo.build("llava_next").model
+    pixels, size = torch.randn(1, 5, 3, 32, 32, generator=torch.Generator().manual_seed(1)), torch.tensor([[50, 60]])
+    seen = []
+    hook = model.multi_modal_projector.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        features = model.get_image_features(pixels, size, return_dict=True).pooler_output[0]
+    hook.remove()
+    layout = LlavaNext().layout(model, IMAGE, [len(features)], {"image_sizes": size})
+    own = layout.source >= 0
+    with torch.no_grad():
+        again = model.multi_modal_projector(seen[0].flatten(0, 1)[layout.source[own]])
+    assert torch.allclose(again, features[own], atol=1e-5)
+    assert [int(layout.source[unit.rows[0]]) // 16 for unit in layout.units] == [0, 1, 2, 3, 4]
+    assert all(len({int(s) // 16 for s in layout.source[unit.rows]}) == 1 for unit in layout.units)
+
+
+def test_shares_of_a_number():
+    from vtc.adapters.multimodal.family import Unit
+    from vtc.adapters.multimodal.question import shares
+
+    def units(*lengths):
+        return [Unit(torch.arange(n), 0) for n in lengths]
+
+    assert shares(7, units(10, 20, 30)) == [1, 2, 4]  # the largest remainder gets the last
+    assert shares(4, units(1, 1, 100)) == [1, 1, 2]  # everybody one, at the cost of the largest
+    assert shares(60, units(10, 20, 30)) == [10, 20, 30]
+    with pytest.raises(vtc.OptionError, match="more than the 60"):
+        shares(61, units(10, 20, 30))
+    with pytest.raises(vtc.OptionError, match="less than one"):
+        shares(2, units(10, 20, 30))
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "idefics3", "paligemma"])
+def test_fastv_reads_the_last_words_attention(name):
+    """Against the eager map of the layer before: what the last text token gives to each image's keys."""
+    model, inputs = zoo.build(name, "eager"), zoo.inputs(name, "single")
+    with torch.no_grad():
+        maps = model(**inputs, output_attentions=True).attentions[1][0].double()  # [heads, L, L]
+        with vtc.compress(model, "fastv", keep=0.4, layer=2) as handle:
+            model(**inputs)
+    record = handle._parts[0].record
+    last = int((~zoo.placeholders(model, inputs["input_ids"])[0]).nonzero().max())
+    for unit in range(len(record.rows)):
+        places = record.places[unit][record.token_map.group[unit] >= -1][: record.lengths[unit]]
+        given = maps[:, last, places]
+        score = (given / given.sum(-1, keepdim=True)).mean(0)
+        best = score.argsort(descending=True, stable=True)[: record.token_map.mask()[unit].sum()]
+        kept = record.token_map.anchor[unit][record.token_map.anchor[unit] >= 0]
+        assert torch.equal(best.sort().values, kept)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "paligemma"])
+def test_dart_reads_the_decoders_keys(name):
+    """Against the definition on the plain model's cache and hidden states, one pivot after the other."""
+    model, inputs = zoo.build(name), zoo.inputs(name, "single")
+    with torch.no_grad():
+        out = model(**inputs, output_hidden_states=True, use_cache=True)
+        with vtc.compress(model, "dart", keep=0.4, layer=2) as handle:
+            model(**inputs)
+    hidden = torch.nn.functional.normalize(out.hidden_states[2][0].double(), dim=-1)
+    norms = out.past_key_values.layers[1].keys[0].double().abs().sum((0, 2))  # [L]
+    visual = zoo.placeholders(model, inputs["input_ids"])[0]
+    images, words = visual.nonzero().flatten(), (~visual).nonzero().flatten()
+    wanted = max(1, round(0.4 * len(images)))
+
+    def longest(at):
+        return at[norms[at].argsort(descending=True, stable=True)][: min(4, wanted)]
+
+    kept, pivots = longest(images).tolist(), [*longest(images).tolist(), *longest(words)[:4].tolist()]
+    quota = -(-(wanted - len(kept)) // len(pivots))
+    for pivot in pivots:
+        free = torch.tensor([i for i in images.tolist() if i not in kept])
+        order = free[(hidden[free] @ hidden[pivot]).argsort(stable=True)]
+        kept += order[: min(quota, wanted - len(kept))].tolist()
+    assert sorted(kept) == handle.kept[0].logical_and(visual).nonzero().flatten().tolist()
+
+
+def test_units_come_in_prompt_order():
+    """A video in front of an image: the map's rows follow the prompt, and what each unit holds is its own."""
+    from vtc.adapters.multimodal.family import Layout, Unit
+    from vtc.adapters.multimodal.question import Encoded, Question, Seen
+
+    def seen(kind, value, columns, *lengths):
+        edges = torch.tensor([0, *lengths]).cumsum(0).tolist()
+        units = tuple(Unit(torch.arange(a, b), i) for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False)))
+        rows = torch.full((edges[-1], 2), float(value)) + torch.arange(edges[-1])[:, None]
+        return Seen(kind, None, Encoded(None, lengths, Layout(units), {}), rows, torch.tensor(columns))
+
+    image = seen(IMAGE, 100, [6, 7, 8, 21, 22], 3, 2)
+    video = seen(VIDEO, 200, [1, 2, 3, 4], 2, 2)
+    question = Question([image, video], batch=2, length=15, pooled=False)
+    assert question.prompts == [0, 0, 0, 1]
+    assert question.places.tolist() == [[1, 2, -1], [3, 4, -1], [6, 7, 8], [6, 7, -1]]
+    first = question.packed(question.rows)[:, 0, 0].tolist()
+    assert first == [200.0, 202.0, 100.0, 103.0]
+    assert len({unit.item for unit in question.units}) == 4  # a number is per item, and no two kinds share one
+    pooled = Question([image, video], batch=2, length=15, pooled=True)
+    assert pooled.prompts == [0, 1] and pooled.places[0].tolist() == [1, 2, 3, 4, 6, 7, 8]

@@ -134,6 +134,7 @@ def _gate_refuses(gate: Gate, method: Method | None) -> str:
         return "r= and flops= are for the layers of an encoder; at the decoder's input give keep="
     if method.in_decoder:
         return _layer_refuses(gate, method)
+    method.check(decoder.config.hidden_size)
     needs = (method.needs - method.optional) & {"attention", "middle", "keys"} if not method.encoder else frozenset()
     if needs and not gate.family.attentions(gate.inner):
         return (

@@ -103,6 +103,9 @@ class Method:
         """Remove `r` tokens behind the prefix: an int, or [B] when there is a mask (a ragged batch)."""
         raise NotImplementedError
 
+    def check(self, width: int) -> None:
+        """Raise OptionError if the options do not fit tokens of `width` channels. Called before anything is patched."""
+
     def notes(self, tokens: Tokens) -> str:
         """What a report should say of how `tokens` will be decided on, where the options leave it open."""
         return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -81,6 +82,14 @@ class IDPruner(Selector):
             return "attention"
         return "sensitivity" if tokens.inputs is not None and tokens.projector is not None else "norm"
 
+    def check(self, width: int) -> None:
+        if self.scorer is not None and (trained := _load(self.scorer)).width != width:
+            of = f" for {trained.model}" if trained.model else ""
+            raise OptionError(
+                f"scorer={self.scorer!r} was trained{of} on tokens of width {trained.width}, but this model's have "
+                f"{width}: train one for this model (vtc.train)"
+            )
+
     def notes(self, tokens: Tokens) -> str:
         return f"importance: {self.source(tokens)}" if self.importance == "auto" else ""
 
@@ -102,12 +111,20 @@ class IDPruner(Selector):
         if source == "relevance":
             return scores.relevance(tokens.features, of["text"], tokens.text_mask)
         if source == "selector":
+            assert self.scorer is not None
             return _load(self.scorer).to(tokens.features.device).score(tokens.features, tokens.mask)
         return scores.norm(tokens.features)
 
 
-@lru_cache(maxsize=1)
 def _load(path: str) -> Any:
+    try:
+        return _read(path, Path(path).stat().st_mtime_ns)  # a file that is written anew is read anew
+    except OSError as error:
+        raise OptionError(f"scorer={path!r} cannot be read: {error.strerror}") from None
+
+
+@lru_cache(maxsize=1)
+def _read(path: str, written: int) -> Any:
     from vtc import scores
 
     return scores.load_selector(path)
