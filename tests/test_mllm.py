@@ -65,10 +65,13 @@ def test_oracle(name, case, kind, attn):
                 str(handle.report)
         else:
             kept, columns = handle.kept, handle._parts[0].record.columns
+        bare = model(**inputs).logits if case in ("single", "pair", "video") else None
     new = replaced(model, inputs, handle) if kind == "merger" and kept is not None else None
     kept = torch.ones_like(inputs["input_ids"], dtype=torch.bool) if kept is None else kept
     want = oracle(name, model, inputs, kept, new, forced=tokens)
     mask = inputs["attention_mask"].bool()
+    if bare is not None:  # without positions, which the model then counts for itself
+        assert torch.allclose(bare[0], want.prefill[0], atol=TOLERANCE, rtol=0), "forward"
     for row in range(len(tokens)):
         real = mask[row] if columns is None else columns[row] >= 0
         assert real.sum() == (kept & mask)[row].sum()

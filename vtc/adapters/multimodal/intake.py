@@ -128,12 +128,8 @@ class Intake:
         if self.evidence is not None:
             with torch.no_grad(), torch.autocast(pooled[0].device.type, enabled=False):
                 found = self.evidence.gather(heard, encode.kind, layout, sum(lengths), call)
-        merged = None
-        if self.tower is not None:
-            assert self.tower.stage is not None
-            merged = (
-                None if self.tower.stage.total is None else self.tower.stage.total.drop_prefix(self.tower.stage.prefix)
-            )
+        stage = None if self.tower is None else self.tower.stage
+        merged = None if stage is None or stage.total is None else stage.total.drop_prefix(stage.prefix)
         output.vtc_encoded = Encoded(self, lengths, layout, found, merged)
         return output
 
@@ -151,9 +147,8 @@ class Intake:
             placeholder = call["input_ids"] == token
         else:
             inputs = call["inputs_embeds"]
-            placeholder = (inputs == self.inner.get_input_embeddings()(torch.tensor(token, device=inputs.device))).all(
-                -1
-            )
+            embedded = self.inner.get_input_embeddings()(torch.tensor(token, device=inputs.device))
+            placeholder = (inputs == embedded).all(-1)
         columns = placeholder.flatten().nonzero().flatten()
         behind = self.family.trailing(self.inner, kind)
         if behind:  # not the encoder's: they stay
@@ -244,10 +239,10 @@ class Intake:
         """The model's own forward on everything; tokens go on the way."""
         assert self.thinning is not None
         question = self.question(seen, call) if seen else None
-        record = self.thinning.forward(patch, call, question)
+        output, record = self.thinning.forward(patch, call, question)
         self.columns = None if record is None else record.columns
         self.record = record or self.record
-        return self.thinning.output
+        return output
 
     # -- the shorter prompt -------------------------------------------------------------------------------------
 

@@ -37,7 +37,6 @@ class Thinning:
     entries: Entries | None = None  # of the layers behind; None = like those before
     columns: Tensor | None = None  # [B, S] of this call
     record: Record | None = None
-    output: Any = None
 
     @property
     def first(self) -> int:
@@ -51,8 +50,10 @@ class Thinning:
             patch.install()
         return patches
 
-    def forward(self, patch: IntakeForward, call: dict[str, Any], question: Question | None) -> Record | None:
-        """Run the model; leaves its output in `output` and returns what happened, if there were images."""
+    def forward(
+        self, patch: IntakeForward, call: dict[str, Any], question: Question | None
+    ) -> tuple[Any, Record | None]:
+        """Run the model. Returns its output, and what happened if there were images."""
         given = call["input_ids"] if "input_ids" in call else call["inputs_embeds"]
         batch, length = given.shape[:2]
         cache = call.get("past_key_values")
@@ -68,11 +69,11 @@ class Thinning:
         if past is not None and question is None:
             self.entries = past.extend(self.columns, length, False)
         try:
-            self.output = patch.original(**call)
-            cache = getattr(self.output, "past_key_values", None)
+            output = patch.original(**call)
+            cache = getattr(output, "past_key_values", None)
             if cache is not None and self.entries is not None:
                 shorten(cache, self.entries)
-            return self.record
+            return output, self.record
         finally:
             self.ear.heard, self.question, self.call, self.entries = None, None, {}, None
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+
 from vtc.adapters.multimodal.family import Family
 
 
@@ -17,3 +21,6 @@ class PaliGemma(Family):
     covers = "PaliGemma, PaliGemma 2"
     classes = ("PaliGemmaModel",)
     in_tower = ""
+
+    def positions(self, inner: Any, call: dict[str, Any], past: int, embeds: Tensor) -> Tensor:
+        return super().positions(inner, call, past, embeds) + 1  # its positions start at 1
