@@ -356,6 +356,14 @@ def test_gradient_checkpointing(name):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
 
 
+def test_layer_methods_refuse_a_static_cache():
+    model, inputs = zoo.build("llava"), zoo.inputs("llava", "single")
+    dense = said(model, inputs)
+    with vtc.compress(model, "fastv", keep=0.4), pytest.raises(vtc.InputError, match="static cache"):
+        said(model, inputs, cache_implementation="static")
+    assert torch.equal(said(model, inputs), dense)
+
+
 def test_layer_methods_refuse_gradient_checkpointing():
     model, inputs = zoo.build("llava", fresh=True).train(), zoo.inputs("llava", "single")
     checkpoint(model)

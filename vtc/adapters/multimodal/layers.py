@@ -57,6 +57,11 @@ class Thinning:
         given = call["input_ids"] if "input_ids" in call else call["inputs_embeds"]
         batch, length = given.shape[:2]
         cache = call.get("past_key_values")
+        if getattr(cache, "is_compileable", False):
+            raise InputError(
+                f"{self.method.name} leaves layers with caches of different lengths, which a static cache cannot hold: "
+                "use the default one, or a method that works at the decoder's input"
+            )
         if isinstance(cache, Shortened):
             past: Entries | None = cache.vtc_entries
         else:
