@@ -3,16 +3,21 @@
 from vtc.bench.environment import environment
 from vtc.bench.models import Named, named
 from vtc.bench.photo import Comparison, compare
+from vtc.bench.prefill import Dense, Prefill, measure_prefill, methods_at
 from vtc.bench.timing import Row, interleave, measure, runs, shared_copy
 
 __all__ = [
     "Comparison",
+    "Dense",
     "Named",
+    "Prefill",
     "Row",
     "compare",
     "environment",
     "interleave",
     "measure",
+    "measure_prefill",
+    "methods_at",
     "named",
     "runs",
     "shared_copy",

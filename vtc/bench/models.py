@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,16 +52,24 @@ def named(name: str, size: int | None = None, *, download: bool = False) -> Name
 
         return Named(dinov2_small(), size or 224, _plain)
     library, _, rest = name.partition(":")
+    if not rest and (Path(name).is_dir() or name.count("/") == 1):
+        library, rest = "hf", name
     makers = {"timm": _timm, "open_clip": _open_clip, "hf": _hf}
     if library not in makers or not rest:
         raise ModelError(f"unknown model {name!r}: give {FORMS}")
-    quiet = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # that the weights are random is meant
+    with quiet(), torch.random.fork_rng(devices=[]):
+        return makers[library](rest, size, download)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings in the log: that weights are random is meant."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        with torch.random.fork_rng(devices=[]):
-            return makers[library](rest, size, download)
+        yield
     finally:
-        logging.disable(quiet)
+        logging.disable(before)
 
 
 def _timm(name: str, size: int | None, download: bool) -> Named:
@@ -93,7 +103,7 @@ def _hf(name: str, size: int | None, download: bool) -> Named:
         config = AutoConfig.from_pretrained(name, local_files_only=not download)
     except Exception as error:  # OSError, ValueError, or whatever the Hub's client raises
         way = "check the name" if download else "give a folder with a config.json, or add --download"
-        raise ModelError(f"hf:{name}: no configuration found ({_first(error)}); {way}") from error
+        raise ModelError(f"hf:{name}: no configuration found ({first_line(error)}); {way}") from error
     vision = getattr(config, "vision_config", None) or config
     if size is not None and hasattr(vision, "image_size"):
         vision.image_size = size
@@ -127,7 +137,7 @@ def _make(make: Callable[[], nn.Module], name: str, size: int | None) -> nn.Modu
         return (sketch if large else make()).eval()
     except Exception as error:
         way = "check the name" if size is None else "try it at its own size"
-        raise ModelError(f"{name} cannot be made ({_first(error)}); {way}") from error
+        raise ModelError(f"{name} cannot be made ({first_line(error)}); {way}") from error
 
 
 class _needs:
@@ -147,6 +157,7 @@ def _hint(near: list[str]) -> str:
     return f": did you mean {near[0]!r}?" if near else "; check the name"
 
 
-def _first(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of another library says, in short."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".")

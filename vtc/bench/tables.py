@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vtc.bench.photo import Comparison
+from vtc.bench.prefill import Dense, Prefill
 from vtc.bench.timing import Row
 
 
@@ -105,3 +106,77 @@ def _stamp(console: Console, about: Mapping[str, Any]) -> None:
     if (about["load"] or 0) > (about["cores"] or 1) + 0.5:
         load = f"load {about['load']} on {about['cores']} cores"
         console.print(f"[yellow]Other programs are busy here ({load}): do not trust these times.[/yellow]")
+
+
+def show_prefill(dense: Dense, rows: Sequence[Prefill], result: Mapping[str, Any]) -> None:
+    """The tables of `vtc bench` on a multimodal LLM."""
+    console = Console(highlight=False)
+    about = f"{dense.visual} visual tokens in a prompt of {dense.prompt}; random weights"
+    console.print(f"\n[bold]{escape(result['model'])}[/bold], {about}")
+    heads = ("method", "keep", "visual", "method", "after projector", "whole", "KV MB")
+    times = _table("Pixels to first token in ms, medians over rounds", *heads, left=(0,), gap=(0, 0))
+    after, whole = _ms(dense.after_seconds, dense.total_seconds)
+    times.add_row("dense", "", str(dense.visual), "", after, whole, _mb(dense.kv_bytes))
+    marks = ("method", "keep", "ideal", "realised", "quartiles", "of ideal", "whole", "method in layers")
+    ratios = _table("Times as fast as dense in the same round", *marks, left=(0,), gap=(0, 0))
+    for row in rows:
+        name = (row.method, f"{row.keep:g}")
+        seconds = _ms(row.method_seconds, row.after_seconds, row.total_seconds)
+        times.add_row(*name, str(row.visual[1]), *seconds, _mb(row.kv_bytes[1]))
+        spread, layers = f"{row.low:.2f}-{row.high:.2f}", f"{row.method_seconds / dense.layer_seconds:.2f}"
+        shares = [f"{x:.2f}" for x in (row.ideal, row.realised, row.efficiency, row.whole)]
+        ratios.add_row(*name, *shares[:2], spread, *shares[2:], layers)
+    console.print(times, ratios)
+    console.print(
+        "[dim]method: evidence, selection, shortening of the prompt. after projector: that, and the decoder up to the "
+        f"first token's logits. whole: with tower and projector, {1e3 * dense.tower_seconds:.0f} ms dense. ideal: from "
+        f"the decoder's multiply-adds. method in layers: beside one decoder layer's prefill of the whole prompt, "
+        f"{1e3 * dense.layer_seconds:.1f} ms.[/dim]"
+    )
+    for note in dict.fromkeys(f"{row.method}: {row.notes}" for row in rows if row.notes):
+        console.print(f"[dim]{escape(note)}[/dim]")
+    _stamp(console, result["environment"])
+    console.print()
+
+
+def _ms(*seconds: float) -> list[str]:
+    return [f"{1e3 * s:.0f}" if s >= 0.1 else f"{1e3 * s:.1f}" for s in seconds]
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:.2f}"
+
+
+def show_chat(found: Any, result: Mapping[str, Any]) -> None:
+    """The answers and the table of `vtc run` on a multimodal LLM."""
+    console = Console(highlight=False)
+    name = type(found.method).__name__
+    options = ", ".join(f"{key}={value}" for key, value in found.method.options().items())
+    console.print(f"\n[bold]{name}[/bold]({options}) in {escape(result['model'])}")
+    pictures = ", ".join(result["images"])
+    console.print(f"[dim]{escape(pictures)}: {escape(result['prompt'])}[/dim]", soft_wrap=True)
+    answers = Table(box=SIMPLE_HEAD, expand=True, pad_edge=False)
+    for head in ("dense", name):
+        answers.add_column(head, ratio=1, overflow="fold")
+    dense, less = found.dense, found.less
+    answers.add_row(escape(dense.answer) or "[dim](nothing)[/dim]", escape(less.answer) or "[dim](nothing)[/dim]")
+    console.print(answers)
+
+    sums = _table("Dense against compressed", "", "dense", name, "", left=(0,))
+    sums.add_row("visual tokens", str(dense.visual), str(less.visual), f"{less.visual / dense.visual:.1%} left")
+    sums.add_row("prompt, tokens", str(dense.prompt), str(less.prompt), f"{less.prompt / dense.prompt:.1%} left")
+    first = [f"{1e3 * side.first_seconds:.1f} ms" for side in (dense, less)]
+    sums.add_row("time to first token, median", *first, f"{found.faster:.2f} x as fast")
+    if found.method_seconds is not None:
+        share = found.method_seconds / less.first_seconds
+        sums.add_row("of it, the method", "", f"{1e3 * found.method_seconds:.1f} ms", f"{share:.1%} of it")
+    rates = [side.decode_rate for side in (dense, less)]
+    if None not in rates:
+        sums.add_row("tokens per second after it", *[f"{r:.1f}" for r in rates], f"{rates[1] / rates[0]:.2f} x as fast")
+    size = [f"{side.kv_bytes / 1e6:.2f} MB" for side in (dense, less)]
+    sums.add_row("KV cache after the prompt", *size, f"{less.kv_bytes / dense.kv_bytes:.1%} left")
+    console.print(sums)
+    if found.report.notes:
+        console.print(f"[dim]{escape(found.report.notes)}[/dim]")
+    _stamp(console, result["environment"])
+    console.print()

@@ -124,10 +124,10 @@ def interleave(
         for number in range(warmup + repeats):
             order = list(calls) if number % 2 == 0 else list(calls)[::-1]
             for name in order:
-                _settle()
+                settle()
                 start = time.perf_counter()
                 calls[name]()
-                _settle()
+                settle()
                 if number >= warmup:
                     took[name].append(time.perf_counter() - start)
                 if tick is not None:
@@ -145,6 +145,7 @@ def _call(model: nn.Module, inputs: Any) -> Any:
     return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
-def _settle() -> None:
+def settle() -> None:
+    """Wait until the device has done what it was told."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()

@@ -1,0 +1,160 @@
+"""What the command `vtc` may be told: its commands, their options, their helps."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+
+def fail(message: str) -> None:
+    """One line, of what went wrong."""
+    sys.stderr.write("vtc: error: " + " ".join(message.split()) + "\n")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message} (see {self.prog} --help)")
+        raise SystemExit(2)
+
+
+def fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if math.isnan(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number: give a fraction such as 0.9, what stays")
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range: give a fraction above 0 and at most 1, what stays")
+    return value
+
+
+def count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is too small: give a whole number of at least 1")
+    return value
+
+
+def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.ArgumentParser:
+    """The whole command line; `runs` says what each command calls."""
+    from vtc import __version__
+
+    top = _Parser(
+        prog="vtc",
+        description="Fewer visual tokens for the vision encoders you already have.",
+        epilog="Example: vtc run --image photo.jpg --method tome --flops 0.6\nEvery command has its own --help.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"vtc {__version__}")
+    top.set_defaults(run=lambda args: sys.stdout.write(top.format_help()) and 0)
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, brief: str, text: str, example: str) -> argparse.ArgumentParser:
+        words: dict[str, Any] = {"help": brief, "description": text, "epilog": f"Example: {example}"}
+        added = commands.add_parser(name, **words, formatter_class=argparse.RawDescriptionHelpFormatter)
+        added.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+        if name in ("run", "bench"):
+            added.add_argument("--threads", type=count, metavar="N", help="processor threads (default: as torch says)")
+        added.set_defaults(run=runs[name])
+        return added
+
+    add = command(
+        "run",
+        "compress a real encoder on a photograph, or ask a multimodal LLM about it",
+        "Without --model: sends a photograph through DINOv2 ViT-S/14 (real weights, no network) as it is and with\n"
+        "fewer tokens. Prints tokens, multiply-adds, time and how near the features stay, and draws a picture of it.\n"
+        "With --model: asks a multimodal LLM about the images, as it is and with fewer visual tokens. Prints both\n"
+        "answers, tokens, time to first token, tokens per second and the size of the KV cache.",
+        "vtc run --image photo.jpg --method tome --keep 0.9 --out tome.png\n"
+        '         vtc run --model FOLDER --image photo.jpg --prompt "What is this?" --method idpruner --keep 0.25',
+    ).add_argument
+    add("--model", metavar="PATH_OR_ID", help="a multimodal LLM: a folder, or an id on the Hub, which is downloaded")
+    add(
+        "--image",
+        action="append",
+        metavar="PATH",
+        help="a picture (default: one that comes along); LLM: may be repeated",
+    )
+    add("--method", metavar="NAME", help="see `vtc list` (default: pitome; LLM: idpruner)")
+    one = commands.choices["run"].add_mutually_exclusive_group().add_argument
+    one(
+        "--keep",
+        type=fraction,
+        metavar="Q",
+        help="fraction of the tokens that every layer keeps; LLM: that stays (0.25)",
+    )
+    one("--tokens", type=count, metavar="N", help="number of image tokens left at the end; LLM: of each image")
+    one("--flops", type=fraction, metavar="F", help="encoder: fraction of the arithmetic that remains (default: 0.5)")
+    add("--preset", metavar="NAME", help="a preset of PiToMe")
+    add("--size", type=count, metavar="PX", help="encoder: side of the image in pixels (default: 224)")
+    add("--out", metavar="PNG", help="encoder: the picture to write (default: vtc-run.png)")
+    add("--repeats", type=count, metavar="N", help="timed runs of each (default: 5; LLM: 3)")
+    add("--prompt", metavar="TEXT", help="LLM: the question (default: Describe this image.)")
+    add("--where", choices=("llm", "tower"), help="LLM: tokens go at its input (default) or inside its vision tower")
+    add("--pooled", action="store_true", help="LLM: one budget for all images together")
+    add("--max-new-tokens", type=count, metavar="N", help="LLM: length of the answer (default: 64)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), help="LLM: of the weights (default: as they were saved)")
+    add("--device", metavar="NAME", help="LLM: cpu (default), cuda, ...")
+    add("--trust-remote-code", action="store_true", help="LLM: run code that comes with the model")
+
+    command("list", "methods and model families", "Lists the methods and the model families.", "vtc list --json")
+    models = "dinov2-small, timm:NAME, open_clip:NAME, hf:FOLDER_OR_ID"
+    folder = "or the folder or id of a multimodal LLM"
+    add = command(
+        "explain",
+        "say what would be patched in a model, or why not",
+        "Says which layers of a model would get fewer tokens, and what cannot and why. Loads no weights.\n"
+        "Ends with 0 if the model can be compressed and with 1 if not.",
+        "vtc explain --model timm:vit_base_patch16_224 --method pitome",
+    ).add_argument
+    add("--model", required=True, metavar="NAME", help=f"{models}, {folder}")
+    add("--method", metavar="NAME", help="also ask whether this method fits (see `vtc list`)")
+    add("--download", action="store_true", help="let Hugging Face fetch a configuration that is not here yet")
+
+    add = command(
+        "bench",
+        "measure the speed-up on this machine",
+        "Runs a model dense and compressed in turns and compares the speed-up with what the multiply-adds promise.\n"
+        "Also measures what a patched model costs that keeps all its tokens.\n"
+        "A multimodal LLM is timed from the pixels to its first token, part by part.",
+        "vtc bench --methods tome pitome --batch 16 --size 224\n"
+        "         vtc bench --model llava-0.5b --method idpruner zoo_prune --keep 1 0.5 0.25 0.1",
+    ).add_argument
+    add(
+        "--model",
+        default="dinov2-small",
+        metavar="NAME",
+        help=f"{models}, {folder}, llava-0.5b, qwen2.5-vl-0.5b; all but the first with random weights",
+    )
+    add("--methods", "--method", nargs="+", metavar="NAME", help="methods (default: tome pitome, or four for an LLM)")
+    one = commands.choices["bench"].add_mutually_exclusive_group().add_argument
+    one("--flops", type=fraction, metavar="F", help="encoder: fraction of the arithmetic left (default: 0.55)")
+    one("--keep", type=fraction, nargs="+", metavar="Q", help="LLM: fractions that stay (default: 1 0.5 0.25 0.1)")
+    one("--tokens", type=count, metavar="N", help="LLM: number of image tokens that stay")
+    add("--batch", type=count, metavar="N", help="encoder: images at once (default: 16)")
+    add("--size", type=count, metavar="PX", help="side of the images (default: the model's own; 224 for dinov2-small)")
+    add("--repeats", type=count, metavar="N", help="rounds that count (default: 9; LLM: 3)")
+    add("--warmup", type=count, metavar="N", help="rounds before that (default: 2; LLM: 1)")
+    add("--download", action="store_true", help="let Hugging Face fetch a configuration that is not here yet")
+
+    add = command(
+        "eval",
+        "measure what compression costs in quality",
+        "elpv      accuracy of a linear probe and of nearest neighbours on real images of solar cells\n"
+        "photos    how near the features of real photographs stay to the dense ones\n"
+        "spectral  how much the token graph's spectrum changes, layer by layer",
+        "vtc eval elpv --images 200 --out results",
+    ).add_argument
+    add("task", choices=("elpv", "photos", "spectral"), help="what to measure")
+    add("--images", type=count, metavar="N", help="how many images (default: all, or what is enough)")
+    add("--levels", type=fraction, nargs="+", metavar="F", help="fractions of the multiply-adds that remain")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the model (default: float32)")
+    add("--out", metavar="FOLDER", help="write CSV, table and figure there (default: only print)")
+    return top
