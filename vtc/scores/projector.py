@@ -17,7 +17,16 @@ For a single group, B = sum_p W_p ([H, V], the columns that u meets), r = sum_p 
     Q = (W2^T W2) o (B B^T),   m = W2 (g o b),   n = W2 (g o B r)                                  (frobenius)
 
 and without a norm just g^T Q g. Q costs C H^2 + V H^2 once per model and H^2 per token; it is kept as long as the
-module lives and its weights do not change. With a norm on each of P > 1 patches there are P (P + 1) / 2 such Q.
+module lives and its weights do not change.
+
+With a norm on each of P > 1 patches, |J|_F^2 is sum_pq alpha_p alpha_q g^T Q_pq g but for the norms' own rank-one
+parts, with P (P + 1) / 2 such Q. Their sum is the one Q above, and how it is shared out among pairs of patches depends
+on the token only through its slopes, so it is taken at those of the bias: F_pq = <Y_p, Y_q>, Y_p = W2 act'(b) W_p,
+
+    |J|_F^2 ~ g^T Q g * sum_pq alpha_p alpha_q F_pq / sum_pq F_pq                                   (frobenius, P > 1)
+
+exact, but for the rank-one parts, where the patches of a token have one scale. It ranks as 2,048 exact directions do
+(Spearman 0.995 and more on 18 random mergers, where 64 directions agree to 0.98 to 0.9999).
 """
 
 from __future__ import annotations
@@ -39,7 +48,7 @@ class LinearActLinear:
         first: [H, G, w] with the norm's gain folded in; bias: [H].
         second: [C, H]; shift: [C].
         eps: of the norm, None = no norm; centred: LayerNorm rather than RMSNorm.
-        memo: Q once it is known.
+        memo: Q, and F, once they are known.
     """
 
     first: Tensor
@@ -54,22 +63,19 @@ class LinearActLinear:
 
     @property
     def closed(self) -> bool:
-        """Whether |J|_F has the cheap formula: one group."""
+        """Whether |J|_F has an exact formula that is cheap: one group."""
         return self.first.shape[1] == 1
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, P, V] -> [T, C], the projector itself."""
         return self.act(self.hidden(x)[0]) @ self.second.mT + self.shift
 
-    def along(self, x: Tensor, directions: Tensor, sketch: Tensor | None = None) -> Tensor:
-        """mean_j |J u_j| by the exact Jacobian. x [T, P, V], directions [m, V] -> [T].
-
-        With a sketch R [r, C], E R^T R = 1, it is mean_j |R J u_j|: the output's length is read off r < C random rows.
-        """
+    def along(self, x: Tensor, directions: Tensor) -> Tensor:
+        """mean_j |J u_j| by the exact Jacobian. x [T, P, V], directions [m, V] -> [T]."""
         tokens, (hidden, groups, width) = len(x), self.first.shape
         a, y, alpha, part = self.hidden(x)
         slope = self.slope(a)[:, None]
-        second = self.second if sketch is None else sketch @ self.second
+        second = self.second
         moved = directions.repeat(1, self.patches).view(-1, groups, width)  # [m, G, w]
         shared = torch.einsum("mgw,hgw->gmh", moved, self.first)
         if self.eps is not None:  # W2 D applied to the part of v that is a product, b_g by y_g . u_g
@@ -86,13 +92,19 @@ class LinearActLinear:
         return total / max(1, len(directions))
 
     def frobenius(self, x: Tensor) -> Tensor:
-        """|J|_F / sqrt(V), the root mean square of |J u| over all unit u. x [T, P, V] -> [T]."""
+        """|J|_F / sqrt(V), the root mean square of |J u| over all unit u. x [T, P, V] -> [T]. Near it where `closed`
+        is False."""
         a, y, alpha, part = self.hidden(x)
         slope, columns = self.slope(a), self.first.view(len(self.first), self.patches, -1).sum(1)  # B [H, V]
         if "Q" not in self.memo:
             self.memo["Q"] = (self.second.mT @ self.second) * (columns @ columns.mT)
         square = ((slope @ self.memo["Q"]) * slope).sum(1)
-        if self.eps is not None:
+        if not self.closed:
+            if "F" not in self.memo:
+                each = torch.einsum("ch,hpv->pcv", self.second * self.slope(self.bias), self.first).flatten(1)
+                self.memo["F"] = each @ each.mT
+            square = square * torch.einsum("tp,pq,tq->t", alpha, self.memo["F"], alpha) / self.memo["F"].sum()
+        elif self.eps is not None:
             width, own = y.shape[2], part[:, 0]
             r = y.view(x.shape).sum(1)
             m = (slope * own) @ self.second.mT

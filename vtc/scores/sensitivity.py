@@ -15,7 +15,6 @@ from vtc.scores.recognize import in_type, recognize
 from vtc.scores.simple import TILE, can_look, check_mask
 
 _logger = logging.getLogger(__name__)
-SKETCH = 128  # rows
 FLAT = 1e-3
 
 
@@ -38,11 +37,9 @@ def sensitivity(
     - The closed form `|J|_F / sqrt(V)`, about the cost of one more pass of the projector, no probes, no seed: for
       Linear - activation - Linear, also behind a norm over all that a token is made of (LLaVA, InternVL). It is the
       root mean square over u instead of the mean.
-    - The exact Jacobian along the `probes` directions, for mergers that normalise each of P > 1 patches (Qwen's):
-      there the closed form takes P (P + 1) / 2 matrices H x H. "auto" reads |J u| off 128 random combinations of
-      the C outputs, which is C / 128 times cheaper: with 64 directions that ranks nearly as all outputs do (Spearman
-      0.96 to 0.99 against 1024 directions, all outputs 0.97 to 0.995, on random mergers with C = 512 and spectra
-      from flat to 1 / k), and better than 16 directions with all outputs. exact=True takes all outputs.
+    - For mergers that normalise each of P > 1 patches (Qwen's) the same form, exact where the patches of a token have
+      one scale and near it elsewhere (see `vtc.scores.projector`); exact=True takes the exact Jacobian along the
+      `probes` directions instead, which costs many passes.
     - The paper's central differences, 2 `probes` passes of the projector, for any other:
       `S_i = mean_j |M(x_i + h u_j) - M(x_i - h u_j)| / 2h`, the same directions for all tokens.
 
@@ -79,22 +76,19 @@ def sensitivity(
             )
         rows = x.reshape(-1, patches or 1, x.shape[-1])
         parts = rows.split(max(1, TILE // form.first[..., 0].numel())) if form is not None else ()
-        if form is not None and form.closed:
+        if form is not None and (form.closed or exact == "auto"):
             score = torch.cat([form.frobenius(part) for part in parts])
         else:
             generator = generator or torch.Generator().manual_seed(seed)
             u = torch.nn.functional.normalize(_draw(probes, x.shape[-1], generator, x), dim=1)
-            if form is None:
+            if form is not None:
+                score = torch.cat([form.along(part, u) for part in parts])
+            else:
                 call = in_type(projector, x.dtype)
                 score = central_differences(call, x, u[:2], step)
                 # Two directions show a linear projector; the others would cost many passes to show the same.
                 if not (can_look(score) and bool(_flat(score, mask).all())):
                     score = central_differences(call, x, u, step)
-            else:
-                outputs = len(form.second)
-                brief = exact == "auto" and outputs > SKETCH
-                sketch = _draw(SKETCH, outputs, generator, x) / SKETCH**0.5 if brief else None
-                score = torch.cat([form.along(part, u, sketch) for part in parts])
     return _even_out(score.view(x.shape[:2]).float(), mask)
 
 

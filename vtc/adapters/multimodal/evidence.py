@@ -19,6 +19,9 @@ from vtc.adapters.tower import Hook, head_mean
 from vtc.errors import VTCError
 
 _NAME = "vtc_listen"
+# What large images receive from all their patches would cost more than a layer of the decoder: there, each _EVERYth
+# patch is asked (with 2x2 patches to a token, one of each token).
+_ALL, _EVERY = 1024, 4
 
 
 class Listening:
@@ -68,6 +71,7 @@ class Evidence:
     ears: dict[str, Listening] = field(default_factory=dict)
     projected: Tensor | None = None
     listening: bool = False
+    note: str = ""  # what a report should say of it
 
     def install(self) -> None:
         attentions = self.family.attentions(self.inner)
@@ -105,7 +109,9 @@ class Evidence:
             if prefix:
                 received = scores.cls_attention(query, key, prefix=prefix, scale=scale)
             else:
-                received = scores.attention_received(query, key, scale=scale, mask=mask)
+                every = 1 if query.shape[2] <= _ALL else _EVERY
+                received = scores.attention_received(query, key, scale=scale, mask=mask, every=every)
+                self.note = "" if every == 1 else f"attention asked of every {every}th patch"
             found[name] = self.to_tokens(received[..., None], mask, layout, tokens, total=True)[:, 0]
         if "keys" in self.needs:
             _, key, mask, _, prefix = self.states(heard["attention"], kind, call)

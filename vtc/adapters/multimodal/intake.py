@@ -69,7 +69,8 @@ class Intake:
             self.thinning = Thinning(self.family, self.inner, self.method)
             self.patched += self.thinning.install()
             return
-        needs = frozenset() if self.tower is not None else self.method.needs - {"grid", "text"}
+        idle = self.tower is not None or self.method.keep == 1.0  # everything stays, whatever the evidence
+        needs = frozenset() if idle else self.method.needs - {"grid", "text"}
         if self.method.encoder:  # the keys that ToMe and PiToMe compare in a tower; here they compare the tokens
             needs -= {"keys"}
         if needs:
@@ -196,7 +197,11 @@ class Intake:
                 if "text" in method.needs:
                     fields["text"], fields["text_mask"] = self.text(call, question.prompts)
                 tokens = question.tokens(method, **fields)
-                token_map, notes = decide_all(method, tokens, question.removals(method.keep)), method.notes(tokens)
+                removed = question.removals(method.keep)
+                token_map, notes = decide_all(method, tokens, removed), ""
+                if bool(torch.as_tensor(removed).any()):
+                    own = "" if self.evidence is None else self.evidence.note
+                    notes = "; ".join(filter(None, (method.notes(tokens), own)))
         mask = two_d(call.get("attention_mask"), question.batch, question.length)
         stays, self.record = question.answered(token_map, mask, notes)
         if bool(stays.all()):
