@@ -68,7 +68,7 @@ class LinearActLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, P, V] -> [T, C], the projector itself."""
-        return self.act(self.hidden(x)[0]) @ self.second.mT + self.shift
+        return self.act(self.hidden(x, parts=False)[0]) @ self.second.mT + self.shift
 
     def along(self, x: Tensor, directions: Tensor) -> Tensor:
         """mean_j |J u_j| by the exact Jacobian. x [T, P, V], directions [m, V] -> [T]."""
@@ -94,8 +94,10 @@ class LinearActLinear:
     def frobenius(self, x: Tensor) -> Tensor:
         """|J|_F / sqrt(V), the root mean square of |J u| over all unit u. x [T, P, V] -> [T]. Near it where `closed`
         is False."""
-        a, y, alpha, part = self.hidden(x)
-        slope, columns = self.slope(a), self.first.view(len(self.first), self.patches, -1).sum(1)  # B [H, V]
+        a, y, alpha, part = self.hidden(x, parts=self.closed)
+        slope = self.slope(a)
+        if "Q" not in self.memo or self.closed:
+            columns = self.first.view(len(self.first), self.patches, -1).sum(1)  # B [H, V]
         if "Q" not in self.memo:
             self.memo["Q"] = (self.second.mT @ self.second) * (columns @ columns.mT)
         square = ((slope @ self.memo["Q"]) * slope).sum(1)
@@ -113,14 +115,16 @@ class LinearActLinear:
             square = square * alpha[:, 0].square()
         return (square.clamp(min=0) / x.shape[2]).sqrt()
 
-    def hidden(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """a [T, H], y [T, G, w], alpha [T, G] and each group's part of a, W_g y_g [T, G, H]."""
+    def hidden(self, x: Tensor, parts: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """a [T, H], y [T, G, w], alpha [T, G] and, with `parts`, each group's part of a, W_g y_g [T, G, H]."""
         y = x.reshape(len(x), *self.first.shape[1:])
         alpha = y.new_ones(y.shape[:2])
         if self.eps is not None:
             y = y - y.mean(-1, keepdim=True) if self.centred else y
             alpha = (y.square().mean(-1) + self.eps).rsqrt()
             y = y * alpha[..., None]
+        if not parts:
+            return y.flatten(1) @ self.first.flatten(1).mT + self.bias, y, alpha, y[:, :0]
         part = torch.stack([y[:, g] @ self.first[:, g].mT for g in range(y.shape[1])], dim=1)
         return part.sum(1) + self.bias, y, alpha, part
 
