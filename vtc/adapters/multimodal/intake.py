@@ -134,8 +134,10 @@ class Intake:
         stage = None if self.tower is None else self.tower.stage
         merged = None if stage is None or stage.total is None else stage.total.drop_prefix(stage.prefix)
         output.vtc_encoded = Encoded(self, lengths, layout, found, merged)
-        first, last = pooled[0].reshape(-1, pooled[0].shape[-1])[0], pooled[-1].reshape(-1, pooled[-1].shape[-1])[-1]
-        self.latest[encode.kind.name] = (output.vtc_encoded, torch.stack([first, last]).detach())
+        filled = [x.reshape(-1, x.shape[-1]) for x in pooled if x.numel()]  # a prompt without images has no rows
+        if filled:
+            ends = torch.stack([filled[0][0], filled[-1][-1]])
+            self.latest[encode.kind.name] = (output.vtc_encoded, ends.detach())
         return output
 
     def known(self, kind: Kind, output: Any, rows: Tensor) -> Encoded:
