@@ -412,7 +412,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl": Family(
         _config(
             "Qwen3VLConfig",
-            text_config={**_TEXT, "head_dim": 32, "rope_parameters": _rope(6, 5, 5, mrope_interleaved=True)},
+            text_config={**_TEXT, "head_dim": 32, "rope_parameters": _rope(8, 4, 4, mrope_interleaved=True)},
             vision_config={
                 **_QWEN_TOWER,
                 "hidden_size": 48,

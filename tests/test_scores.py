@@ -14,6 +14,7 @@ from torch import nn
 from vtc import scores
 from vtc.errors import InputError, OptionError
 from vtc.scores import selector as selector_file
+from vtc.scores.projector import quadratic
 from vtc.scores.recognize import _known, in_type, recognize
 from vtc.scores.sensitivity import _warn_flat, central_differences
 
@@ -644,3 +645,30 @@ def test_other_formats_and_sizes_are_refused(tmp_path, monkeypatch):
 def test_the_package_imports_no_framework():
     code = "import sys, vtc.scores; print([m for m in ('transformers', 'safetensors', 'timm') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("width", [1, 3, 64, 101])
+def test_quadratic_form(width):
+    g = torch.randn(5, width, generator=torch.Generator().manual_seed(1)).double()
+    root = torch.randn(width, width, generator=torch.Generator().manual_seed(2)).double()
+    matrix = root @ root.mT
+    assert torch.allclose(quadratic(g, matrix), torch.einsum("ti,ij,tj->t", g, matrix, g), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_what_the_projector_computed_is_not_computed_again(name):
+    """The hidden values that the adapter overheard give the sensitivity that the inputs alone give."""
+    import mllm_zoo as zoo
+
+    import vtc
+
+    model, heard = zoo.build(name), []
+    own = scores.sensitivity
+    with vtc.compress(model, "zoo_prune", keep=0.5), torch.no_grad():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scores, "sensitivity", lambda *a, **k: heard.append((a, k)) or own(*a, **k))
+            model(**zoo.inputs(name, "ragged"))
+    (args, options), *_ = heard
+    assert options["hidden"] is not None
+    known, anew = own(*args, **options), own(*args, **{**options, "hidden": None})
+    assert torch.allclose(known, anew, rtol=1e-5, atol=1e-7)

@@ -22,6 +22,7 @@ from vtc.methods import (
     VisPruner,
     ZOOPrune,
 )
+from vtc.positions import PPE
 from vtc.token_map import TokenMap
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DART",
     "DPCKNN",
+    "PPE",
     "SCOPE",
     "CDPruner",
     "DivPrune",

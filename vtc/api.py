@@ -14,6 +14,7 @@ from vtc.adapters import multimodal
 from vtc.adapters.multimodal import Gate
 from vtc.adapters.multimodal.intake import Intake
 from vtc.adapters.multimodal.question import Record
+from vtc.adapters.multimodal.rotary import axes
 from vtc.adapters.multimodal.standins import strip as strip_intake
 from vtc.adapters.site import Refusal, Site, check_blocks
 from vtc.adapters.stage import Stage
@@ -21,6 +22,7 @@ from vtc.adapters.tower import PatchedForward, Tower, strip
 from vtc.errors import OptionError, UnsupportedModelError, VTCError
 from vtc.macs import decoder_macs
 from vtc.methods import METHODS, Method, make
+from vtc.positions import sections, slots_for
 from vtc.token_map import TokenMap
 
 
@@ -125,6 +127,11 @@ def _gate_refuses(gate: Gate, method: Method | None) -> str:
         return f"its decoder ({type(decoder).__name__}) has no rotary positions, which kept tokens would keep"
     if method is None:
         return ""
+    if method.ppe:
+        try:
+            slots_for(method.ppe, sections(axes(decoder.rotary_emb)))
+        except OptionError as error:
+            return str(error)
     if getattr(method, "mode", "") == "resize":
         return 'mode="resize": give the processor a smaller image instead; mode="pool" works'
     if method.where == "tower":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ def save_config(source: Handle | Method, path: str | Path) -> None:
     if target.exists() and _read(target).get("vtc_config") is None:
         raise OptionError(f"{target} exists and is no vtc config: choose another name")
     data = {"vtc_config": FORMAT, "vtc_version": __version__, "method": method.name, "options": method.options()}
-    target.write_text(json.dumps(data, indent=2) + "\n")
+    target.write_text(json.dumps(data, indent=2, default=asdict) + "\n")
 
 
 def load_config(path: str | Path) -> Method:

@@ -29,10 +29,12 @@ from vtc.methods.pitome import check_pitome, pitome_round
 from vtc.methods.random import random_round
 from vtc.methods.selector import check_number, selected
 from vtc.methods.tome import tome_round
+from vtc.positions import ppe_positions
 from vtc.token_map import TokenMap
 
 __all__ = [
     *("coverage", "downsample", "dpc_knn", "dpp", "max_min", "mmr", "pitome", "random", "sads", "tome"),
+    "ppe_positions",
     "zeroth_order_sensitivity",
 ]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vtc.errors import OptionError
+from vtc.positions.ppe import PPE, Positions, read
 from vtc.token_map import TokenMap
 
 Projector = Callable[[Tensor], Tensor]
@@ -36,6 +37,7 @@ class Tokens:
             there is one, else summed over all queries. The mean over heads.
         middle: [B, N] float32, the same in the middle of the tower.
         inputs: [B, N, P, V] float32, what the projector made each token from: P patches of width V.
+        hidden: [B, N, H], what the projector's first linear map gave; None = not at hand.
         projector: [B, N, P, V] -> [B, N, C], the model's projector in float32.
         text: [B, T, C] embeddings of the prompt's text tokens; text_mask: [B, T] bool, True = real.
     """
@@ -51,6 +53,7 @@ class Tokens:
     attention: Tensor | None = None
     middle: Tensor | None = None
     inputs: Tensor | None = None
+    hidden: Tensor | None = None
     projector: Projector | None = None
     text: Tensor | None = None
     text_mask: Tensor | None = None
@@ -70,6 +73,8 @@ class Method:
         where: in a multimodal LLM: "llm" (default), once, where the decoder takes the image tokens in; or "tower",
             layer by layer inside the vision tower, as in a ViT alone.
         pooled: in a multimodal LLM: one budget for all images of a prompt instead of one for each.
+        positions: what a merged token carries where positions are rotary: "original", its anchor's; "ppe", those of
+            several members, or vtc.PPE(slots=K).
     """
 
     keep: float | int | None = None
@@ -77,6 +82,7 @@ class Method:
     flops: float | None = None
     where: str | None = None
     pooled: bool = False
+    positions: Positions = "original"
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
@@ -98,6 +104,14 @@ class Method:
         if self.where == "tower" and (self.pooled or not self.encoder):
             what = "pooled=True says nothing there" if self.pooled else f"{self.name} works at the decoder's input only"
             raise OptionError(f'where="tower": {what}')
+        object.__setattr__(self, "positions", read(self.positions))
+        if self.ppe and not self.merges:
+            raise OptionError(f"positions={self.positions!r}: {self.name} drops tokens, so none has members to carry")
+
+    @property
+    def ppe(self) -> PPE | None:
+        """How merged tokens carry their members' positions; None = they carry their anchor's."""
+        return None if self.positions == "original" else PPE() if self.positions == "ppe" else self.positions  # type: ignore[return-value]
 
     def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
         """Remove `r` tokens behind the prefix: an int, or [B] when there is a mask (a ragged batch)."""

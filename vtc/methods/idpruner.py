@@ -107,7 +107,7 @@ class IDPruner(Selector):
         if source == "attention":
             return of["attention"]
         if source == "sensitivity":
-            return scores.sensitivity(of["projector"], of["inputs"], mask=tokens.mask)
+            return scores.sensitivity(of["projector"], of["inputs"], mask=tokens.mask, hidden=tokens.hidden)
         if source == "relevance":
             return scores.relevance(tokens.features, of["text"], tokens.text_mask)
         if source == "selector":

@@ -63,6 +63,7 @@ class ZOOPrune(Selector):
             exact=self.exact,
             seed=self.seed,
             mask=tokens.mask,
+            hidden=tokens.hidden,
         )
         sensitivity = checked(sensitivity, "sensitivity", tokens)
         scaled = normalized(sensitivity, tokens.mask)

@@ -91,16 +91,19 @@ class LinearActLinear:
             total += out.norm(dim=-1).sum(1)
         return total / max(1, len(directions))
 
-    def frobenius(self, x: Tensor) -> Tensor:
+    def frobenius(self, x: Tensor, a: Tensor | None = None) -> Tensor:
         """|J|_F / sqrt(V), the root mean square of |J u| over all unit u. x [T, P, V] -> [T]. Near it where `closed`
-        is False."""
-        a, y, alpha, part = self.hidden(x, parts=self.closed)
+        is False. `a` [T, H] if it is known."""
+        if a is None or (self.closed and self.eps is not None):  # which needs the parts that a is made of
+            a, y, alpha, part = self.hidden(x, parts=self.closed)
+        else:
+            y, alpha = self.normed(x)
         slope = self.slope(a)
         if "Q" not in self.memo or self.closed:
             columns = self.first.view(len(self.first), self.patches, -1).sum(1)  # B [H, V]
         if "Q" not in self.memo:
             self.memo["Q"] = (self.second.mT @ self.second) * (columns @ columns.mT)
-        square = ((slope @ self.memo["Q"]) * slope).sum(1)
+        square = quadratic(slope, self.memo["Q"])
         if not self.closed:
             if "F" not in self.memo:
                 each = torch.einsum("ch,hpv->pcv", self.second * self.slope(self.bias), self.first).flatten(1)
@@ -117,19 +120,37 @@ class LinearActLinear:
 
     def hidden(self, x: Tensor, parts: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """a [T, H], y [T, G, w], alpha [T, G] and, with `parts`, each group's part of a, W_g y_g [T, G, H]."""
+        y, alpha = self.normed(x)
+        if not parts:
+            return y.flatten(1) @ self.first.flatten(1).mT + self.bias, y, alpha, y[:, :0]
+        part = torch.stack([y[:, g] @ self.first[:, g].mT for g in range(y.shape[1])], dim=1)
+        return part.sum(1) + self.bias, y, alpha, part
+
+    def normed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y [T, G, w] and alpha [T, G]."""
         y = x.reshape(len(x), *self.first.shape[1:])
         alpha = y.new_ones(y.shape[:2])
         if self.eps is not None:
             y = y - y.mean(-1, keepdim=True) if self.centred else y
             alpha = (y.square().mean(-1) + self.eps).rsqrt()
             y = y * alpha[..., None]
-        if not parts:
-            return y.flatten(1) @ self.first.flatten(1).mT + self.bias, y, alpha, y[:, :0]
-        part = torch.stack([y[:, g] @ self.first[:, g].mT for g in range(y.shape[1])], dim=1)
-        return part.sum(1) + self.bias, y, alpha, part
+        return y, alpha
 
     def slope(self, a: Tensor) -> Tensor:
         """act'(a), from the activation's own gradient; also inside no_grad and inference mode."""
         with torch.inference_mode(False), torch.enable_grad():
             a = a.clone().requires_grad_()
             return torch.autograd.grad(self.act(a.clone()).sum(), a)[0]  # the clone is for acts that work in place
+
+
+def quadratic(g: Tensor, matrix: Tensor, blocks: int = 4) -> Tensor:
+    """g^T Q g of every row of g [T, H] for a symmetric Q [H, H] -> [T]. What stands below the diagonal stands above it
+    too, so 5 of 8 products are made."""
+    width = -(-matrix.shape[0] // blocks) or 1
+    total = g.new_zeros(len(g))
+    for start in range(0, matrix.shape[0], width):
+        own, rest = slice(start, start + width), slice(start, None)
+        row = g[:, own] @ matrix[own, rest]
+        row[:, width:] *= 2
+        total += (row * g[:, rest]).sum(1)
+    return total

@@ -45,6 +45,17 @@ def recognize(projector: Any, patches: int | None = None, dtype: torch.dtype = t
     return form
 
 
+def entrance(module: nn.Module) -> nn.Linear | None:
+    """The first of the two linear maps of a module that looks so: what it gives is a, before the activation."""
+    leaves = _leaves(module)
+    first = leaves[-3] if len(leaves) in (3, 4) else None
+    return first if isinstance(first, nn.Linear) and isinstance(leaves[-1], nn.Linear) else None
+
+
+def _leaves(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if not any(m.children()) and not isinstance(m, (nn.Identity, nn.Dropout))]
+
+
 def in_type(projector: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """The projector with its weights in `dtype`: [B, N, P, V] or [B, N, V] -> [B, N, C]. The module is not touched."""
     module, call = getattr(projector, "module", projector), projector
@@ -88,7 +99,7 @@ def _state(module: nn.Module, projector: Any, patches: int | None, dtype: torch.
 
 
 def _read(module: nn.Module, patches: int, dtype: torch.dtype, memo: dict[str, Tensor]) -> LinearActLinear | None:
-    leaves = [m for m in module.modules() if not any(m.children()) and not isinstance(m, (nn.Identity, nn.Dropout))]
+    leaves = _leaves(module)
     if len(leaves) not in (3, 4):
         return None
     *before, one, act, two = leaves

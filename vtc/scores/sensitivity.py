@@ -29,6 +29,7 @@ def sensitivity(
     seed: int = 0,
     generator: torch.Generator | None = None,
     mask: Tensor | None = None,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """`S_i = E_u |J(x_i) u|` over unit directions u, J the Jacobian of the projector.
 
@@ -54,6 +55,7 @@ def sensitivity(
         exact: "auto"; True raises where the projector's form is unknown; False always takes central differences.
         seed: of the directions, drawn on the CPU so that every device has the same; `generator` goes before it.
         mask: [B, N], True = real; padding scores 0 and may hold anything.
+        hidden: [B, N, H], what the projector's first linear map gave, if it is at hand; saves computing it again.
 
     Returns:
         [B, N] float32, in units of |dz| / |dx|. All ones, with a warning, where S is flat (relative spread below
@@ -75,9 +77,10 @@ def sensitivity(
                 "[norm] - Linear - activation - Linear; exact='auto' takes central differences"
             )
         rows = x.reshape(-1, patches or 1, x.shape[-1])
-        parts = rows.split(max(1, TILE // form.first[..., 0].numel())) if form is not None else ()
+        parts = list(rows.split(max(1, TILE // form.first[..., 0].numel()))) if form is not None else []
         if form is not None and (form.closed or exact == "auto"):
-            score = torch.cat([form.frobenius(part) for part in parts])
+            at_hand = [None] * len(parts) if hidden is None else hidden.flatten(0, 1).split(len(parts[0]))
+            score = torch.cat([form.frobenius(part, a) for part, a in zip(parts, at_hand, strict=True)])
         else:
             generator = generator or torch.Generator().manual_seed(seed)
             u = torch.nn.functional.normalize(_draw(probes, x.shape[-1], generator, x), dim=1)

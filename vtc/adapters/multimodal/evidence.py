@@ -70,6 +70,7 @@ class Evidence:
     needs: frozenset[str]
     ears: dict[str, Listening] = field(default_factory=dict)
     projected: Tensor | None = None
+    hidden: Tensor | None = None  # of the projector, before its activation
     listening: bool = False
     note: str = ""  # what a report should say of it
 
@@ -82,14 +83,22 @@ class Evidence:
         if "middle" in self.needs:
             self.ears["middle"] = listen(attentions[round(self.family.middle * len(attentions))])
         if "projector" in self.needs:
-            self.family.projector(self.inner).register_forward_pre_hook(Hook("saw_projected", self))
+            projector = self.family.projector(self.inner)
+            projector.register_forward_pre_hook(Hook("saw_projected", self))
+            entrance = scores.entrance(projector)
+            if entrance is not None:
+                entrance.register_forward_hook(Hook("saw_hidden", self))
 
     def saw_projected(self, hook: Hook, args: tuple) -> None:
         if self.listening:
             self.projected = args[0].detach()
 
+    def saw_hidden(self, hook: Hook, args: tuple, output: Tensor) -> None:
+        if self.listening and output.dtype == torch.float32:  # decisions are made in float32, so halves are no help
+            self.hidden = output.detach()
+
     def start(self) -> None:
-        self.listening, self.projected = True, None
+        self.listening, self.projected, self.hidden = True, None, None
         for ear in self.ears.values():
             ear.heard = []
 
@@ -122,7 +131,9 @@ class Evidence:
                 raise VTCError(f"{type(self.inner).__name__}: its projector ran without its input being seen")
             blocks = self.family.blocks(self.inner, self.projected)
             found["inputs"] = _at(blocks.float(), layout.source, tokens)
-            self.projected = None
+            if self.hidden is not None and self.hidden[..., 0].numel() == len(blocks):
+                found["hidden"] = _at(self.hidden.flatten(0, -2), layout.source, tokens)
+            self.projected = self.hidden = None
         return found
 
     def states(self, calls: list, kind: Kind, call: dict) -> tuple[Tensor, Tensor, Tensor | None, float | None, int]:

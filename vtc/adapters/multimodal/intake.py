@@ -21,7 +21,8 @@ from vtc.adapters.multimodal.evidence import Evidence
 from vtc.adapters.multimodal.family import Family, Kind
 from vtc.adapters.multimodal.layers import Thinning
 from vtc.adapters.multimodal.question import Encoded, Question, Record, Seen, decide_all, two_d
-from vtc.adapters.multimodal.standins import Encode, IntakeForward, Loss, Positions
+from vtc.adapters.multimodal.rotary import Positions
+from vtc.adapters.multimodal.standins import Encode, IntakeForward, Loss
 from vtc.adapters.tower import Tower
 from vtc.errors import InputError
 from vtc.functional import check_finite
@@ -46,6 +47,7 @@ class Intake:
     patched: list[Any] = field(default_factory=list)
     record: Record | None = None
     columns: Tensor | None = None  # of the call in progress or just done, for the labels
+    carried: Tensor | None = None  # [slots, B, L]: the columns whose positions each column of this call carries (PPE)
     encoding: bool = False
     latest: dict[str, tuple[Encoded, Tensor]] = field(default_factory=dict)  # by kind, with the first and last row
     thinning: Thinning | None = None  # tokens go between layers of the decoder
@@ -59,7 +61,7 @@ class Intake:
     def install(self) -> None:
         decoder = getattr(self.inner, self.family.decoder)
         name = "_old_forward" if "_old_forward" in self.inner.__dict__ else "forward"
-        self.positions = Positions(decoder.rotary_emb, "forward")
+        self.positions = Positions(decoder.rotary_emb, self.method.ppe)
         self.encoders = {kind.name: Encode(self, kind) for kind in self.family.kinds}
         forward = IntakeForward(self, name)
         self.patched = [forward, self.positions, *self.encoders.values(), *(Loss(self, own) for own in self.owners)]
@@ -208,6 +210,7 @@ class Intake:
         stays, self.record = question.answered(token_map, mask, notes)
         if bool(stays.all()):
             return None
+        self.carried = question.carried(token_map, self.positions.slots)
         means = token_map if method.merges and self.tower is None else None
         for item, span in zip(seen, question.spans, strict=True):
             self.shrink(item, question, span, stays[span], means)
@@ -323,19 +326,32 @@ class Intake:
                 )
             short["attention_mask"] = entries.take(mask.long())
         self.columns = columns
-        self.positions.ids = positions.gather(-1, at.expand(positions.shape[:-1] + at.shape[-1:]))
+        self.positions.ids = self.places(positions, at)
         try:
             if isinstance(cache, Shortened):
                 cache.vtc_inside = True
             output = patch.original(**short)
         finally:
-            self.positions.ids = None
+            self.positions.ids = self.carried = None
             if isinstance(cache, Shortened):
                 cache.vtc_inside = False
         new = getattr(output, "past_key_values", None)
         if new is not None:
             shorten(new, entries)
         return output
+
+    def places(self, positions: Tensor, at: Tensor) -> Tensor:
+        """The positions [axes, B, L] of this call for its rows at the columns `at` [B, S]; with PPE by slot."""
+
+        def taken(columns: Tensor) -> Tensor:
+            return positions.gather(-1, columns.expand(positions.shape[:-1] + columns.shape[-1:]))
+
+        if self.positions.slot is None:
+            return taken(at)
+        carried = at.expand(self.positions.slots, *at.shape)  # a token alone: itself in every slot
+        if self.carried is not None:
+            carried = self.carried.gather(-1, carried)
+        return torch.stack([taken(columns) for columns in carried])
 
     def filler(self) -> int:
         """A token id to put where there is nothing; it is masked, so any that is no placeholder will do."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from vtc.adapters.multimodal.family import Kind, Layout, Unit
 from vtc.errors import InputError, OptionError
 from vtc.methods.base import Method, Tokens, in_rounds
+from vtc.positions import members
 from vtc.token_map import TokenMap
 
 
@@ -179,6 +180,17 @@ class Question:
         """The rows that represent the slots, slot by slot."""
         return self.index.gather(1, token_map.anchor.clamp(min=0))[token_map.anchor >= 0]
 
+    def carried(self, token_map: TokenMap, slots: int) -> Tensor | None:
+        """[slots, B, L] long: the columns of the prompt whose positions every column carries; None = its own."""
+        if slots == 1:
+            return None
+        out = torch.arange(self.length, device=self.places.device).repeat(slots, self.batch, 1)
+        unit, slot = (token_map.anchor >= 0).nonzero(as_tuple=True)
+        prompt = torch.tensor(self.prompts, device=out.device)[unit]
+        for k, index in enumerate(members(token_map, slots)):
+            out[k, prompt, self.places[unit, token_map.anchor[unit, slot]]] = self.places[unit, index[unit, slot]]
+        return out
+
     def from_tower(self) -> TokenMap:
         """The map that the tower made, for the tokens that its patches became."""
         whole, source = self.seen[0].encoded.merged, self.seen[0].encoded.layout.source
@@ -189,7 +201,7 @@ class Question:
         patch = patch[self.index.clamp(min=0)]  # [U, N], counted over the tower's batch
         crop, inside = patch // whole.group.shape[1], patch % whole.group.shape[1]
         slot = whole.group[crop, inside].masked_fill(self.index < 0, -1)
-        return regroup(slot, whole.anchor[crop, slot.clamp(min=0)] == inside)
+        return regroup(slot, whole.rank[crop, inside])
 
 
 def decide_all(method: Method, tokens: Tokens, removed: int | Tensor) -> TokenMap:
@@ -226,19 +238,18 @@ def shares(keep: int, units: list[Unit]) -> list[int]:
     return found
 
 
-def regroup(slot: Tensor, is_anchor: Tensor) -> TokenMap:
-    """A map from the slot [B, N] of every token (-1 = none, slots of any numbering). A slot's anchor is the token
-    marked so, else its first: the marked one may have been cut away."""
+def regroup(slot: Tensor, rank: Tensor) -> TokenMap:
+    """A map from the slot [B, N] of every token (-1 = none, slots of any numbering) and its rank there. A slot's anchor
+    is the token of lowest rank that is left: the one of rank 0 may have been cut away."""
     tokens = slot.shape[1]
     place = torch.arange(tokens, device=slot.device).expand_as(slot)
     spare = int(slot.max()) + 1 if slot.numel() else 0
     key = torch.where(slot < 0, spare, slot)
-    rank = torch.where(is_anchor, place - tokens, place)
-    mine = rank.new_full((slot.shape[0], spare + 1), tokens).scatter_reduce(1, key, rank, "amin").gather(1, key)
-    kept = (rank == mine) & (slot >= 0)
-    anchor = torch.where(mine < 0, mine + tokens, mine).clamp(max=tokens - 1)
+    order = rank * tokens + place
+    mine = order.new_full((slot.shape[0], spare + 1), tokens**2).scatter_reduce(1, key, order, "amin").gather(1, key)
+    kept = (order == mine) & (slot >= 0)
     source = place.masked_fill(kept | (slot < 0), -1)
-    return TokenMap.from_anchors(kept, (source, anchor, torch.zeros_like(slot, dtype=torch.float32)))
+    return TokenMap.from_anchors(kept, (source, mine % tokens, -rank.float()))
 
 
 def lay_out(kept: Tensor, mask: Tensor | None) -> Tensor:

@@ -44,15 +44,6 @@ class StandIn:
         return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
 
 
-class Positions(StandIn):
-    """For the `forward` of the decoder's rotary embedding: gives it the positions of the tokens that stay."""
-
-    ids: Tensor | None = None
-
-    def __call__(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.original(x, position_ids if self.ids is None else self.ids, *args, **kwargs)
-
-
 class IntakeForward(StandIn):
     """For the `forward` of a multimodal model."""
 

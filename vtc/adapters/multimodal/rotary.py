@@ -1,0 +1,73 @@
+"""The decoder's rotary embedding: told that positions have gaps, and that a merged token has several."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc.adapters.multimodal.standins import StandIn
+from vtc.errors import OptionError
+from vtc.positions import PPE, combine, sections, slot_of_pair, slots_for
+
+
+class Positions(StandIn):
+    """For the `forward` of the decoder's rotary embedding: gives it the positions of the tokens that stay.
+
+    Attributes:
+        ids: [B, S] or [axes, B, S] while the decoder runs on a shorter prompt; None = the model's own. With PPE one
+            more axis in front, the slots.
+        slot: [2 P] long, the slot that each column of the table reads; None = no PPE.
+    """
+
+    ids: Tensor | None = None
+
+    def __init__(self, module: nn.Module, ppe: PPE | None) -> None:
+        super().__init__(module, "forward")
+        self.slots, self.slot = 1, None
+        if ppe is not None:
+            axis = axes(module)
+            self.slots = slots_for(ppe, sections(axis))
+            self.slot = slot_of_pair(axis, self.slots).repeat(2)
+
+    def __call__(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.ids is None:
+            return self.original(x, position_ids, *args, **kwargs)
+        return self.table(x, self.ids, *args, **kwargs)
+
+    def table(self, x: Tensor, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """(cos, sin), each [B, S, 2 P], of tokens at `ids`: the model's own by slot, each column from its slot."""
+        if self.slot is None:
+            return self.original(x, ids, *args, **kwargs)
+        every = [self.original(x, one, *args, **kwargs) for one in ids]
+        return tuple(combine(list(tables), self.slot) for tables in zip(*every, strict=True))
+
+
+def axes(rotary: Any) -> Tensor:
+    """[P] long: which axis of the positions each pair of a rotary embedding turns by, -1 = it does not turn. Found by
+    asking it for the tokens at 1 on one axis and 0 on the others."""
+    if any(buffer.is_meta for buffer in rotary.buffers()):  # a model without weights
+        with torch.device("cpu"):
+            rotary = type(rotary)(rotary.config)
+    device = next((buffer.device for buffer in rotary.buffers()), torch.device("cpu"))
+    count = 3 if hasattr(rotary, "mrope_section") else 1
+    kinds = sorted(getattr(rotary, "layer_types", None) or [None], key=str)
+    found = None
+    for kind in kinds:
+        given = () if kind is None else (kind,)
+        for number in range(count):
+            ids = torch.zeros(count, 1, 1, dtype=torch.long, device=device)
+            ids[number] = 1
+            forward = type(rotary).forward
+            _, sin = forward(rotary, torch.zeros(1, 1, 1, device=device), ids if count > 1 else ids[0], *given)
+            turns = sin[0, 0] != 0
+            half = len(turns) // 2
+            if not torch.equal(sin[0, 0, :half], sin[0, 0, half:]):
+                raise OptionError(
+                    f"PPE: {type(rotary).__name__} does not turn column c together with column c + {half}"
+                )
+            found = torch.full((half,), -1, device=device) if found is None else found
+            found = torch.where(turns[:half], number, found)
+    assert found is not None
+    return found
