@@ -309,6 +309,20 @@ def test_the_cache_keeps_count():
     assert cache.get_seq_length() == 6 and torch.equal(cache.vtc_entries.columns, columns[[1, 0], :4])
     with pytest.raises(vtc.InputError, match="image tokens that vtc removed"):
         cache.crop(-3)
+    assert cache.get_seq_length() == 6  # and is what it was
+    # a level of layers with fewer entries, and what each stands for, goes along
+    later, sizes = torch.tensor([[0, 1, 3], [-1, 2, 3]]), torch.tensor([[2.0, 1, 1], [1, 3, 1]])
+    shorten(cache, cache.vtc_entries, (Entries(later, 4, True, sizes),))
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0, 2]))
+    assert torch.equal(cache.vtc_levels[0].columns, later[[1, 0]])
+    assert torch.equal(cache.vtc_levels[0].sizes, sizes[[1, 0]])
+    cache.crop(-1)
+    assert torch.equal(cache.vtc_levels[0].columns, later[[1, 0], :2]) and cache.vtc_levels[0].sizes.shape == (2, 2)
+    longer = cache.vtc_levels[0].extend(torch.tensor([[0], [0]]), 1, False)
+    assert longer.columns.tolist() == [[-1, 2, 3], [0, 1, 3]] and longer.sizes[:, 2].tolist() == [1, 1]
+    shorten(cache, Entries(columns[[1, 0], :4], 6, True))
     mask = torch.arange(1, 7).expand(2, -1)
     assert cache.vtc_entries.take(mask).tolist() == [[1, 3, 5, 6], [0, 1, 4, 6]]
     cache.reset()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vtc import adapters
 from vtc.adapters import multimodal
 from vtc.adapters.multimodal import Gate
+from vtc.adapters.multimodal.family import VIDEO
 from vtc.adapters.multimodal.intake import Intake
 from vtc.adapters.multimodal.question import Record
 from vtc.adapters.multimodal.rotary import axes
@@ -140,7 +141,14 @@ def _gate_refuses(gate: Gate, method: Method | None) -> str:
     if method.keep is None:
         return "r= and flops= are for the layers of an encoder; at the decoder's input give keep="
     if method.in_decoder:
-        return _layer_refuses(gate, method)
+        return _layer_refuses(gate, method, method.layer)  # type: ignore[attr-defined]
+    reasons = [_layer_refuses(gate, method, layer) for layer, _ in method.cascade]
+    if method.proportional:
+        reasons.append(_bias_refuses(decoder))
+    if any(reasons):
+        return next(filter(None, reasons))
+    if getattr(method, "events", None) and VIDEO not in gate.family.kinds:
+        return f"events= merges the frames of videos, and vtc knows {gate.family.name} with images only"
     method.check(decoder.config.hidden_size)
     needs = (method.needs - method.optional) & {"attention", "middle", "keys"} if not method.encoder else frozenset()
     if needs and not gate.family.attentions(gate.inner):
@@ -150,8 +158,16 @@ def _gate_refuses(gate: Gate, method: Method | None) -> str:
     return ""
 
 
-def _layer_refuses(gate: Gate, method: Method) -> str:
-    decoder, layer = getattr(gate.inner, gate.family.decoder), method.layer  # type: ignore[attr-defined]
+def _bias_refuses(decoder: Any) -> str:
+    if "sliding_attention" in (getattr(decoder.config, "layer_types", None) or ()):
+        return "proportional=True: the caches of this decoder's sliding layers hold a part of the sizes only"
+    if "flash" in str(decoder.config._attn_implementation):
+        return 'proportional=True: FlashAttention takes no size bias; load the model with attn_implementation="sdpa"'
+    return ""
+
+
+def _layer_refuses(gate: Gate, method: Method, layer: int) -> str:
+    decoder = getattr(gate.inner, gate.family.decoder)
     depth = len(decoder.layers)
     if not 1 <= layer < depth:
         return f"layer={layer}: the decoder has {depth} layers, so it takes 1 to {depth - 1}"
@@ -279,6 +295,7 @@ class Report:
             decoder's prefill, without the language head.
         notes: what the method chose by itself.
         prompts: in a multimodal LLM, the length of every prompt as it came, without padding; `tokens` tells the rest.
+        layers: where the decoder's layers differ, the fraction of the image tokens that each of them sees.
     """
 
     method: str
@@ -291,6 +308,13 @@ class Report:
     path: str = ""
     notes: str = ""
     prompts: tuple[int, ...] = ()
+    layers: tuple[float, ...] = ()
+
+    @property
+    def kept(self) -> float:
+        """The fraction of the image tokens that stayed; where tokens go between a decoder's layers, the mean over the
+        layers."""
+        return sum(self.layers) / len(self.layers) if self.layers else sum(self.after) / max(1, sum(self.before))
 
     @property
     def macs_ratio(self) -> float:
@@ -298,21 +322,21 @@ class Report:
         return self.macs_after / self.macs_before
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "macs_ratio": self.macs_ratio}
+        return {**asdict(self), "kept": self.kept, "macs_ratio": self.macs_ratio}
 
     def __str__(self) -> str:
         def span(values: tuple[int, ...]) -> str:
             return str(values[0]) if len(set(values)) == 1 else f"{min(values)}-{max(values)}"
 
-        kept = sum(self.after) / max(1, sum(self.before))
+        over = " on average over the layers" if self.layers else ""
         where = f"{self.images} image{'s' * (self.images != 1)}"
         if self.prompts:
             where = f"{self.images} image{'s, crops or frames' * (self.images != 1)}"
             last = self.tokens[-1][0]
             where += f", prompt {span(self.prompts)} -> {span(last if isinstance(last, tuple) else (last,))}"
         return (
-            f"{self.method}: {span(self.before)} -> {span(self.after)} image tokens ({kept:.1%} kept, {1 - kept:.1%} "
-            f"removed), {where}, {self.macs_before / 1e9:.2f} -> "
+            f"{self.method}: {span(self.before)} -> {span(self.after)} image tokens ({self.kept:.1%} kept, "
+            f"{1 - self.kept:.1%} removed{over}), {where}, {self.macs_before / 1e9:.2f} -> "
             f"{self.macs_after / 1e9:.2f} GMACs ({self.macs_ratio:.1%} remain)"
             f"{'; ' if self.notes else ''}{self.notes}"
         )
@@ -400,17 +424,27 @@ def _prompt_report(method: Method, intake: Intake, record: Record) -> Report:
     """Of a multimodal LLM: the decoder's prefill, and the tower where the method works in it."""
     decoder = getattr(intake.inner, intake.family.decoder)
     before, after = record.lengths, tuple(record.token_map.mask().sum(1).tolist())
-    dense, short = record.real.sum(1).tolist(), (record.columns >= 0).sum(1).tolist()
+    dense = record.real.sum(1).tolist()
+    steps = [record]  # the last first
+    while steps[-1].earlier is not None:
+        steps.append(steps[-1].earlier)
+    prompts, kept = [], []  # of every layer: the lengths of the prompts, the part of the image tokens that is there
+    for layer in range(len(decoder.layers)):
+        there = next((step for step in steps if step.layer <= layer), None)
+        prompts.append(dense if there is None else there.prompts)
+        kept.append(1.0 if there is None else int(there.token_map.mask().sum()) / max(1, sum(before)))
     macs = [
-        sum(decoder_macs(decoder, count, few, record.layer) for count, few in zip(dense, fewer, strict=True))
-        for fewer in (dense, short)
+        sum(decoder_macs(decoder, n) for n in dense),
+        sum(decoder_macs(decoder, n) for n in zip(*prompts, strict=True)),
     ]
     if intake.tower is not None and intake.tower.stage is not None:
         inside = _report(method.name, intake.tower, intake.tower.stage)
         macs = [macs[0] + inside.macs_before, macs[1] + inside.macs_after]
-    flow = tuple((_plain(dense if layer < record.layer else short),) * 2 for layer, _ in enumerate(decoder.layers))
+    flow = tuple((_plain(counts),) * 2 for counts in prompts)
+    notes = "; ".join(dict.fromkeys(step.notes for step in reversed(steps) if step.notes))
+    layers = tuple(kept) if len(set(kept)) > 1 else ()
     return Report(
-        method.name, len(before), before, after, flow, macs[0], macs[1], intake.where, record.notes, tuple(dense)
+        method.name, len(before), before, after, flow, macs[0], macs[1], intake.where, notes, tuple(dense), layers
     )
 
 

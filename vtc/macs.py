@@ -63,13 +63,13 @@ def linear_weights(module: nn.Module | None) -> int:
     return count
 
 
-def decoder_macs(decoder: Any, tokens: int, fewer: int | None = None, layer: int = 0) -> int:
-    """Multiply-adds of a decoder's layers on a prompt of `tokens`, of which `fewer` are left from `layer` on; from the
+def decoder_macs(decoder: Any, tokens: int | Sequence[int]) -> int:
+    """Multiply-adds of a decoder's layers on a prompt of `tokens`, one number or one for each layer; from the
     weights alone: every Linear weight once per token, and `width N^2` for the two products with the causal half of the
     attention map."""
     total = 0
-    for index, block in enumerate(decoder.layers):
-        count = tokens if fewer is None or index < layer else fewer
+    counts = [tokens] * len(decoder.layers) if isinstance(tokens, int) else tokens
+    for block, count in zip(decoder.layers, counts, strict=True):
         attention = next(m for m in block.modules() if hasattr(m, "head_dim") and hasattr(m, "o_proj"))
         total += count * linear_weights(block) + attention.o_proj.in_features * count * count
     return total

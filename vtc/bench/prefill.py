@@ -163,7 +163,7 @@ def watch_method(handle: Handle, watch: Stopwatch) -> None:
     for part in handle._parts:
         if not isinstance(part, Intake):
             continue
-        places: list[tuple[Any, str]] = [(part, "reduce"), (part.evidence, "gather"), (part.thinning, "decide")]
+        places: list[tuple[Any, str]] = [(part, "reduce"), (part.evidence, "gather"), (part.thinning, "reduce")]
         for owner, name in places:
             if owner is not None:
                 owner.__dict__[name] = watch.around(getattr(owner, name))
@@ -179,7 +179,7 @@ def watched(handle: Handle) -> Iterator[Stopwatch]:
     finally:
         for part in handle._parts:
             for owner in (part, getattr(part, "evidence", None), getattr(part, "thinning", None)):
-                for name in ("reduce", "gather", "decide"):
+                for name in ("reduce", "gather"):
                     getattr(owner, "__dict__", {}).pop(name, None)
 
 

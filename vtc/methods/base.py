@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -75,6 +75,9 @@ class Method:
         pooled: in a multimodal LLM: one budget for all images of a prompt instead of one for each.
         positions: what a merged token carries where positions are rotary: "original", its anchor's; "ppe", those of
             several members, or vtc.PPE(slots=K).
+        cascade: in a multimodal LLM: merge again before decoder layers, {layer: fraction of the tokens there that
+            stays}; keep= is what happens at the decoder's input, 1.0 = nothing.
+        proportional: in a multimodal LLM: merged tokens weigh in attention by their size, as in ToMe.
     """
 
     keep: float | int | None = None
@@ -83,6 +86,8 @@ class Method:
     where: str | None = None
     pooled: bool = False
     positions: Positions = "original"
+    cascade: tuple[tuple[int, float], ...] = ()
+    proportional: bool = False
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
@@ -107,6 +112,21 @@ class Method:
         object.__setattr__(self, "positions", read(self.positions))
         if self.ppe and not self.merges:
             raise OptionError(f"positions={self.positions!r}: {self.name} drops tokens, so none has members to carry")
+        object.__setattr__(self, "cascade", _read_cascade(self.cascade))
+        if self.cascade or self.proportional:
+            what = f"cascade={dict(self.cascade)!r}" if self.cascade else "proportional=True"
+            if not self.merges:
+                raise OptionError(f"{what}: {self.name} merges nothing; it is for methods that merge, such as dpc_knn")
+            if self.where == "tower":
+                raise OptionError(f'{what} is for the decoder, and where="tower" for the layers of the tower')
+        unknown = (
+            sorted((self.needs - self.optional) - {"keys"}) if self.encoder else sorted(self.needs - self.optional)
+        )
+        if self.cascade and unknown:
+            raise OptionError(
+                f"cascade: {self.name} reads the {' and '.join(unknown)} of the image, which the decoder's layers do "
+                "not have: use dpc_knn, tome or pitome"
+            )
 
     @property
     def ppe(self) -> PPE | None:
@@ -127,6 +147,21 @@ class Method:
     def options(self) -> dict[str, Any]:
         """The options that differ from the defaults, to print."""
         return {k: v for k, v in vars(self).items() if v != type(self).__dataclass_fields__[k].default}
+
+
+def _read_cascade(value: Any) -> tuple[tuple[int, float], ...]:
+    """{layer: keep}, or pairs as a file has them, by layer."""
+    try:
+        pairs = sorted((layer, keep) for layer, keep in (value.items() if isinstance(value, Mapping) else value))
+    except (TypeError, ValueError):
+        raise OptionError(f"cascade={value!r}: it takes {{layer: fraction that stays}}, such as {{11: 0.45}}") from None
+    for layer, keep in pairs:
+        if not _is_int(layer) or layer < 1:
+            raise OptionError(f"cascade: layer {layer!r} is no decoder layer >= 1; for the decoder's input give keep=")
+        check_fraction(f"cascade at layer {layer}: keep", keep, or_count=False)
+    if len({layer for layer, _ in pairs}) < len(pairs):
+        raise OptionError(f"cascade={value!r} names a layer twice")
+    return tuple(pairs)
 
 
 def check_budget(keep: Any = None, r: Any = None, flops: Any = None) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vtc import ops
-from vtc.methods.base import Method, Tokens
+from vtc.errors import OptionError
+from vtc.methods.base import Method, Tokens, check_fraction
 from vtc.methods.selector import check_number, marked, stays
 from vtc.token_map import TokenMap
 
@@ -24,9 +25,12 @@ class DPCKNN(Method):
 
     Args:
         neighbors: k, a token itself included.
+        events: for videos: the frames, merged one by one, are clustered by their means into this fraction of events,
+            and the tokens of an event are merged once more, to `keep` of them.
     """
 
     neighbors: int = 5
+    events: float | None = None
 
     name: ClassVar[str] = "dpc_knn"
     summary: ClassVar[str] = "clusters tokens around density peaks and merges each cluster"
@@ -37,9 +41,21 @@ class DPCKNN(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("neighbors", self.neighbors, 1, whole=True)
+        if self.events is not None:
+            check_fraction("events", self.events, or_count=False)
+            if not isinstance(self.keep, float) or self.pooled:
+                raise OptionError(
+                    "events= merges frames, then events, each to a fraction: give keep= as one, not pooled"
+                )
 
     def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
         return dpc_knn_map(tokens.features, stays(tokens, r), self.neighbors, tokens.mask, tokens.size)
+
+    def events_of(self, means: Tensor) -> list[list[int]]:
+        """The frames of every event, in order, from the frames' means [F, C]."""
+        assert self.events is not None
+        group = dpc_knn_map(means[None], max(1, round(len(means) * self.events)), self.neighbors).group[0].tolist()
+        return [[i for i, mine in enumerate(group) if mine == event] for event in range(max(group) + 1)]
 
 
 def dpc_knn_map(

@@ -24,23 +24,44 @@ class Entries:
         columns: [B, E] long, ascending but for padding, which is -1.
         length: columns of the conversation so far, the removed ones included.
         padded: whether any entry is padding.
+        sizes: [B, E] float32, what each entry stands for, where attention is proportional to it; None = 1.
     """
 
     columns: Tensor
     length: int
     padded: bool = False
+    sizes: Tensor | None = None
 
     @classmethod
     def whole(cls, batch: int, length: int, device: torch.device) -> Entries:
         return cls(torch.arange(length, device=device).expand(batch, length), length)
 
-    def extend(self, columns: Tensor, length: int, padded: bool) -> Entries:
+    def extend(self, columns: Tensor, length: int, padded: bool, sizes: Tensor | None = None) -> Entries:
         """With the entries of a chunk of `length` columns; `columns` count from the start of the chunk."""
+        if sizes is not None or self.sizes is not None:
+            before, new = (
+                torch.ones(c.shape, device=c.device) if s is None else s
+                for c, s in ((self.columns, self.sizes), (columns, sizes))
+            )
+            sizes = torch.cat([before, new], dim=1)
         columns = torch.where(columns < 0, -1, columns + self.length)
-        return Entries(torch.cat([self.columns, columns], dim=1), self.length + length, self.padded or padded)
+        return Entries(torch.cat([self.columns, columns], dim=1), self.length + length, self.padded or padded, sizes)
 
     def rows(self, index: Tensor) -> Entries:
-        return replace(self, columns=self.columns.index_select(0, index.to(self.columns.device)))
+        index = index.to(self.columns.device)
+        sizes = None if self.sizes is None else self.sizes.index_select(0, index)
+        return replace(self, columns=self.columns.index_select(0, index), sizes=sizes)
+
+    def cropped(self, gone: int) -> Entries:
+        """Without the last `gone` columns, none of which may be one that was removed."""
+        left = self.columns.shape[1] - gone
+        if gone and (left < 0 or bool((self.columns[:, left:] < self.length - gone).any())):
+            raise InputError(
+                f"the cache cannot be cropped by {gone} tokens: image tokens that vtc removed lie among them. Crop "
+                "inside the answer only, or start from a new cache"
+            )
+        sizes = None if self.sizes is None else self.sizes[:, :left]
+        return Entries(self.columns[:, :left], self.length - gone, self.padded, sizes)
 
     def take(self, x: Tensor, fill: int = 0) -> Tensor:
         """[B, columns] -> [B, E]; padding gets `fill`."""
@@ -48,9 +69,16 @@ class Entries:
 
 
 class Shortened:
-    """What `shorten` mixes into the class of a cache."""
+    """What `shorten` mixes into the class of a cache.
+
+    Attributes:
+        vtc_entries: the entries of the decoder's first layer, by the columns of the conversation.
+        vtc_levels: where later layers hold fewer: the entries of every level, by those of the first layer.
+        vtc_inside: whether the decoder is running.
+    """
 
     vtc_entries: Entries
+    vtc_levels: tuple[Entries, ...]
     vtc_inside: bool
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -59,37 +87,36 @@ class Shortened:
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
-        self.vtc_entries = self.vtc_entries.rows(beam_idx)
+        self._take(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)  # type: ignore[misc]
-        self.vtc_entries = self.vtc_entries.rows(torch.arange(len(self.vtc_entries.columns))[indices.cpu()])
+        self._take(torch.arange(len(self.vtc_entries.columns))[indices.cpu()])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self.vtc_entries = replace(self.vtc_entries, columns=self.vtc_entries.columns.repeat_interleave(repeats, dim=0))
+        self._take(torch.arange(len(self.vtc_entries.columns)).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        entries = self.vtc_entries
-        gone = -tokens_to_remove if tokens_to_remove <= 0 else max(0, entries.length - tokens_to_remove)
-        tail = entries.columns[:, entries.columns.shape[1] - gone :]
-        if gone and (gone > entries.columns.shape[1] or bool((tail < entries.length - gone).any())):
-            raise InputError(
-                f"the cache cannot be cropped by {gone} tokens: image tokens that vtc removed lie among them. Crop "
-                "inside the answer only, or start from a new cache"
-            )
+        length = self.vtc_entries.length
+        gone = -tokens_to_remove if tokens_to_remove <= 0 else max(0, length - tokens_to_remove)
+        entries, levels = self.vtc_entries.cropped(gone), tuple(level.cropped(gone) for level in self.vtc_levels)
         super().crop(-gone)  # type: ignore[misc]
-        self.vtc_entries = Entries(entries.columns[:, : entries.columns.shape[1] - gone], entries.length - gone)
+        self.vtc_entries, self.vtc_levels = entries, levels
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
-        self.vtc_entries = Entries.whole(0, 0, torch.device("cpu"))
+        self.vtc_entries, self.vtc_levels = Entries.whole(0, 0, torch.device("cpu")), ()
+
+    def _take(self, rows: Tensor) -> None:
+        self.vtc_entries = self.vtc_entries.rows(rows)
+        self.vtc_levels = tuple(level.rows(rows) for level in self.vtc_levels)
 
 
 _CLASSES: dict[type, type] = {}
 
 
-def shorten(cache: Any, entries: Entries) -> None:
+def shorten(cache: Any, entries: Entries, levels: tuple[Entries, ...] = ()) -> None:
     """Make `cache` one that stands for more than it holds, in place; it stays an instance of its class."""
     if not isinstance(cache, Shortened):
         plain = type(cache)
@@ -97,4 +124,4 @@ def shorten(cache: Any, entries: Entries) -> None:
             _CLASSES[plain] = type(f"Shortened{plain.__name__}", (Shortened, plain), {})
         cache.__class__ = _CLASSES[plain]
         cache.vtc_inside = False
-    cache.vtc_entries = entries
+    cache.vtc_entries, cache.vtc_levels = entries, levels

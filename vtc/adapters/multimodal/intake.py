@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from vtc.adapters.multimodal.cache import Entries, Shortened, shorten
+from vtc.adapters.multimodal.events import in_events
 from vtc.adapters.multimodal.evidence import Evidence
 from vtc.adapters.multimodal.family import Family, Kind
-from vtc.adapters.multimodal.layers import Thinning
+from vtc.adapters.multimodal.layers import Call, Thinning
 from vtc.adapters.multimodal.question import Encoded, Question, Record, Seen, decide_all, two_d
 from vtc.adapters.multimodal.rotary import Positions
 from vtc.adapters.multimodal.standins import Encode, IntakeForward, Loss
@@ -67,9 +68,10 @@ class Intake:
         self.patched = [forward, self.positions, *self.encoders.values(), *(Loss(self, own) for own in self.owners)]
         for patch in self.patched:
             patch.install()
-        if self.method.in_decoder:
-            self.thinning = Thinning(self.family, self.inner, self.method)
+        if self.method.in_decoder or self.method.cascade or self.method.proportional:
+            self.thinning = Thinning(self.family, self.inner, self.method, self.positions)
             self.patched += self.thinning.install()
+        if self.method.in_decoder:
             return
         idle = self.tower is not None or self.method.keep == 1.0  # everything stays, whatever the evidence
         needs = frozenset() if idle else self.method.needs - {"grid", "text"}
@@ -94,17 +96,19 @@ class Intake:
         seen = [
             self.see(kind, given[kind.name], call) for kind in self.family.kinds if given.get(kind.name) is not None
         ]
-        columns = self.reduce(seen, call) if seen and self.thinning is None else None
+        question = self.question(seen, call) if seen else None
+        columns = None
+        if question is not None and not self.method.in_decoder:
+            columns, question = self.reduce(seen, question, call)
         for item in seen:  # the model asks its encoders, which hand out what they have given already, reduced
             call.setdefault(item.kind.pixels, _NO_PIXELS)
             self.encoders[item.kind.name].output = item.output
         try:
-            if self.thinning is not None:
-                return self.thinned(patch, call, seen)
-            if columns is None and not isinstance(call.get("past_key_values"), Shortened):  # nothing went
-                self.columns = None
+            more = self.thinning is not None and question is not None  # tokens may go on the way
+            if columns is None and not more and not isinstance(call.get("past_key_values"), Shortened):
+                self.columns = None  # nothing went
                 return patch.original(**call)
-            return self.shortened(patch, call, columns)
+            return self.shortened(patch, call, columns, question)
         finally:
             for encode in self.encoders.values():
                 encode.output = None
@@ -186,9 +190,9 @@ class Intake:
             encoded = encoded.repeated(placeholder.sum(1).tolist(), times)
         return Seen(kind, output, encoded, rows, columns)
 
-    def reduce(self, seen: list[Seen], call: dict[str, Any]) -> Tensor | None:
-        """Which columns [B, S] of the call stay (-1 = padding; None = all), with the outputs in `seen` reduced."""
-        question = self.question(seen, call)
+    def reduce(self, seen: list[Seen], question: Question, call: dict[str, Any]) -> tuple[Tensor | None, Question]:
+        """Which columns [B, S] of the call stay (-1 = padding; None = all), with the outputs in `seen` reduced; and the
+        tokens by the units that the record speaks of."""
         method, device = self.method, question.rows.device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             check_finite(question.rows, f"image tokens of {type(self.inner).__name__}")
@@ -206,15 +210,18 @@ class Intake:
                 if bool(torch.as_tensor(removed).any()):
                     own = "" if self.evidence is None else self.evidence.note
                     notes = "; ".join(filter(None, (method.notes(tokens), own)))
+                if getattr(method, "events", None):
+                    question, token_map, events = in_events(question, token_map, method)  # type: ignore[arg-type]
+                    notes = "; ".join(filter(None, (notes, events)))
         mask = two_d(call.get("attention_mask"), question.batch, question.length)
         stays, self.record = question.answered(token_map, mask, notes)
         if bool(stays.all()):
-            return None
+            return None, question
         self.carried = question.carried(token_map, self.positions.slots)
         means = token_map if method.merges and self.tower is None else None
         for item, span in zip(seen, question.spans, strict=True):
             self.shrink(item, question, span, stays[span], means)
-        return self.record.columns
+        return self.record.columns, question
 
     def question(self, seen: list[Seen], call: dict[str, Any]) -> Question:
         given = call["input_ids"] if "input_ids" in call else call["inputs_embeds"]
@@ -260,18 +267,11 @@ class Intake:
                 for level in output.deepstack_features
             ]
 
-    def thinned(self, patch: IntakeForward, call: dict[str, Any], seen: list[Seen]) -> Any:
-        """The model's own forward on everything; tokens go on the way."""
-        assert self.thinning is not None
-        question = self.question(seen, call) if seen else None
-        output, record = self.thinning.forward(patch, call, question)
-        self.columns = None if record is None else record.columns
-        self.record = record or self.record
-        return output
-
     # -- the shorter prompt -------------------------------------------------------------------------------------
 
-    def shortened(self, patch: IntakeForward, call: dict[str, Any], columns: Tensor | None) -> Any:
+    def shortened(
+        self, patch: IntakeForward, call: dict[str, Any], columns: Tensor | None, question: Question | None
+    ) -> Any:
         """The model's own forward on the columns that stay (None = all of this call's), behind the cache as it is."""
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
         given: Tensor = call["inputs_embeds"] if ids is None else ids
@@ -326,32 +326,30 @@ class Intake:
                 )
             short["attention_mask"] = entries.take(mask.long())
         self.columns = columns
-        self.positions.ids = self.places(positions, at)
+        self.positions.ids = self.positions.taken(positions, at, self.carried)
+        levels: tuple[Entries, ...] = ()
         try:
+            if self.thinning is not None:
+                real = None if mask is None else mask[:, -length:].bool()
+                record = None if self.method.in_decoder else self.record
+                seen = None if question is None else Call(question, record, columns, positions, real, before)
+                self.thinning.begin(cache, seen, columns, before)
             if isinstance(cache, Shortened):
                 cache.vtc_inside = True
             output = patch.original(**short)
         finally:
             self.positions.ids = self.carried = None
+            if self.thinning is not None:
+                levels = self.thinning.end()
             if isinstance(cache, Shortened):
                 cache.vtc_inside = False
         new = getattr(output, "past_key_values", None)
         if new is not None:
-            shorten(new, entries)
+            shorten(new, entries, levels)
+        if self.thinning is not None and self.thinning.record is not None:
+            self.record = self.thinning.record
+            self.columns = self.record.columns
         return output
-
-    def places(self, positions: Tensor, at: Tensor) -> Tensor:
-        """The positions [axes, B, L] of this call for its rows at the columns `at` [B, S]; with PPE by slot."""
-
-        def taken(columns: Tensor) -> Tensor:
-            return positions.gather(-1, columns.expand(positions.shape[:-1] + columns.shape[-1:]))
-
-        if self.positions.slot is None:
-            return taken(at)
-        carried = at.expand(self.positions.slots, *at.shape)  # a token alone: itself in every slot
-        if self.carried is not None:
-            carried = self.carried.gather(-1, carried)
-        return torch.stack([taken(columns) for columns in carried])
 
     def filler(self) -> int:
         """A token id to put where there is nothing; it is masked, so any that is no placeholder will do."""

@@ -1,137 +1,233 @@
-"""Fewer image tokens from some layer of the decoder on (FastV, DART).
+"""Fewer image tokens from some layers of the decoder on: FastV and DART drop them once, a cascade merges again.
 
-The layers before see everything; the others see the tokens that stay, at their own positions, and cache only those. The
-model's loop over its layers hands every layer the same mask and the same rotary table, of the full prompt, so the
-layers behind take their rows and columns of it.
+A level is what the layers between two reductions see: the layers before the first see all rows that enter the decoder,
+the others those that are left, at their own positions, and cache only those. The model's loop over its layers hands
+every layer the same mask and the same rotary table, of all rows, so a level takes its rows and columns of it.
+
+Two ways to count: a prompt has columns; the rows that enter the decoder (and the entries of its first layer's cache)
+are those of them that the input left. Levels refer to the latter.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtc import scores
-from vtc.adapters.multimodal.cache import Entries, Shortened, shorten
+from vtc.adapters.multimodal.cache import Entries, Shortened
 from vtc.adapters.multimodal.evidence import Listening, listen
 from vtc.adapters.multimodal.family import Family
-from vtc.adapters.multimodal.question import Question, Record, decide_all, two_d
-from vtc.adapters.multimodal.standins import IntakeForward, LayerForward
+from vtc.adapters.multimodal.question import Question, Record, decide_all
+from vtc.adapters.multimodal.rotary import Positions
+from vtc.adapters.multimodal.standins import LayerForward
 from vtc.errors import InputError
 from vtc.functional import check_finite
-from vtc.methods.base import Method
+from vtc.methods.base import Method, Tokens
+from vtc.token_map import TokenMap
+
+
+@dataclass(frozen=True)
+class Level:
+    """What the layers from one reduction to the next see in this call.
+
+    Attributes:
+        columns: [B, S] long, which of the rows that entered the decoder; -1 = padding.
+        entries: of their caches, by the entries of the first layer's.
+        ids: the rotary positions of the rows, where they are not those of the decoder's table (PPE).
+    """
+
+    columns: Tensor
+    entries: Entries
+    ids: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call with images in progress, in columns of its prompt [B, L].
+
+    Attributes:
+        question: the image tokens.
+        record: what the decoder's input did with them; None = nothing.
+        columns: [B, S], which column each row that enters the decoder is; -1 = padding.
+        positions: [axes, B, L] or [B, L].
+        mask: [B, L] bool, real columns; None = all.
+        past: entries of the first layer's cache before.
+    """
+
+    question: Question
+    record: Record | None
+    columns: Tensor
+    positions: Tensor
+    mask: Tensor | None
+    past: int
 
 
 @dataclass(eq=False)
 class Thinning:
-    """One decoder whose layers from `method.layer` on see fewer tokens, and the call in progress."""
+    """One decoder whose layers see fewer and fewer tokens, and the call in progress."""
 
     family: Family
     inner: Any
     method: Method
+    positions: Positions
     ear: Listening | None = None
-    question: Question | None = None
-    call: dict[str, Any] = field(default_factory=dict)
-    entries: Entries | None = None  # of the layers behind; None = like those before
-    columns: Tensor | None = None  # [B, S] of this call
+    call: Call | None = None
+    levels: list[Level] = field(default_factory=list)  # the first: all rows
+    past: tuple[Entries, ...] = ()  # of every level's caches, before the call
     record: Record | None = None
 
     @property
-    def first(self) -> int:
-        return self.method.layer  # type: ignore[attr-defined]
+    def steps(self) -> tuple[tuple[int, float | int], ...]:
+        """(layer, what stays) of every reduction."""
+        if self.method.in_decoder:
+            return ((self.method.layer, self.method.keep),)  # type: ignore[attr-defined, return-value]
+        return self.method.cascade
 
     def install(self) -> list[LayerForward]:
         layers = getattr(self.inner, self.family.decoder).layers
-        self.ear = listen(layers[self.first - 1].self_attn)
-        patches = [LayerForward(self, i, layer) for i, layer in enumerate(layers) if i >= self.first]
+        first = 0 if self.method.proportional else self.steps[0][0]
+        if self.method.in_decoder:
+            self.ear = listen(layers[first - 1].self_attn)
+        patches = [LayerForward(self, i, layer) for i, layer in enumerate(layers) if i >= first]
         for patch in patches:
             patch.install()
         return patches
 
-    def forward(
-        self, patch: IntakeForward, call: dict[str, Any], question: Question | None
-    ) -> tuple[Any, Record | None]:
-        """Run the model. Returns its output, and what happened if there were images."""
-        given = call["input_ids"] if "input_ids" in call else call["inputs_embeds"]
-        batch, length = given.shape[:2]
-        cache = call.get("past_key_values")
+    # -- a call -------------------------------------------------------------------------------------------------
+
+    def begin(self, cache: Any, call: Call | None, entering: Tensor, past: int) -> None:
+        """Before the decoder runs on new rows, `entering` [B, S], behind `past` entries of its first layer's cache."""
+        (batch, rows), device = entering.shape, entering.device
+        known = cache.vtc_levels if isinstance(cache, Shortened) else ()
+        self.levels, self.call, self.record = [], call, None
+        if call is None and not known:  # nothing has gone, and nothing will
+            return
         if getattr(cache, "is_compileable", False):
             raise InputError(
                 f"{self.method.name} leaves layers with caches of different lengths, which a static cache cannot hold: "
                 "use the default one, or a method that works at the decoder's input"
             )
-        if isinstance(cache, Shortened):
-            past: Entries | None = cache.vtc_entries
-        else:
-            past = None if question is None else Entries.whole(batch, _length(cache), given.device)
-        self.question, self.call, self.record = question, call, None
-        self.entries = None if past is None else past
-        self.columns = torch.arange(length, device=given.device).expand(batch, length)
-        assert self.ear is not None
-        self.ear.heard = [] if question is not None else None
-        if past is not None and question is None:
-            self.entries = past.extend(self.columns, length, False)
-        try:
-            output = patch.original(**call)
-            cache = getattr(output, "past_key_values", None)
-            if cache is not None and self.entries is not None:
-                shorten(cache, self.entries)
-            return output, self.record
-        finally:
-            self.ear.heard, self.question, self.call, self.entries = None, None, {}, None
+        known = known or (Entries.whole(batch, past, device),) * (len(self.steps) + 1)
+        if self.ear is not None:
+            self.ear.heard = [] if call is not None else None
+        columns = torch.arange(rows, device=device).expand(batch, rows)
+        if call is None:  # text: the same rows for all
+            self.levels = [Level(columns, entries.extend(columns, rows, False)) for entries in known]
+            return
+        sizes = self.sizes(call.record, call.columns)
+        self.past = known
+        self.levels = [Level(columns, known[0].extend(columns, rows, False, sizes))]
+
+    def end(self) -> tuple[Entries, ...]:
+        """After it: the entries of every level's caches."""
+        done = tuple(level.entries for level in self.levels)
+        if self.ear is not None:
+            self.ear.heard = None
+        self.levels, self.call = [], None
+        return done
 
     def run(self, patch: LayerForward, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if self.entries is None:  # nothing has gone, and nothing will
+        depth = sum(layer <= patch.index for layer, _ in self.steps)  # reductions at and before this layer
+        if not self.levels or (depth == 0 and not self.method.proportional):
             return patch.original(x, *args, **kwargs)
-        if args or (self.question is not None and torch.is_grad_enabled() and _checkpoints(patch.module)):
+        if args or (self.call is not None and torch.is_grad_enabled() and _checkpoints(patch.module)):
             raise InputError(
                 f"{self.method.name} cannot take tokens out between layers that are checkpointed: switch gradient "
                 "checkpointing off, or use a method that works at the decoder's input"
             )
-        columns = self.columns
-        assert columns is not None
-        if self.question is not None and self.record is None:
-            columns = self.decide(x)
-            x = x.gather(1, columns.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1]))
-        return patch.original(x, **self.narrowed(kwargs, columns, x))
+        if self.call is not None and depth == len(self.levels):
+            x = self.reduce(x, *self.steps[depth - 1])
+        return patch.original(x, **self.narrowed(kwargs, self.levels[depth], x))
 
-    def decide(self, x: Tensor) -> Tensor:
-        """Choose by what the layer before has seen; returns the columns that stay, and notes the cache's entries."""
-        question, method = self.question, self.method
-        assert question is not None and self.entries is not None and self.ear is not None and self.ear.heard
+    # -- a reduction --------------------------------------------------------------------------------------------
+
+    def reduce(self, x: Tensor, layer: int, keep: float | int) -> Tensor:
+        """Decide before `layer` on its rows x [B, S, C], note the next level, and return the rows that are left."""
+        call, earlier = self.call, self.record
+        assert call is not None
+        question, record = call.question, earlier or call.record
+        now = call.columns if record is None else record.columns  # the prompt's columns of the rows of x
+        total = None if record is None else record.token_map
+        prompts = torch.tensor(question.prompts, device=x.device)[:, None]
+        rows = _rows_of(now, question.length)
+        members, real = self.tokens_of(x, prompts, rows, question, total)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            mask = None if bool(real.all()) else real
+            features = members.detach()
+            check_finite(features, f"hidden states before layer {layer} of {type(self.inner).__name__}")
+            fields = self.evidence(call, x.detach(), real) if self.method.in_decoder else {}
+            tokens = Tokens(features, size=None if total is None else total.size, mask=mask, **fields)
+            step = decide_all(self.method, tokens, question.removals(keep, real.sum(1).tolist()))
+            after = step if total is None else total.compose(step)
+            _, decided = question.answered(after, call.mask, self.method.notes(tokens), layer)
+        self.record = replace(decided, earlier=record)
+        left = decided.columns
+        x = x.gather(1, rows.gather(1, left.clamp(min=0))[..., None].expand(-1, -1, x.shape[-1]))
+        if self.method.merges:
+            slot = after.anchor >= 0
+            at = _rows_of(left, question.length)[prompts, _at(question.places, after.anchor).clamp(min=0)]
+            merged = step.merge(members)[slot].to(x.dtype)
+            x = x.index_put((prompts.expand_as(at)[slot], at[slot]), merged)
+        self.note(call, after if self.method.merges else None, left)
+        return x
+
+    def tokens_of(
+        self, x: Tensor, prompts: Tensor, rows: Tensor, question: Question, total: TokenMap | None
+    ) -> tuple[Tensor, Tensor]:
+        """The image tokens [U, N, C] that are among the rows of x, 0 on padding, and which are real."""
+        columns = question.places if total is None else _at(question.places, total.anchor)
+        real = columns >= 0
+        return x[prompts, rows[prompts, columns.clamp(min=0)]].masked_fill(~real[..., None], 0), real
+
+    def note(self, call: Call, after: TokenMap | None, left: Tensor) -> None:
+        """The level that begins: what its layers see of this call's rows, and where a merged token stands."""
+        absent = left < 0
+        columns = _rows_of(call.columns, call.question.length).gather(1, left.clamp(min=0)).masked_fill(absent, -1)
+        sizes = self.sizes(self.record, left)
+        past = self.past[len(self.levels)]
+        entries = past.extend(columns, call.columns.shape[1], bool(absent.any()), sizes)
+        ids = None
+        if after is not None and self.positions.slot is not None:
+            carried = call.question.carried(after, self.positions.slots)
+            ids = self.positions.taken(call.positions, left.clamp(min=0), carried)
+        self.levels.append(Level(columns, entries, ids))
+
+    def sizes(self, record: Record | None, columns: Tensor) -> Tensor | None:
+        """[B, S] float32, what every row stands for; None where nobody asks."""
+        if not self.method.proportional or record is None:
+            return None
+        token_map, device = record.token_map, columns.device
+        of_column = torch.ones(record.kept.shape, device=device)
+        unit, slot = (token_map.anchor >= 0).nonzero(as_tuple=True)
+        column = record.places[unit, token_map.anchor[unit, slot]]
+        of_column[torch.tensor(record.rows, device=device)[unit], column] = token_map.size[unit, slot]
+        return of_column.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, 1.0)
+
+    # -- what FastV and DART look at: everything has reached their layer, so rows are columns ---------------------
+
+    def evidence(self, call: Call, hidden: Tensor, real: Tensor) -> dict[str, Any]:
+        question, method = call.question, self.method
+        assert self.ear is not None and self.ear.heard
         query, key, _, scale = self.ear.heard[-1]
         self.ear.heard = None
-        past = self.entries.length
-        mask = two_d(self.call.get("attention_mask"), question.batch, past + question.length)
-        real = None if mask is None else mask[:, -question.length :].bool()
-        rows = torch.tensor(question.prompts, device=x.device)[:, None]
-        places = question.places.clamp(min=0)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            hidden = x.detach()
-            keys = key.transpose(1, 2)  # [B, past + L, heads, D]
-            fields: dict[str, Any] = {"features": question.padded(hidden[rows, places])}
-            chosen = keys[rows, places + past]
-            if "attention" in method.needs:
-                last = self.last_words(question, real)
-                asking = query.transpose(1, 2)[rows[:, 0], last[rows[:, 0]]]
-                fields["attention"] = scores.last_query_attention(
-                    asking, chosen.transpose(1, 2), scale=scale, mask=question.mask
-                )
-            if "keys" in method.needs:
-                fields["keys"] = question.padded(chosen.flatten(2))
-            if "text" in method.needs:
-                fields["text"], fields["text_mask"] = self.text(question, hidden, keys[:, past:], real)
-            check_finite(fields["features"], f"hidden states before layer {self.first} of {type(self.inner).__name__}")
-            tokens = question.tokens(method, **fields)
-            token_map = decide_all(method, tokens, question.removals(method.keep))
-            notes = method.notes(tokens)
-        _, self.record = question.answered(token_map, real, notes, self.first)
-        columns = self.record.columns
-        self.columns = columns
-        self.entries = self.entries.extend(columns, question.length, bool((columns < 0).any()))
-        return columns
+        prompts = torch.tensor(question.prompts, device=hidden.device)[:, None]
+        keys = key.transpose(1, 2)  # [B, past + L, heads, D]
+        chosen = keys[prompts, question.places.clamp(min=0) + call.past]
+        fields: dict[str, Any] = {}
+        if "attention" in method.needs:
+            last = self.last_words(question, call.mask)[prompts[:, 0]]
+            asking = query.transpose(1, 2)[prompts[:, 0], last]
+            fields["attention"] = scores.last_query_attention(
+                asking, chosen.transpose(1, 2), scale=scale, mask=question.mask
+            )
+        if "keys" in method.needs:
+            fields["keys"] = question.padded(chosen.flatten(2))
+        if "text" in method.needs:
+            fields["text"], fields["text_mask"] = self.text(question, hidden, keys[:, call.past :], call.mask)
+        return fields
 
     def words(self, question: Question, real: Tensor | None) -> Tensor:
         """[B, L] bool, the columns with text."""
@@ -154,14 +250,17 @@ class Thinning:
         states = hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1]))
         return states[question.prompts], text.gather(1, order)[question.prompts]
 
-    def narrowed(self, kwargs: dict[str, Any], columns: Tensor, x: Tensor) -> dict[str, Any]:
+    # -- what a level's layers are given --------------------------------------------------------------------------
+
+    def narrowed(self, kwargs: dict[str, Any], level: Level, x: Tensor) -> dict[str, Any]:
         """A layer's arguments for the tokens that are left: rows at `columns`, keys at the entries of its cache."""
-        entries = self.entries
-        assert entries is not None
+        entries, columns = level.entries, level.columns
         kwargs, at = dict(kwargs), columns.clamp(min=0)
         batch, rows = columns.shape
         tables = kwargs.get("position_embeddings")
-        if tables is not None:
+        if level.ids is not None:
+            kwargs["position_embeddings"] = self.positions.table(x, level.ids)
+        elif tables is not None:
             kwargs["position_embeddings"] = tuple(
                 t.expand(batch, -1, -1).gather(1, at[..., None].expand(-1, -1, t.shape[-1])) for t in tables
             )
@@ -171,16 +270,24 @@ class Thinning:
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 2:
             kwargs["attention_mask"] = entries.take(mask)
-        elif mask is not None:
+            return kwargs
+        if mask is not None:
             keys = entries.columns.clamp(min=0)
             mask = mask.expand(batch, *mask.shape[1:])
             mask = mask.gather(2, at[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
             mask = mask.gather(3, keys[:, None, None].expand(-1, mask.shape[1], rows, -1))
             absent = (entries.columns < 0)[:, None, None]
             shut = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-            kwargs["attention_mask"] = mask.masked_fill(absent, shut)
-        elif entries.padded or (rows > 1 and first > 0):
-            kwargs["attention_mask"] = self.mask(entries, columns, x)
+            mask = mask.masked_fill(absent, shut)
+        elif entries.padded or (rows > 1 and first > 0) or entries.sizes is not None:
+            mask = self.mask(entries, columns, x)
+        if mask is not None and mask.ndim == 4 and entries.sizes is not None:  # proportional attention, ToMe's Eq. 1
+            if mask.dtype == torch.bool:
+                mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(
+                    ~mask, torch.finfo(x.dtype).min
+                )
+            mask = mask + entries.sizes.log()[:, None, None].to(mask.dtype)
+        kwargs["attention_mask"] = mask
         return kwargs
 
     def mask(self, entries: Entries, columns: Tensor, x: Tensor) -> Tensor:
@@ -195,8 +302,16 @@ class Thinning:
         return (seen | (place == place[-rows:, None]))[:, None]  # padding sees itself, so that no row is empty
 
 
-def _length(cache: Any) -> int:
-    return 0 if cache is None else cache.get_seq_length()
+def _rows_of(columns: Tensor, length: int) -> Tensor:
+    """[B, S], the column of every row -> [B, length], the row of every column; 0 where it has none."""
+    row = torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
+    spare = torch.where(columns < 0, length, columns)
+    return columns.new_zeros(len(columns), length + 1).scatter(1, spare, row)[:, :length]
+
+
+def _at(places: Tensor, index: Tensor) -> Tensor:
+    """places[u, index[u, i]], and -1 where the index is."""
+    return torch.where(index < 0, -1, places.gather(1, index.clamp(min=0)))
 
 
 def _checkpoints(layer: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,6 +74,7 @@ class Record:
         rows, lengths: the prompt (batch row) of every unit, and its tokens before.
         layer: the decoder layer before which tokens went.
         notes: what the method said.
+        earlier: what had happened before, at the decoder's input or in a layer before.
     """
 
     token_map: TokenMap
@@ -84,6 +86,13 @@ class Record:
     lengths: tuple[int, ...]
     layer: int = 0
     notes: str = ""
+    earlier: Record | None = None
+
+    @property
+    def prompts(self) -> list[int]:
+        """The length of every prompt after it, without padding."""
+        real = self.real.gather(1, self.columns.clamp(min=0))
+        return (real & (self.columns >= 0)).sum(1).tolist()
 
 
 class Question:
@@ -113,12 +122,15 @@ class Question:
         self.prompts = [int(spots[unit.rows[0]]) // length for unit in units]
         if pooled:
             self.pool()
+        self.arrange()
+
+    def arrange(self) -> None:
         device = self.rows.device
         padded = torch.nn.utils.rnn.pad_sequence([unit.rows for unit in self.units], True, -1)
         self.index = padded.to(device)
         ragged = bool((padded < 0).any())
         self.mask = self.index >= 0 if ragged else None
-        self.places = torch.where(self.index < 0, -1, self.columns.to(device)[self.index.clamp(min=0)] % length)
+        self.places = torch.where(self.index < 0, -1, self.columns.to(device)[self.index.clamp(min=0)] % self.length)
 
     def pool(self) -> None:
         """All units of a prompt as one."""
@@ -126,6 +138,25 @@ class Question:
         pairs = list(zip(self.units, self.prompts, strict=True))
         self.units = [Unit(torch.cat([u.rows for u, of in pairs if of == prompt]), prompt) for prompt in order]
         self.prompts = order
+
+    def joined(self, groups: list[list[int]]) -> Question:
+        """The same tokens with the units of each group as one (frames as an event)."""
+        out = copy.copy(self)
+        out.units = [
+            Unit(torch.cat([self.units[i].rows for i in group]), self.units[group[0]].item) for group in groups
+        ]
+        out.prompts = [self.prompts[group[0]] for group in groups]
+        out.arrange()
+        return out
+
+    def videos(self) -> list[list[int]]:
+        """The units of every video, its frames in order."""
+        spans = [span for item, span in zip(self.seen, self.spans, strict=True) if item.kind.name == "video"]
+        frames: dict[int, list[int]] = {}
+        for number, unit in enumerate(self.units):
+            if any(span.start <= int(unit.rows[0]) < span.stop for span in spans):
+                frames.setdefault(unit.item, []).append(number)
+        return list(frames.values())
 
     def packed(self, x: Tensor) -> Tensor:
         """[n, ...] -> [U, N, ...], 0 on padding."""
@@ -148,15 +179,16 @@ class Question:
         fields.setdefault("features", self.packed(self.rows.detach()))
         return Tokens(mask=self.mask, grid=None if None in grids else grids, **fields)  # type: ignore[arg-type]
 
-    def removals(self, keep: float | int | None) -> int | Tensor:
-        """How many tokens of every unit go: an int where all units have the same length, else [U]."""
-        counts = [len(unit.rows) for unit in self.units]
+    def removals(self, keep: float | int | None, left: list[int] | None = None) -> int | Tensor:
+        """How many tokens of every unit go, of those that are `left` (default: all): an int where all units have the
+        same length, else [U]."""
+        counts = [len(unit.rows) for unit in self.units] if left is None else left
         if isinstance(keep, float):
             gone = [n - max(1, round(n * keep)) for n in counts]
         else:
             assert keep is not None
             gone = [n - k for n, k in zip(counts, shares(keep, self.units), strict=True)]
-        if self.mask is None and len(set(gone)) == 1:
+        if len(set(counts)) == 1 and len(set(gone)) == 1:
             return gone[0]
         return torch.tensor(gone, device=self.rows.device)
 

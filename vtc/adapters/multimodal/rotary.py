@@ -36,6 +36,18 @@ class Positions(StandIn):
             return self.original(x, position_ids, *args, **kwargs)
         return self.table(x, self.ids, *args, **kwargs)
 
+    def taken(self, positions: Tensor, at: Tensor, carried: Tensor | None = None) -> Tensor:
+        """The `ids` of rows at the columns `at` [B, S] of a prompt's positions [axes, B, L] or [B, L]. With PPE
+        `carried` [slots, B, L] says which columns' positions every column carries; None = its own."""
+
+        def rows(columns: Tensor) -> Tensor:
+            return positions.gather(-1, columns.expand(positions.shape[:-1] + columns.shape[-1:]))
+
+        if self.slot is None:
+            return rows(at)
+        every = at.expand(self.slots, *at.shape)
+        return torch.stack([rows(columns) for columns in (every if carried is None else carried.gather(-1, every))])
+
     def table(self, x: Tensor, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """(cos, sin), each [B, S, 2 P], of tokens at `ids`: the model's own by slot, each column from its slot."""
         if self.slot is None:
