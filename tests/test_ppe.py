@@ -344,6 +344,22 @@ def test_two_axes_take_the_papers_32_slots():
     assert patch.slot.tolist() == [*range(32)] * 4
 
 
+def test_sections_without_a_common_divisor():
+    """K = 1 is the anchor's position: said beforehand and in the report, not left to be found out."""
+    import transformers
+
+    config = zoo.FAMILIES["qwen2_5_vl"].config()
+    config.text_config.rope_parameters["mrope_section"] = [3, 3, 2]
+    model = transformers.AutoModelForImageTextToText.from_config(config).eval()
+    inputs = zoo.inputs("qwen2_5_vl", "single")
+    assert "up to 1 members" in str(vtc.explain(model, "dpc_knn", keep=0.5, positions="ppe"))
+    with torch.no_grad(), vtc.compress(model, "dpc_knn", keep=0.5, positions="ppe") as handle:
+        ours = model(**inputs).logits
+        assert "PPE has no effect" in handle.report.notes
+    with torch.no_grad(), vtc.compress(model, "dpc_knn", keep=0.5):
+        assert torch.equal(model(**inputs).logits, ours)
+
+
 def test_config_file(tmp_path):
     for positions in ("original", "ppe", vtc.PPE(4)):
         method = vtc.DPCKNN(keep=0.5, positions=positions)

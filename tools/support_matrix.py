@@ -31,7 +31,8 @@ LLM_HEAD = """
 
 Where the decoder takes its image tokens in (`fastv`, `dart`: from a layer of the decoder on), on transformers 5.17 and
 5.23, with sdpa and eager attention, in batches, with several images, with video where the family has it.
-`where="tower"` is PiToMe and ToMe inside the vision tower.
+`where="tower"` is PiToMe and ToMe inside the vision tower. The last four rows go with the methods that merge
+(`events=` with `dpc_knn`).
 
 """
 
@@ -70,6 +71,10 @@ def multimodal() -> list[str]:
 
     rows = {name: (name, {"keep": 0.5}) for name in METHODS}
     rows |= {f'{name}, where="tower"': (name, {"keep": 0.9, "where": "tower"}) for name in ("pitome", "tome")}
+    rows |= {"PPE (`positions=`)": ("dpc_knn", {"keep": 0.5, "positions": "ppe"})}
+    rows |= {"`cascade=`": ("dpc_knn", {"keep": 0.5, "cascade": {2: 0.5}})}
+    rows |= {"`proportional=True`": ("dpc_knn", {"keep": 0.5, "proportional": True})}
+    rows |= {"`events=`": ("dpc_knn", {"keep": 0.5, "events": 0.5})}
     lines, notes = ["| method | " + " | ".join(FAMILIES) + " |", "|---" * (len(FAMILIES) + 1) + "|"], []
     for label, (method, options) in rows.items():
         cells = []

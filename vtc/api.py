@@ -114,12 +114,18 @@ def _explain_gate(gate: Gate, method: Method | None) -> Encoder:
     decoder = getattr(gate.inner, gate.family.decoder)
     layers = len(getattr(decoder, "layers", ()))
     where = "" if method is None else "the decoder's input, once"
+    if method is not None and method.cascade:
+        where = f"the decoder's input and layers {', '.join(str(layer) for layer, _ in method.cascade)}"
     if method is not None and method.where == "tower":
         where = "the layers of its vision tower"
     if method is not None and method.in_decoder:
         where = f"layer {getattr(method, 'layer', 0)} of the decoder"
-    kind = type(gate.inner).__name__
-    return Encoder(gate.path, kind, gate.family.name, layers, None, where, _gate_refuses(gate, method))
+    refusal = _gate_refuses(gate, method)
+    if method is not None and method.ppe and not refusal:
+        found = sections(axes(decoder.rotary_emb))
+        slots = slots_for(method.ppe, found)
+        where += f"; a merged token carries the positions of up to {slots} members (rotary sections {list(found)})"
+    return Encoder(gate.path, type(gate.inner).__name__, gate.family.name, layers, None, where, refusal)
 
 
 def _gate_refuses(gate: Gate, method: Method | None) -> str:
@@ -148,7 +154,7 @@ def _gate_refuses(gate: Gate, method: Method | None) -> str:
     if any(reasons):
         return next(filter(None, reasons))
     if getattr(method, "events", None) and VIDEO not in gate.family.kinds:
-        return f"events= merges the frames of videos, and vtc knows {gate.family.name} with images only"
+        return "events= merges the frames of videos, and vtc knows this family with images only"
     method.check(decoder.config.hidden_size)
     needs = (method.needs - method.optional) & {"attention", "middle", "keys"} if not method.encoder else frozenset()
     if needs and not gate.family.attentions(gate.inner):

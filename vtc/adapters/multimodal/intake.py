@@ -210,6 +210,8 @@ class Intake:
                 if bool(torch.as_tensor(removed).any()):
                     own = "" if self.evidence is None else self.evidence.note
                     notes = "; ".join(filter(None, (method.notes(tokens), own)))
+                    if method.ppe and self.positions.slots == 1:
+                        notes += "; " * bool(notes) + "PPE has no effect: the rotary sections have no common divisor"
                 if getattr(method, "events", None):
                     question, token_map, events = in_events(question, token_map, method)  # type: ignore[arg-type]
                     notes = "; ".join(filter(None, (notes, events)))
