@@ -110,21 +110,23 @@ class Method:
             what = "pooled=True says nothing there" if self.pooled else f"{self.name} works at the decoder's input only"
             raise OptionError(f'where="tower": {what}')
         object.__setattr__(self, "positions", read(self.positions))
+        object.__setattr__(self, "cascade", _read_cascade(self.cascade))
+        self._check_merging()
+
+    def _check_merging(self) -> None:
+        """Raise OptionError where an option for methods that merge, in a decoder, does not fit this one."""
         if self.ppe and not self.merges:
             raise OptionError(f"positions={self.positions!r}: {self.name} drops tokens, so none has members to carry")
-        object.__setattr__(self, "cascade", _read_cascade(self.cascade))
         if self.cascade or self.proportional:
             what = f"cascade={dict(self.cascade)!r}" if self.cascade else "proportional=True"
             if not self.merges:
                 raise OptionError(f"{what}: {self.name} merges nothing; it is for methods that merge, such as dpc_knn")
             if self.where == "tower":
                 raise OptionError(f'{what} is for the decoder, and where="tower" for the layers of the tower')
-        unknown = (
-            sorted((self.needs - self.optional) - {"keys"}) if self.encoder else sorted(self.needs - self.optional)
-        )
-        if self.cascade and unknown:
+        unknown = self.needs - self.optional - ({"keys"} if self.encoder else set()) if self.cascade else set()
+        if unknown:
             raise OptionError(
-                f"cascade: {self.name} reads the {' and '.join(unknown)} of the image, which the decoder's layers do "
+                f"cascade: {self.name} reads the {' and '.join(sorted(unknown))} of the image, which the decoder's layers do "
                 "not have: use dpc_knn, tome or pitome"
             )
 

@@ -60,9 +60,9 @@ class PiToMe(Method):
     summary: ClassVar[str] = "merges redundant (high-energy) tokens, protects informative ones"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.preset is not None and self.preset not in PRESETS:
             raise OptionError(f"preset={self.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+        super().__post_init__()
         for key in ("margin", "protect"):
             if isinstance(getattr(self, key), list):
                 object.__setattr__(self, key, tuple(getattr(self, key)))
