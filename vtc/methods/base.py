@@ -126,8 +126,8 @@ class Method:
         unknown = self.needs - self.optional - ({"keys"} if self.encoder else set()) if self.cascade else set()
         if unknown:
             raise OptionError(
-                f"cascade: {self.name} reads the {' and '.join(sorted(unknown))} of the image, which the decoder's layers do "
-                "not have: use dpc_knn, tome or pitome"
+                f"cascade: {self.name} reads the {' and '.join(sorted(unknown))} of the image, which the decoder's "
+                "layers do not have: use dpc_knn, tome or pitome"
             )
 
     @property
