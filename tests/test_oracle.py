@@ -111,7 +111,7 @@ def dino_scales(layer):
     return layer.layer_scale1.lambda1, layer.layer_scale2.lambda1
 
 
-def eva_layers(net, rope):
+def eva_layers(net, rope, turn=None):
     """timm's EVA-02: rotary positions of the patch each token stands for, SwiGLU or plain MLP, biases of their own."""
 
     def rotate(x, at):
@@ -120,6 +120,8 @@ def eva_layers(net, rope):
         pairs = x[:, 1:].unflatten(-1, (-1, 2))
         turned = torch.stack([-pairs[..., 1], pairs[..., 0]], -1).flatten(-2)
         return torch.cat([x[:, :1], x[:, 1:] * cos[where] + turned * sin[where]], 1)
+
+    turn = turn or rotate
 
     def make(block):
         attn = block.attn
@@ -132,7 +134,7 @@ def eva_layers(net, rope):
 
             weights, biases = attn.qkv.weight.double().chunk(3), (attn.q_bias, attn.k_bias, attn.v_bias)
             q, k, v = (heads(h @ w.T + b.double()) for w, b in zip(weights, biases, strict=True))
-            out = attention(rotate(q, at), rotate(k, at), v, size)
+            out = attention(turn(q, at), turn(k, at), v, size)
             return linear(norm(out, attn.norm), attn.proj), k
 
         def feed(x):

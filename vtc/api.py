@@ -17,6 +17,7 @@ from vtc.adapters.multimodal.intake import Intake
 from vtc.adapters.multimodal.question import Record
 from vtc.adapters.multimodal.rotary import axes
 from vtc.adapters.multimodal.standins import strip as strip_intake
+from vtc.adapters.rotary import column_slots
 from vtc.adapters.site import Refusal, Site, check_blocks
 from vtc.adapters.stage import Stage
 from vtc.adapters.tower import PatchedForward, Tower, strip
@@ -204,8 +205,10 @@ def _tower_site(gate: Gate) -> Site | str:
 
 
 def _refuses(site: Site, method: Method | None) -> str:
-    if method is not None and (not method.encoder or method.where == "llm" or method.pooled):
-        what = "pooled=True" if method.pooled else 'where="llm"' if method.where else method.name
+    decoders = {} if method is None else {"pooled": method.pooled, "cascade": method.cascade}
+    decoders |= {} if method is None else {"where": method.where == "llm", "proportional": method.proportional}
+    if method is not None and (not method.encoder or any(decoders.values())):
+        what = next((f"{name}=" for name, given in decoders.items() if given), method.name)
         return (
             f"{what} is for multimodal LLMs, where the decoder takes its image tokens; this is a vision encoder alone"
         )
@@ -226,6 +229,13 @@ def _refuses(site: Site, method: Method | None) -> str:
         )
     if "grid" in method.needs and site.shuffled:
         return f"{method.name} needs the patches in their places, but this encoder's embeddings shuffle them"
+    if method.ppe and method.where != "tower":
+        if isinstance(site.rotary, str):
+            return f'positions={method.positions!r}: {site.rotary}; positions="original" works'
+        try:
+            column_slots(*site.rotary(), method.ppe)
+        except OptionError as error:
+            return str(error)
     if getattr(method, "mode", "") == "resize" and isinstance(site.resizable, str):
         return f'mode="resize": {site.resizable}; mode="pool" works'
     return ""

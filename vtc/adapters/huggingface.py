@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.adapters.site import Block, Refusal, Site
-from vtc.adapters.stage import Stage, relative_bias, taken_at
+from vtc.adapters.site import NOT_ROTARY, Block, Refusal, Site
+from vtc.adapters.stage import Stage, relative_bias
 from vtc.macs import EncoderMACs, linear_weights
 
 name = "huggingface"
@@ -85,7 +85,7 @@ def _dino_attend(layer: Any, x: Tensor, stage: Stage | None, args: tuple, kwargs
     rest = _rest(kwargs)
     if stage is not None and rest.get("position_embeddings") is not None:
         # one (cos, sin) row per patch: each token carries the row of the patch it stands for
-        rest["position_embeddings"] = tuple(taken_at(table, stage.patches()) for table in rest["position_embeddings"])
+        rest["position_embeddings"] = tuple(stage.turned(table) for table in rest["position_embeddings"])
     mask = _biased(_mask(args, kwargs), x, stage)
     return layer.drop_path(layer.layer_scale1(layer.attention(layer.norm1(x), attention_mask=mask, **rest)[0]))
 
@@ -284,7 +284,25 @@ def _site(path: str, model: Any, layers: Any) -> Site | Refusal:
         resizable=resizable,
         shuffled=hasattr(embeddings, "random_masking"),
         no_bias="" if attention in ("eager", "sdpa") else f'attn_implementation="{attention}"',
+        rotary=_rotary(model),
     )
+
+
+def _rotary(model: Any) -> Any:
+    rope = getattr(model, "rope_embeddings", None)
+    if rope is None:
+        return NOT_ROTARY
+
+    def table() -> tuple[Tensor, tuple[int, int], int]:
+        training, side = rope.training, rope.config.patch_size
+        rope.eval()  # in training it moves the grid
+        try:
+            _, sine = rope(torch.zeros(1, 3, 3 * side, 4 * side, device=rope.inv_freq.device))
+        finally:
+            rope.train(training)
+        return sine, (3, 4), 1
+
+    return table
 
 
 def _prefix(embeddings: Any) -> int:

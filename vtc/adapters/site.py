@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from vtc.errors import UnsupportedModelError
 from vtc.macs import EncoderMACs
 
+NOT_ROTARY = "its positions are not rotary, so a merged token has none to carry"
+
 
 def plain_example(block: nn.Module) -> tuple[int, tuple, dict]:
     return 8, (), {}
@@ -61,6 +63,8 @@ class Site:
         shuffled: its embeddings reorder the patches, so that a grid means nothing.
         watched: objects with a `forward_intermediates` that returns every block's tokens.
         no_bias: why the attention takes no size bias, if it does not.
+        rotary: makes a rotary table, (table [rows x columns, C], (rows, columns), tables side by side); or why there is
+            none that merged tokens could carry several rows of.
     """
 
     path: str
@@ -75,6 +79,7 @@ class Site:
     shuffled: bool = False
     watched: tuple[nn.Module, ...] = ()
     no_bias: str = ""
+    rotary: Callable[[], tuple[Tensor, tuple[int, int], int]] | str = NOT_ROTARY
 
 
 @dataclass(frozen=True)

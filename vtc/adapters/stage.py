@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vtc.errors import InputError
+from vtc.positions import combine
 from vtc.token_map import TokenMap
 
 Grid = tuple[int, int]
@@ -24,6 +25,8 @@ class Stage:
         total: from the entry to now, None = nothing happened yet; maps: one per layer that reduced.
         size: [B, M] float32, what each token stands for, None = all 1; mask: [B, M], None = all real.
         flow: (tokens in attention, tokens in the MLP) of each layer that ran, a pair of [B] lists or ints.
+        carried, slot: with PPE, the patches whose positions each token behind the prefix carries [K, B, M], and which
+            of the K each column of a rotary table reads.
     """
 
     layer: int
@@ -38,6 +41,8 @@ class Stage:
     mask: Tensor | None = None
     maps: tuple[TokenMap, ...] = ()
     flow: tuple[tuple[Any, Any], ...] = ()
+    carried: Tensor | None = None
+    slot: Tensor | None = None
 
     def count(self) -> Any:
         """Tokens now: an int, or [B] for a ragged batch."""
@@ -57,6 +62,12 @@ class Stage:
         """[B, M - prefix]: which patch (row by row) each token behind the prefix is, or stands for."""
         assert self.total is not None
         return (self.total.anchor[:, self.prefix :] - self.prefix).clamp(min=0)
+
+    def turned(self, table: Tensor) -> Tensor:
+        """The rows of a rotary table of all patches for the tokens behind the prefix: [B, 1 or H, M, D]."""
+        if self.carried is None or self.slot is None:
+            return taken_at(table, self.patches())
+        return combine([taken_at(table, patch) for patch in self.carried], self.slot)
 
     def narrow(self, x: Tensor) -> Tensor:
         """Undo `widen`: x may come at full length from a block that was watched."""

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.adapters.site import Block, Refusal, Site
-from vtc.adapters.stage import Stage, relative_bias, taken_at
+from vtc.adapters.site import NOT_ROTARY, Block, Refusal, Site
+from vtc.adapters.stage import Stage, relative_bias
 from vtc.macs import EncoderMACs, linear_weights
 
 name = "timm"
@@ -42,7 +42,7 @@ def _eva_rope(stage: Stage | None, kwargs: dict) -> Tensor | None:
     rope = kwargs.get("rope")
     if rope is None or stage is None:
         return rope
-    return taken_at(rope, stage.patches())
+    return stage.turned(rope)
 
 
 def _eva_attention(block: Any, h: Tensor, x: Tensor, stage: Stage | None, kwargs: dict) -> Tensor:
@@ -212,7 +212,22 @@ def _site(path: str, model: Any) -> Site | Refusal:
         ),
         resizable=resizable,
         watched=(model,) if hasattr(model, "forward_intermediates") else (),
+        rotary=_rotary(model),
     )
+
+
+def _rotary(model: Any) -> Any:
+    rope = getattr(model, "rope", None)
+    if rope is None:
+        return NOT_ROTARY
+    if getattr(model, "rope_mixed", False):
+        return "every head turns by its own mix of row and column"
+
+    def table() -> tuple[Tensor, tuple[int, int], int]:
+        grid = getattr(rope, "feat_shape", None) or (3, 4)
+        return rope.get_embed(shape=grid), tuple(grid), 2
+
+    return table
 
 
 def _tail(model: Any) -> tuple[int, int]:

@@ -14,12 +14,14 @@ import einops
 import torch
 from torch import Tensor, nn
 
+from vtc.adapters.rotary import column_slots
 from vtc.adapters.site import Site
 from vtc.adapters.stage import Grid, Stage, padding_mask
 from vtc.errors import InputError, VTCError
 from vtc.functional import check_finite
 from vtc.methods.base import Method, Tokens
 from vtc.methods.downsample import coarse_grid, pool_map
+from vtc.positions import members
 from vtc.schedule import removals, resized_count
 
 _TAG = "_vtc_stage"  # the storage is shared by a tensor and its detached copies, and lives as long as any of them
@@ -99,6 +101,8 @@ class Tower:
     patched: list[PatchedForward] = field(default_factory=list)
     plans: dict[int, tuple[int, ...]] = field(default_factory=dict)
     grid: tuple[Grid, ...] | None = None
+    slots: int = 1  # that merged tokens have for their members' positions (PPE)
+    slot: Tensor | None = None  # of every column of the rotary table; None = no PPE
     resized: tuple[Grid, Grid] | None = None  # the image's own grid and the one it was resized to, until block 0
 
     @property
@@ -109,6 +113,9 @@ class Tower:
 
     def install(self) -> None:
         """Patch every block. Whoever calls this takes it off again if it fails: `compress` strips the whole model."""
+        if self.method.ppe and self.method.where != "tower":  # in a multimodal LLM the decoder's positions are meant
+            assert not isinstance(self.site.rotary, str)
+            self.slots, self.slot = column_slots(*self.site.rotary(), self.method.ppe)
         for index, block in enumerate(self.site.blocks):
             # accelerate wraps forward and keeps the real one in _old_forward; go below its device moves
             name = "_old_forward" if "_old_forward" in block.__dict__ else "forward"
@@ -206,7 +213,11 @@ class Tower:
         total = token_map if stage.total is None else stage.total.compose(token_map)
         mask = None if stage.mask is None else token_map.mask()
         size = token_map.size if self.method.merges or mask is not None else None
-        return x, replace(stage, total=total, size=size, mask=mask, maps=(*stage.maps, token_map))
+        carried = None
+        if self.slot is not None:
+            carried = members(total.drop_prefix(stage.prefix), self.slots).clamp(min=0)
+        maps = (*stage.maps, token_map)
+        return x, replace(stage, total=total, size=size, mask=mask, maps=maps, carried=carried, slot=self.slot)
 
     def enter(self, patch: PatchedForward, x: Tensor, args: tuple, kwargs: dict) -> Stage:
         # In a backward pass that recomputes (activation checkpointing) the state of the last call is another one's, so
