@@ -327,3 +327,31 @@ def test_estimate_counts_what_the_model_makes(name):
     assert int((inputs["input_ids"] == config.image_token_id).sum()) == sample.tokens
     assert cost.dtype == "bfloat16" and cache_bytes(cache) == 2 * cost.kv_bytes * int(handle.kept.sum())
     assert cost.macs[1.0] > cost.macs[0.1] > 0
+
+
+def test_positions_and_the_picture(vtc_, folders, tmp_path):
+    """PPE from the command line: the report, the picture, and what makes no sense said in one line."""
+    base = ["run", "--image", folders / "0.png", "--prompt", "what", "--max-new-tokens", 2, "--repeats", 1, "--json"]
+    out = tmp_path / "groups.png"
+    llava, qwen = ["--model", folders / "llava"], ["--model", folders / "qwen2_5_vl"]
+    ppe = ["--method", "dpc_knn", "--keep", 0.4, "--positions", "ppe"]
+    code, text, err = vtc_(*base, *qwen, *ppe, "--out", out)
+    assert code == 0, err
+    assert json.loads(text)["options"] == {"keep": 0.4, "positions": "ppe"}
+    with Image.open(out) as picture:
+        assert min(picture.size) > 400
+    code, text, err = vtc_(*base, *llava, *ppe, "--slots", 4)
+    assert code == 0 and json.loads(text)["options"]["positions"] == {"slots": 4}, err
+    for options, why in (
+        ([*llava, "--method", "idpruner", "--positions", "ppe"], "drops tokens"),
+        ([*llava, "--method", "dpc_knn", "--slots", 4], "add --positions ppe"),
+        ([*qwen, *ppe, "--slots", 3], "choose one of 1, 2"),
+        ([*llava, *ppe, "--out", tmp_path / "a.jpg"], "PNG"),
+        (["--positions", "ppe"], "is for a multimodal LLM"),
+    ):
+        code, text, err = vtc_(*base, *options)
+        assert code == 2 and not text and why in err and err.count("\n") == 1, err
+    code, text, _ = vtc_("explain", "--model", folders / "qwen2_5_vl", "--method", "dpc_knn", "--positions", "ppe")
+    assert code == 0 and "up to 2 members (rotary sections [4, 2, 2])" in text
+    code, _, err = vtc_("explain", "--model", folders / "llava", "--positions", "ppe")
+    assert code == 2 and "add --method" in err

@@ -7,6 +7,7 @@ from PIL import Image, PngImagePlugin
 
 from vtc import TokenMap, functional, viz
 from vtc.errors import InputError, OptionError
+from vtc.positions import members
 from vtc.viz.tokens import infer_grid
 
 CELL = 16
@@ -121,3 +122,34 @@ def test_save_overwrites_only_its_own(photo, tmp_path):
     for bad in (link, tmp_path / "out.jpg", tmp_path / "none" / "out.png"):
         with pytest.raises(OptionError):
             viz.save(sheet, bad)
+
+
+def test_carried_members_are_marked():
+    """A dot on the anchor, a ring on every other member that is carried, nothing on those beyond the slots."""
+    features = torch.zeros(2, 24, 4)
+    features[:, :12, 0], features[:, 12:, 1] = 1, 1
+    features += 1e-3 * torch.randn(2, 24, 4, generator=torch.Generator().manual_seed(0))
+    groups = functional.dpc_knn(features, keep=2)
+    image = Image.new("RGB", (240, 160), (90, 90, 90))
+    plain = np.asarray(viz.overlay(image, groups, (4, 6), tint=0.28).resize((720, 480), Image.Resampling.NEAREST))
+    marked = viz.carried(image, groups, 3, (4, 6))
+    assert marked.size == (720, 480)
+    pixels = np.asarray(marked)
+    index = members(groups, 3)[:, 0]
+    for slot in range(2):
+        mine = index[:, slot].tolist()
+        for turn, patch in enumerate(mine):
+            y, x = 120 * (patch // 6) + 60, 120 * (patch % 6) + 60
+            assert pixels[y, x].tolist() == ([255, 255, 255] if turn == 0 else [0x1D, 0x21, 0x29])
+    assert (pixels != plain).any(-1).mean() < 0.4
+    alone = viz.carried(image, TokenMap.identity(1, 24), 3, (4, 6))  # nothing merged, nothing marked
+    assert np.array_equal(np.asarray(alone), np.asarray(image.resize(alone.size)))
+
+
+def test_a_smaller_image_of_a_batch_is_drawn_without_its_padding():
+    mask = torch.arange(24) < torch.tensor([24, 12])[:, None]
+    groups = functional.dpc_knn(torch.randn(2, 24, 4), keep=0.5, mask=mask)
+    image = Image.new("RGB", (240, 120), (90, 90, 90))
+    assert viz.overlay(image, groups, (2, 6), item=1).size == (360, 120)
+    with pytest.raises(InputError, match="12 patches"):
+        viz.overlay(image, groups, (2, 6), item=0)

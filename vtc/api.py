@@ -408,6 +408,15 @@ class Handle:
         return [step.drop_prefix(last.prefix) for step in maps]
 
     @property
+    def grids(self) -> tuple[tuple[int, int] | None, ...]:
+        """(rows, columns) of the image tokens in each row of `token_map`, for pictures; None where they fill no
+        rectangle (an image cut to its shape) or nobody knows."""
+        _, last = self._last()
+        if isinstance(last, Record):
+            return last.grids
+        return last.grid or (None,) * last.batch
+
+    @property
     def kept(self) -> Tensor:
         """[B, L] bool: which columns of the prompt a multimodal LLM's decoder was given in the last call with images.
         Logits of a forward and hidden states are those of these columns, in order."""

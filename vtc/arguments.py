@@ -94,11 +94,26 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
     one("--flops", type=fraction, metavar="F", help="encoder: fraction of the arithmetic that remains (default: 0.5)")
     add("--preset", metavar="NAME", help="a preset of PiToMe")
     add("--size", type=count, metavar="PX", help="encoder: side of the image in pixels (default: 224)")
-    add("--out", metavar="PNG", help="encoder: the picture to write (default: vtc-run.png)")
+    add(
+        "--out",
+        metavar="PNG",
+        help="the picture to write (encoder: vtc-run.png by default; LLM: of its groups, if given)",
+    )
     add("--repeats", type=count, metavar="N", help="timed runs of each (default: 5; LLM: 3)")
     add("--prompt", metavar="TEXT", help="LLM: the question (default: Describe this image.)")
     add("--where", choices=("llm", "tower"), help="LLM: tokens go at its input (default) or inside its vision tower")
     add("--pooled", action="store_true", help="LLM: one budget for all images together")
+    add(
+        "--positions",
+        choices=("original", "ppe"),
+        help="LLM: of merged tokens: their anchor's, or their members' (PPE)",
+    )
+    add(
+        "--slots",
+        type=count,
+        metavar="K",
+        help="LLM: how many members' positions (default: the most that fit, up to 8)",
+    )
     add("--max-new-tokens", type=count, metavar="N", help="LLM: length of the answer (default: 64)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), help="LLM: of the weights (default: as they were saved)")
     add("--device", metavar="NAME", help="LLM: cpu (default), cuda, ...")
@@ -116,6 +131,7 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
     ).add_argument
     add("--model", required=True, metavar="NAME", help=f"{models}, {folder}")
     add("--method", metavar="NAME", help="also ask whether this method fits (see `vtc list`)")
+    add("--positions", choices=("original", "ppe"), help="of merged tokens: their anchor's, or their members' (PPE)")
     add("--download", action="store_true", help="let Hugging Face fetch a configuration that is not here yet")
 
     add = command(

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from vtc.adapters.multimodal.intake import Intake
 from vtc.api import Report, compress, explain
 from vtc.bench.models import first_line, quiet
 from vtc.bench.multimodal import find_config, sketch
@@ -21,6 +22,10 @@ from vtc.bench.prefill import cache_bytes, watched
 from vtc.bench.timing import Tick, interleave, settle, shared_copy
 from vtc.errors import OptionError, UnsupportedModelError, VTCError
 from vtc.methods import Method
+from vtc.token_map import TokenMap
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class ChatError(VTCError, ValueError):
@@ -50,7 +55,8 @@ class Side:
 @dataclass(frozen=True)
 class Comparison:
     """Dense against compressed. `faster`: to the first token, the median of the rounds' ratios. `method_seconds`: what
-    vtc itself takes of `first_seconds`; None where the method works inside the tower."""
+    vtc itself takes of `first_seconds`; None where the method works inside the tower. `groups`, `grids`, `slots`: the
+    token map, the rows and columns of its images, and how many members' positions a merged token carries."""
 
     method: Method
     report: Report
@@ -58,6 +64,9 @@ class Comparison:
     less: Side
     faster: float
     method_seconds: float | None
+    groups: TokenMap
+    grids: tuple[tuple[int, int] | None, ...]
+    slots: int
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -179,6 +188,8 @@ def compare(
 
         took = interleave({name: partial(first, name) for name in sides}, repeats, 1, tick=tick)
         report, kept = handle.report, int(handle.kept.sum())
+        intake = next(part for part in handle._parts if isinstance(part, Intake))
+        drawn = (handle.token_map, handle.grids, intake.positions.slots)
         counts = {"dense": (sum(report.before), sum(report.prompts)), "less": (sum(report.after), kept)}
         done: dict[str, Side] = {}
         for name, each in sides.items():
@@ -192,7 +203,32 @@ def compare(
                 tick()
     faster = median(d / s for d, s in zip(took["dense"], took["less"], strict=True))
     own = None if method.where == "tower" else median(shares[-repeats:])
-    return Comparison(method, report, done["dense"], done["less"], faster, own)
+    return Comparison(method, report, done["dense"], done["less"], faster, own, *drawn)
+
+
+def picture(image: Image.Image, found: Comparison) -> Figure:
+    """The image's groups, dropped tokens dark, and with PPE the places that merged tokens carry.
+
+    Raises:
+        ChatError: the image's tokens fill no rectangle (any-resolution models cut it to its shape).
+    """
+    from vtc.viz import carried, overlay, sheet
+
+    item = next((i for i, grid in enumerate(found.grids) if grid is not None), None)
+    if item is None:
+        raise ChatError("no picture: the tokens of these images fill no rectangle, or share one budget (pooled)")
+    grid = found.grids[item]
+    assert grid is not None
+    seen = ImageOps.fit(image, (max(1, round(image.height * grid[1] / grid[0])), image.height))
+    groups, tokens = found.groups, grid[0] * grid[1]
+    slots = int((groups.anchor[item] >= 0).sum())
+    note = f"{tokens} image tokens became {slots}"
+    drawn = overlay(seen, groups, grid, item=item)
+    if found.slots > 1:
+        note += f"; dot: the anchor, rings: the other members whose positions it carries, up to {found.slots} in all"
+        drawn = carried(seen, groups, found.slots, grid, item=item)
+    panels = [(seen, "what the model is shown", f"{grid[0]} x {grid[1]} tokens"), (drawn, "what is left", "")]
+    return sheet(panels, type(found.method).__name__, note, height=5.0)
 
 
 class Stamps:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from vtc.arguments import fail, parser
@@ -58,8 +59,18 @@ def _message(error: Exception) -> str | None:
 # -- commands -------------------------------------------------------------------------------------------------------
 
 
-_OF_ENCODERS = ("--flops", "--size", "--out")
-_OF_LLMS = ("--prompt", "--where", "--pooled", "--max-new-tokens", "--dtype", "--device", "--trust-remote-code")
+_OF_ENCODERS = ("--flops", "--size")
+_OF_LLMS = (
+    "--prompt",
+    "--where",
+    "--pooled",
+    "--positions",
+    "--slots",
+    "--max-new-tokens",
+    "--dtype",
+    "--device",
+    "--trust-remote-code",
+)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -68,13 +79,23 @@ def _run(args: argparse.Namespace) -> int:
 
 def _run_llm(args: argparse.Namespace) -> int:
     from vtc.bench.environment import environment
+    from vtc.errors import OptionError
     from vtc.images import example_photo, load_image
     from vtc.methods import make
+    from vtc.positions import PPE
 
     _not_here(args, *_OF_ENCODERS, what="an encoder alone, without --model")
-    given = {"preset": args.preset, "where": args.where, "pooled": args.pooled or None}
+    given = {"preset": args.preset, "where": args.where, "pooled": args.pooled or None, "positions": args.positions}
+    if args.slots is not None:
+        if args.positions != "ppe":
+            raise OptionError(f"--slots {args.slots} says how many positions PPE carries: add --positions ppe")
+        given["positions"] = PPE(args.slots)
     given["keep"] = args.tokens if args.tokens is not None else args.keep or 0.25
     method = make(args.method or "idpruner", **{key: value for key, value in given.items() if value is not None})
+    if args.out is not None:
+        from vtc.viz import check_target
+
+        check_target(args.out)
     paths = args.image or [str(example_photo())]
     images = [load_image(path) for path in paths]
     prompt, repeats = args.prompt or "Describe this image.", args.repeats or 3
@@ -91,6 +112,12 @@ def _run_llm(args: argparse.Namespace) -> int:
     result = {"model": args.model, "images": paths, "prompt": prompt, **found.to_dict()}
     dtype = str(ready.dtype).removeprefix("torch.")
     result["environment"] = environment(batch=1, dtype=dtype, device=more["device"], repeats=repeats)
+    if args.out is not None:
+        from vtc.chat import picture
+        from vtc.viz import save
+
+        save(picture(images[0], found), args.out)
+        result["picture"] = args.out
     if not args.json:
         from vtc.bench.tables import show_chat
 
@@ -170,12 +197,22 @@ def _explain(args: argparse.Namespace) -> int:
     if config is not None:
         return _explain_llm(args, config)
     found = named(args.model, download=args.download)
-    plan = vtc.explain(found.model, args.method)
+    plan = vtc.explain(found.model, args.method, **_positions(args))
     if not args.json:
         note = "\nToo large to be tried out here: only its structure was looked at." if found.sketch else ""
         sys.stdout.write(f"{plan}{note}\n")
     _json(args, {"name": args.model, **plan.to_dict(), "tried": plan.ok and not found.sketch})
     return 0 if plan.ok else 1
+
+
+def _positions(args: argparse.Namespace) -> dict[str, str]:
+    from vtc.errors import OptionError
+
+    if args.positions is None:
+        return {}
+    if args.method is None:
+        raise OptionError(f"--positions {args.positions} is an option of a method: add --method NAME")
+    return {"positions": args.positions}
 
 
 def _explain_llm(args: argparse.Namespace, config: Any) -> int:
@@ -184,7 +221,7 @@ def _explain_llm(args: argparse.Namespace, config: Any) -> int:
     from vtc.bench.multimodal import sketch
 
     model = sketch(config)
-    plan = vtc.explain(model, args.method)
+    plan = vtc.explain(model, args.method, **_positions(args))
     cost = estimate(config, model) if plan.ok else None
     if not args.json:
         sys.stdout.write(f"{plan}\n" + (f"{cost}\n" if cost is not None else ""))
@@ -287,7 +324,7 @@ def _bar(args: argparse.Namespace, total: int, what: str) -> Any:
 def _json(args: argparse.Namespace, data: dict[str, Any]) -> int:
     if args.json:
         # JSON knows neither NaN nor infinity: they become null
-        text = json.dumps(json.loads(json.dumps(data), parse_constant=lambda name: None), indent=2, ensure_ascii=False)
+        text = json.dumps(json.loads(json.dumps(data, default=asdict), parse_constant=lambda name: None), indent=2, ensure_ascii=False)
         sys.stdout.write(text + "\n")
     return 0
 

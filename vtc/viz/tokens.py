@@ -7,10 +7,11 @@ import math
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from vtc.errors import InputError
+from vtc.positions import members
 from vtc.token_map import TokenMap
 
 Grid = tuple[int, int]
@@ -40,6 +41,39 @@ def overlay(
     pixels = _darken(pixels, group, cell)
     edge = _edges(group, cell) & inside[..., 0]
     return _image(np.where(edge[..., None], shade, pixels))
+
+
+def carried(
+    image: Image.Image, token_map: TokenMap, slots: int, grid: Grid | None = None, *, item: int = 0
+) -> Image.Image:
+    """The groups of `overlay`, each with the places whose positions its token carries (PPE): a dot on the anchor, a
+    ring on every other carried member, and a line between them. Members beyond the first `slots` have no mark.
+
+    Other arguments as in `overlay`.
+    """
+    picture = overlay(image, token_map, grid, item=item, tint=0.28)
+    rows, columns = infer_grid(token_map.group.shape[1], image.size) if grid is None else grid
+    factor = max(1, math.ceil(640 / max(picture.size)))  # fine marks need pixels
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    side = picture.width / columns
+    draw, radius, line = ImageDraw.Draw(picture), 0.2 * side, max(2, round(side / 16))
+
+    def middle(patch: int) -> tuple[float, float]:
+        return (patch % columns + 0.5) * side, (patch // columns + 0.5) * side
+
+    index = members(token_map, slots)[:, item]
+    for slot in range(index.shape[1]):
+        mine = list(dict.fromkeys(index[:, slot].tolist()))
+        if mine[0] < 0 or len(mine) == 1:
+            continue
+        x, y = middle(mine[0])
+        for patch in mine[1:]:
+            draw.line([(x, y), middle(patch)], fill="white", width=line)
+        for patch in mine[1:]:
+            a, b = middle(patch)
+            draw.ellipse([a - radius, b - radius, a + radius, b + radius], fill="#1d2129", outline="white", width=line)
+        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill="white", outline="#1d2129", width=line)
+    return picture
 
 
 def groups(image: Image.Image, token_map: TokenMap, grid: Grid | None = None, *, item: int = 0) -> Image.Image:
@@ -108,14 +142,15 @@ def _canvas(
     if not -batch <= item < batch:
         raise InputError(f"item={item}: the token map has {batch} image{'s' * (batch != 1)}")
     rows, columns = infer_grid(tokens, image.size) if grid is None else grid
-    if rows * columns != tokens:
+    places = token_map.group[item].cpu().numpy()
+    if rows * columns > tokens or (places[rows * columns :] >= 0).any():  # behind a smaller image of a batch is padding
         raise InputError(
             f"grid=({rows}, {columns}) has {rows * columns} patches, but the token map has {tokens} tokens: "
             "pass the map of the image's tokens only (handle.token_map, or token_map.drop_prefix(n))"
         )
     cell = max(_CELL, round(max(image.width / columns, image.height / rows)))
     fitted = image.convert("RGB").resize((columns * cell, rows * cell), Image.Resampling.LANCZOS)
-    group = token_map.group[item].cpu().numpy().reshape(rows, columns)
+    group = places[: rows * columns].reshape(rows, columns)
     return np.asarray(fitted, dtype=np.float64), group, cell
 
 

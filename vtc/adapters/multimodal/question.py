@@ -75,6 +75,7 @@ class Record:
         layer: the decoder layer before which tokens went.
         notes: what the method said.
         earlier: what had happened before, at the decoder's input or in a layer before.
+        grids: (rows, columns) of every unit, None where its tokens fill no rectangle.
     """
 
     token_map: TokenMap
@@ -87,6 +88,7 @@ class Record:
     layer: int = 0
     notes: str = ""
     earlier: Record | None = None
+    grids: tuple[tuple[int, int] | None, ...] = ()
 
     @property
     def prompts(self) -> list[int]:
@@ -205,8 +207,8 @@ class Question:
         everything = torch.arange(self.length, device=kept.device).expand_as(kept)
         columns = everything if bool(stays.all()) else lay_out(kept, None if mask is None else real)
         lengths = tuple(len(unit.rows) for unit in self.units)
-        prompts = tuple(self.prompts)
-        return stays, Record(token_map, kept, real, columns, self.places, prompts, lengths, layer, notes)
+        prompts, grids = tuple(self.prompts), tuple(unit.grid for unit in self.units)
+        return stays, Record(token_map, kept, real, columns, self.places, prompts, lengths, layer, notes, grids=grids)
 
     def anchors(self, token_map: TokenMap) -> Tensor:
         """The rows that represent the slots, slot by slot."""
