@@ -324,7 +324,9 @@ def _bar(args: argparse.Namespace, total: int, what: str) -> Any:
 def _json(args: argparse.Namespace, data: dict[str, Any]) -> int:
     if args.json:
         # JSON knows neither NaN nor infinity: they become null
-        text = json.dumps(json.loads(json.dumps(data, default=asdict), parse_constant=lambda name: None), indent=2, ensure_ascii=False)
+        text = json.dumps(
+            json.loads(json.dumps(data, default=asdict), parse_constant=lambda name: None), indent=2, ensure_ascii=False
+        )
         sys.stdout.write(text + "\n")
     return 0
 

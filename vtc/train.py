@@ -31,6 +31,7 @@ from vtc.adapters.multimodal import Gate
 from vtc.adapters.multimodal.family import Kind
 from vtc.adapters.multimodal.standins import StandIn
 from vtc.errors import InputError, OptionError, UnsupportedModelError, VTCError
+from vtc.methods.base import Method
 from vtc.scores.selector import Selector, diff_top_k, save_selector
 
 _FORMAT = "vtc-selector-training-1"
@@ -361,6 +362,24 @@ class _Examples(Dataset[dict[str, Any]]):
         return found | {"labels": torch.cat([torch.full_like(asked, -100), ids], dim=1)}
 
 
+def open_examples(
+    name: str, data: Path, method: Method, seed: int = 0, **more: Any
+) -> tuple[Any, Dataset[dict[str, Any]]]:
+    """A model that `method` can compress, and the lines of a data file as its keyword arguments with labels.
+
+    Args:
+        name: a folder, or an id on the Hub. data: see the top of this file. more: of `vtc.chat.load`.
+    """
+    from vtc.chat import load
+
+    found = _Examples(data, seed)
+    found.processor, make = load(name, method, **more)
+    model = make()
+    found.dtype = model.dtype
+    found.suffix = int(model.config.model_type.startswith("paligemma"))
+    return model, found
+
+
 def _example(path: Path, where: str, line: str) -> tuple[list[Path], str, str]:
     try:
         row = json.loads(line)
@@ -430,18 +449,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(args: argparse.Namespace) -> int:
-    from vtc.chat import load
     from vtc.methods import IDPruner
 
-    data = _Examples(args.data, args.seed)
     for path in (args.out, args.checkpoint):
         if path is not None and not path.absolute().parent.is_dir():
             raise OptionError(f"{path.parent}: no such folder to write {path.name} to")
     more = {name: getattr(args, name) for name in ("dtype", "device", "trust_remote_code")}
-    data.processor, make = load(args.model, IDPruner(keep=args.keep, importance="norm"), **more)
-    model, losses = make(), list[float]()
-    data.dtype = model.dtype
-    data.suffix = int(model.config.model_type.startswith("paligemma"))
+    model, data = open_examples(args.model, args.data, IDPruner(keep=args.keep, importance="norm"), args.seed, **more)
+    losses = list[float]()
     options = ("keep", "steps", "accumulate", "lr", "hidden", "seed", "checkpoint", "save_every")
     given = {name: getattr(args, name) for name in options}
     save_selector(train_selector(model, data, on_step=lambda _, loss: losses.append(loss), **given), args.out)
