@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 
 import numpy as np
 import pytest
@@ -232,3 +233,36 @@ def test_interval_holds_the_mean():
     low, high = common.interval(values)
     assert 43 < low < 49.5 < high < 56
     assert common.interval(torch.ones(7)) == (1.0, 1.0)
+
+
+def test_positions(tmp_path):
+    """A reader of a few steps beats chance by far, every row is there, and the files are written."""
+    from vtc.eval import positions
+
+    found = positions.run(images=2, out=tmp_path, levels=(0.25,), seeds=1, steps=150)
+    dense = {row["parts"]: row["accuracy"] for row in found.rows if row["method"] == "dense"}
+    assert dense[4] > 0.4 and dense[16] > 0.15
+    assert len(found.rows) == 2 * (1 + 3 * 5)
+    assert {row["slots"] for row in found.rows if row["method"] == "tome"} == {1, 2, 4, 8, 16}
+    assert all("gain" in row for row in found.rows if row["slots"] > 1)
+    assert (tmp_path / "positions.csv").exists() and (tmp_path / "positions.md").exists()
+
+
+def test_positions_readers_turn_as_rotary_models_do():
+    """The table of unmerged tokens is each token's own rotation; PPE with one slot is the anchor's."""
+    from vtc.eval import positions
+
+    whole = vtc.TokenMap.identity(1, 144)
+    cos, sin = positions.carried(whole, 8)
+    for patch in (0, 7, 143):
+        for pair in range(32):
+            place = patch // 12 if pair < 16 else patch % 12
+            angle = place * 20.0 ** (-(pair % 16) / 16)
+            assert float(cos[0, patch, pair]) == pytest.approx(math.cos(angle), abs=1e-5)
+            assert float(sin[0, patch, pair + 32]) == pytest.approx(math.sin(angle), abs=1e-5)
+    features = torch.randn(1, 144, 8, generator=torch.Generator().manual_seed(0))
+    token_map = positions.maps(features, "dpc_knn", 0.2)
+    for slots in (1, 4):
+        ours = positions.carried(token_map, slots)[0]
+        anchors = cos[:, token_map.anchor[0]]
+        assert torch.allclose(ours, anchors) == (slots == 1)

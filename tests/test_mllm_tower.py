@@ -75,3 +75,17 @@ def test_cut_groups_keep_a_member():
     real = (token_map.group >= 0).sum(1)
     assert torch.equal(token_map.size.sum(1), real.float())
     assert (token_map.group.gather(1, token_map.anchor.clamp(min=0))[token_map.anchor >= 0] >= 0).all()
+
+
+@pytest.mark.parametrize("name", ["llava", "paligemma"])
+@torch.no_grad()
+def test_what_the_tower_merged_carries_its_members_positions(name):
+    """PPE means the decoder's positions, also where the tower merges; K = 1 is the anchor's."""
+    model, inputs = zoo.build(name), zoo.inputs(name, "single")
+    said = {}
+    for positions in ("original", vtc.PPE(1), "ppe"):
+        with vtc.compress(model, "tome", keep=0.8, where="tower", positions=positions) as handle:
+            said[str(positions)] = model(**inputs).logits
+            assert handle._parts[0].tower.slot is None
+    plain, one, many = said.values()
+    assert torch.equal(plain, one) and (plain - many).abs().max() > 1e-4

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from test_oracle import dino_scales, eva_layers, hf_layers, norm, pitome_groups, tome_groups
-from zoo import ZOO, model, pixels
+from test_matrix import fingerprint
+from test_oracle import attention, dino_scales, eva_layers, hf_layers, linear, norm, pitome_groups, tome_groups
+from zoo import ZOO, model, pixels, randomise
 
 import vtc
 from vtc.adapters.rotary import column_slots
@@ -67,26 +69,47 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("method", CASES)
-@torch.no_grad()
-def test_oracle_hf_dinov3(method):
-    net, images = model("hf-dinov3"), pixels(1)
-    cos, sin = (table.double() for table in net.rope_embeddings(images))
-    prefix = 5  # CLS and four registers
+def both(chosen):
+    return chosen, replace(chosen, positions="original")
+
+
+def compressed(net, method, run):
+    with vtc.compress(net, method):
+        return run()
+
+
+def rotation(cos, sin, prefix, adjacent):
+    """Turns queries and keys [H, N, D] of tokens whose members are `at`, those behind the prefix; float64."""
 
     def rotate(x, at):
         patches = [[m - prefix for m in token] for token in at[prefix:]]
-        c, s = (torch.stack([rows_of(p, table, adjacent=False) for p in patches]) for table in (cos, sin))
-        first, second = x[:, prefix:].chunk(2, -1)
-        turned = torch.cat([-second, first], -1)
-        return torch.cat([x[:, :prefix], x[:, prefix:] * c + turned * s], 1)
+        c, s = (torch.stack([rows_of(p, table, adjacent) for p in patches]) for table in (cos, sin))
+        own = x[:, prefix:]
+        if adjacent:
+            pairs = own.unflatten(-1, (-1, 2))
+            turned = torch.stack([-pairs[..., 1], pairs[..., 0]], -1).flatten(-2)
+        else:
+            first, second = own.chunk(2, -1)
+            turned = torch.cat([-second, first], -1)
+        return torch.cat([x[:, :prefix], own * c + turned * s], 1)
 
-    chosen, groups_of = CASES[method]
+    return rotate
+
+
+def check_oracle(ours, plain, start, layers, prefix, groups_of, last):
+    expected = norm(encode(start.double(), layers, prefix, groups_of, 0.7), last)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)
+    assert (plain.double() - expected).abs().max() > 1e-3  # the anchors' positions are not that
+
+
+@pytest.mark.parametrize("method", CASES)
+@torch.no_grad()
+def test_oracle_hf_dinov3(method):
+    net, images, (chosen, groups_of) = model("hf-dinov3"), pixels(1), CASES[method]
+    ours, plain = (compressed(net, way, lambda: net(pixel_values=images).last_hidden_state[0]) for way in both(chosen))
+    rotate = rotation(*(table.double() for table in net.rope_embeddings(images)), 5, False)  # CLS and four registers
     layers = hf_layers(net.model.layer, ("norm1", "norm2"), dino_scales, rotate=rotate)
-    expected = encode(net.embeddings(images)[0].double(), layers, prefix, groups_of, 0.7)
-    with vtc.compress(net, chosen):
-        ours = net(pixel_values=images).last_hidden_state[0].double()
-    torch.testing.assert_close(ours, norm(expected, net.norm), rtol=1e-4, atol=1e-4)
+    check_oracle(ours, plain, net.embeddings(images)[0], layers, 5, groups_of, net.norm)
 
 
 @pytest.mark.parametrize("method", CASES)
@@ -95,21 +118,36 @@ def test_oracle_timm_eva02(method):
     net = copy.deepcopy(model("timm-eva02"))  # the oracle turns its MLPs into float64
     images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(5))
     chosen, groups_of = CASES[method]
-    with vtc.compress(net, chosen):
-        ours = net.forward_features(images)[0]
+    ours, plain = (compressed(net, way, lambda: net.forward_features(images)[0]) for way in both(chosen))
     x, rope = net._pos_embed(net.patch_embed(images))
     sin, cos = rope.double().chunk(2, -1)
+    layers = eva_layers(net, rope, rotation(cos, sin, 1, True))
+    check_oracle(ours, plain, net.norm_pre(x)[0], layers, 1, groups_of, net.norm)
 
-    def rotate(x, at):
-        patches = [[m - 1 for m in token] for token in at[1:]]
-        c, s = (torch.stack([rows_of(p, table, adjacent=True) for p in patches]) for table in (cos, sin))
-        pairs = x[:, 1:].unflatten(-1, (-1, 2))
-        turned = torch.stack([-pairs[..., 1], pairs[..., 0]], -1).flatten(-2)
-        return torch.cat([x[:, :1], x[:, 1:] * c + turned * s], 1)
 
-    layers = eva_layers(net, rope, rotate)
-    expected = encode(net.norm_pre(x)[0].double(), layers, 1, groups_of, 0.7)
-    torch.testing.assert_close(ours.double(), norm(expected, net.norm), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("method", CASES)
+@torch.no_grad()
+def test_oracle_timm_dinov3(method):
+    net, images, (chosen, groups_of) = model("timm-dinov3"), pixels(1), CASES[method]
+    ours, plain = (compressed(net, way, lambda: net.forward_features(images)[0]) for way in both(chosen))
+    x, rope = net._pos_embed(net.patch_embed(images))
+    sin, cos = rope.double().chunk(2, -1)
+    rotate = rotation(cos, sin, 5, False)
+
+    def make(block):
+        def attend(x, size, at):
+            parts = linear(norm(x, block.norm1), block.attn.qkv).chunk(3, -1)
+            q, k, v = (part.unflatten(-1, (4, -1)).transpose(0, 1) for part in parts)
+            out = attention(rotate(q, at), rotate(k, at), v, size)
+            return linear(out, block.attn.proj) * block.gamma_1.double(), k
+
+        def feed(x):
+            hidden = torch.nn.functional.gelu(linear(norm(x, block.norm2), block.mlp.fc1))
+            return linear(hidden, block.mlp.fc2) * block.gamma_2.double()
+
+        return {"attend": attend, "feed": feed}
+
+    check_oracle(ours, plain, net.norm_pre(x)[0], list(map(make, net.blocks)), 5, groups_of, net.norm)
 
 
 @pytest.mark.parametrize("method", ["tome", "pitome", "downsample"])
@@ -118,7 +156,7 @@ def test_oracle_timm_eva02(method):
 def test_promises(name, method):
     entry, net = ZOO[name], model(name)
     inputs = entry.inputs(3)
-    dense = entry.run(net, inputs)
+    dense, before = entry.run(net, inputs), fingerprint(net)
     with vtc.compress(net, method, keep=0.6):
         plain = entry.run(net, inputs)
     with vtc.compress(net, method, keep=1.0, positions="ppe"):
@@ -134,6 +172,106 @@ def test_promises(name, method):
             single = {k: v[row : row + 1] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
             torch.testing.assert_close(entry.run(net, single)[0], ours[row], rtol=1e-4, atol=1e-5)
     assert torch.equal(entry.run(net, inputs), dense)
+    assert fingerprint(net) == before
+
+
+def table_of(name):
+    """The encoder's own rotary table of its image, [64, C]; and of every column the other one of its pair."""
+    net, images = model(name), pixels(1)
+    if name == "hf-dinov3":
+        table, parts, adjacent = torch.cat(net.rope_embeddings(images), -1), 2, False
+    else:
+        table, parts, adjacent = net._pos_embed(net.patch_embed(images))[1], 2, name == "timm-eva02"
+    width = table.shape[1] // parts
+    other = [c ^ 1 if adjacent else (c + width // 2) % width for c in range(width)]
+    return table, torch.tensor([part * width + c for part in range(parts) for c in other])
+
+
+@pytest.mark.parametrize("name", ROTARY)
+@torch.no_grad()
+def test_rows_of_merged_tokens(name):
+    """Every column is its member's, to the last bit; both columns of a pair read one member; K equal rows are a row."""
+    entry, net = ZOO[name], model(name)
+    table, other = table_of(name)
+    with vtc.compress(net, "tome", keep=0.6, positions="ppe") as handle:
+        entry.run(net, entry.inputs(2))
+    stage = handle._parts[0].stage
+    stage = replace(stage, slot=stage.slot.repeat(table.shape[1] // len(stage.slot)))  # sines and cosines side by side
+    assert torch.equal(stage.slot, stage.slot[other])
+    ours = stage.turned(table)
+    assert torch.equal(ours, ours[..., other])
+    several = 0
+    for b in range(2):
+        for token in range(ours.shape[2]):
+            mine = stage.carried[:, b, token].tolist()
+            several += len(set(mine)) > 1
+            for column, slot in enumerate(stage.slot.tolist()):
+                assert ours[b, 0, token, column] == table[mine[slot], column]
+    assert several
+    alike = replace(stage, carried=stage.patches().expand_as(stage.carried))
+    assert torch.equal(alike.turned(table), replace(stage, carried=None).turned(table))
+
+
+@pytest.mark.parametrize(
+    ("kind", "side"),
+    [
+        ("vit_small_patch16_rope_224", (64, 64)),
+        ("vit_pe_core_tiny_patch16_384", (48, 64)),
+        ("eva02_tiny_patch14_224", (64, 48)),
+    ],
+)
+@torch.no_grad()
+def test_other_rotary_encoders_of_timm(kind, side):
+    """Columns before rows, an attention of another kind, images that are not square."""
+    import timm
+
+    net = timm.create_model(kind, img_size=side, depth=3, num_classes=5, patch_size=8, embed_dim=64, num_heads=4)
+    net, images = randomise(net), torch.randn(2, 3, *side, generator=torch.Generator().manual_seed(1))
+    plain, one, ours = (
+        compressed(net, vtc.ToMe(keep=0.6, positions=positions), lambda: net(images))
+        for positions in ("original", vtc.PPE(1), "ppe")
+    )
+    assert torch.equal(one, plain)
+    assert (ours - plain).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("name", ["timm-dinov3", "hf-dinov3"])
+@torch.no_grad()
+def test_takes_the_place_of_a_resize(name):
+    """Reading the table must not wake the hooks that shrink images."""
+    entry, net = ZOO[name], model(name)
+    inputs, chosen = entry.inputs(1), vtc.ToMe(keep=0.7, positions="ppe")
+    expected = compressed(net, chosen, lambda: entry.run(net, inputs))
+    vtc.compress(net, "downsample", keep=0.5, mode="resize")
+    assert torch.equal(compressed(net, chosen, lambda: entry.run(net, inputs)), expected)
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_explain_without_weights(name):
+    with torch.device("meta"):
+        net = ZOO[name].build()
+    assert vtc.explain(net, "tome", positions="ppe").ok
+    assert "slots=3" in str(vtc.explain(net, "tome", positions=vtc.PPE(3)))
+
+
+def test_explain_draws_no_random_numbers():
+    """DINOv3 moves its grid at random in training."""
+    import timm
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+    moves = {"rope_shift_coords": 0.2, "rope_jitter_coords": 1.5, "rope_rescale_coords": 1.5}
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96}
+    moved = {"pos_embed_shift": 0.2, "pos_embed_jitter": 1.5}
+    nets = [
+        timm.create_model("vit_small_patch16_dinov3", img_size=64, depth=1, embed_dim=64, num_heads=4, **moves),
+        DINOv3ViTModel(
+            DINOv3ViTConfig(**sizes, image_size=64, patch_size=[8, 16], **moved)
+        ),  # patches that are no squares
+    ]
+    for net in nets:
+        before = torch.get_rng_state()
+        assert vtc.explain(net.train(), "tome", positions="ppe").ok
+        assert torch.equal(torch.get_rng_state(), before) and all(m.training for m in net.modules())
 
 
 @pytest.mark.parametrize("name", ROTARY)
@@ -171,6 +309,7 @@ def test_slots_of_columns():
         ("timm-vit", {"positions": "ppe"}, "not rotary"),
         ("timm-beit", {"positions": "ppe"}, "not rotary"),
         ("hf-dinov2", {"positions": "ppe"}, "not rotary"),
+        ("hf-beit", {"positions": "ppe"}, "not rotary"),
         ("open_clip-vit", {"positions": "ppe"}, "not rotary"),
         ("timm-vit-rope-mixed", {"positions": "ppe"}, "its own mix"),
         ("timm-eva02", {"positions": vtc.PPE(3)}, r"slots=3.*\[4, 4\]"),
@@ -184,3 +323,17 @@ def test_refusals(name, options, why):
     with pytest.raises(vtc.UnsupportedModelError, match=why):
         vtc.compress(net, "tome", keep=0.7, **options)
     assert {path: dict(module.__dict__) for path, module in net.named_modules()} == before
+
+
+def test_a_resized_image_has_no_merged_tokens():
+    with pytest.raises(vtc.UnsupportedModelError, match='merges no tokens.*mode="pool" does'):
+        vtc.compress(model("hf-dinov3"), "downsample", keep=0.5, mode="resize", positions="ppe")
+
+
+def test_where_tower_does_not_hide_positions():
+    """where="tower" is for multimodal LLMs; given to an encoder alone, PPE is neither forgotten nor let through."""
+    with pytest.raises(vtc.UnsupportedModelError, match="not rotary"):
+        vtc.compress(model("timm-vit"), "tome", keep=0.7, where="tower", positions="ppe")
+    with vtc.compress(model("hf-dinov3"), "tome", keep=0.7, where="tower", positions="ppe") as handle:
+        assert handle._parts[0].slots == SLOTS
+    assert f"up to {SLOTS} members" in str(vtc.explain(model("hf-dinov3"), "tome", positions="ppe"))

@@ -59,7 +59,7 @@ def compress(model: nn.Module, method: str | Method, **options: Any) -> Handle:
             if isinstance(site, Site):
                 parts.append(Tower(site, chosen))
             else:
-                inside = Tower(_tower_site(site), chosen) if chosen.where == "tower" else None  # type: ignore[arg-type]
+                inside = Tower(_tower_site(site), _in_tower(chosen)) if chosen.where == "tower" else None  # type: ignore[arg-type]
                 parts.append(Intake(site.family, site.path, site.inner, site.owners, chosen, inside))
             parts[-1].install()
     except BaseException:
@@ -94,7 +94,8 @@ def explain(model: nn.Module, method: str | Method | None = None, **options: Any
         else:
             reason = _refuses(item, chosen)
             depth = len(item.blocks)
-            found.append(Encoder(item.path, item.kind, adapter, depth, item.prefix, _reduced(item, chosen), reason))
+            where = "" if reason else _reduced(item, chosen)
+            found.append(Encoder(item.path, item.kind, adapter, depth, item.prefix, where, reason))
         if not found[-1].refusal:
             sites.append(item)
     name = None if chosen is None else chosen.name
@@ -144,7 +145,7 @@ def _gate_refuses(gate: Gate, method: Method | None) -> str:
         return 'mode="resize": give the processor a smaller image instead; mode="pool" works'
     if method.where == "tower":
         site = _tower_site(gate)
-        return site if isinstance(site, str) else _refuses(site, method)
+        return site if isinstance(site, str) else _refuses(site, _in_tower(method))
     if method.keep is None:
         return "r= and flops= are for the layers of an encoder; at the decoder's input give keep="
     if method.in_decoder:
@@ -184,6 +185,11 @@ def _layer_refuses(gate: Gate, method: Method, layer: int) -> str:
     if layer < planes:
         return f"layer={layer}: DeepStack adds to the image tokens behind {planes} layers; give layer={planes} or more"
     return ""
+
+
+def _in_tower(method: Method) -> Method:
+    """What a multimodal LLM's tower does for `method`: the positions that PPE means are the decoder's."""
+    return replace(method, positions="original")
 
 
 def _tower_site(gate: Gate) -> Site | str:
@@ -229,9 +235,13 @@ def _refuses(site: Site, method: Method | None) -> str:
         )
     if "grid" in method.needs and site.shuffled:
         return f"{method.name} needs the patches in their places, but this encoder's embeddings shuffle them"
-    if method.ppe and method.where != "tower":
+    if method.ppe:
         if isinstance(site.rotary, str):
             return f'positions={method.positions!r}: {site.rotary}; positions="original" works'
+        if getattr(method, "mode", "") == "resize":
+            return (
+                f'positions={method.positions!r}: mode="resize" merges no tokens, so none has several; mode="pool" does'
+            )
         try:
             column_slots(*site.rotary(), method.ppe)
         except OptionError as error:
@@ -246,7 +256,12 @@ def _reduced(site: Site, method: Method | None) -> str:
         return ""
     if getattr(method, "mode", "") == "resize":
         return "the image, before the first layer"
-    return "layer 0" if method.one_shot else f"layers 0-{len(site.blocks) - 1}, between attention and MLP"
+    where = "layer 0" if method.one_shot else f"layers 0-{len(site.blocks) - 1}, between attention and MLP"
+    if method.ppe and not isinstance(site.rotary, str):
+        where += (
+            f"; a merged token carries the positions of up to {column_slots(*site.rotary(), method.ppe)[0]} members"
+        )
+    return where
 
 
 @dataclass(frozen=True)

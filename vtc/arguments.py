@@ -165,12 +165,19 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
         "measure what compression costs in quality",
         "elpv      accuracy of a linear probe and of nearest neighbours on real images of solar cells\n"
         "photos    how near the features of real photographs stay to the dense ones\n"
-        "spectral  how much the token graph's spectrum changes, layer by layer",
+        "spectral  how much the token graph's spectrum changes, layer by layer\n"
+        "positions where things are, asked of merged tokens: PPE against the anchor's position",
         "vtc eval elpv --images 200 --out results",
     ).add_argument
-    add("task", choices=("elpv", "photos", "spectral"), help="what to measure")
+    add("task", choices=("elpv", "photos", "spectral", "positions"), help="what to measure")
     add("--images", type=count, metavar="N", help="how many images (default: all, or what is enough)")
-    add("--levels", type=fraction, nargs="+", metavar="F", help="fractions of the multiply-adds that remain")
+    add(
+        "--levels",
+        type=fraction,
+        nargs="+",
+        metavar="F",
+        help="fractions of the multiply-adds (positions: of the tokens) that remain",
+    )
     add("--dtype", choices=("float32", "bfloat16"), help="of the model (default: float32)")
     add("--out", metavar="FOLDER", help="write CSV, table and figure there (default: only print)")
     return top

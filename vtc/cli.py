@@ -288,10 +288,10 @@ def _bench_encoder(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from importlib import import_module
 
-    if args.task == "spectral" and args.dtype is not None:
+    if args.task in ("spectral", "positions") and args.dtype is not None:
         from vtc.errors import OptionError
 
-        raise OptionError(f"--dtype {args.dtype}: the spectrum is always computed in float32 and float64; leave it out")
+        raise OptionError(f"--dtype {args.dtype}: {args.task} is always computed in float32 or better; leave it out")
     given = ("images", "out", "levels", "dtype")
     options = {key: getattr(args, key) for key in given if getattr(args, key) is not None}
     task = import_module(f"vtc.eval.{args.task}")

@@ -284,22 +284,19 @@ def _site(path: str, model: Any, layers: Any) -> Site | Refusal:
         resizable=resizable,
         shuffled=hasattr(embeddings, "random_masking"),
         no_bias="" if attention in ("eager", "sdpa") else f'attn_implementation="{attention}"',
-        rotary=_rotary(model),
+        rotary=_rotary(model, getattr(patchify, "stride", None)),
     )
 
 
-def _rotary(model: Any) -> Any:
+def _rotary(model: Any, patch: Any) -> Any:
     rope = getattr(model, "rope_embeddings", None)
     if rope is None:
         return NOT_ROTARY
 
     def table() -> tuple[Tensor, tuple[int, int], int]:
-        training, side = rope.training, rope.config.patch_size
-        rope.eval()  # in training it moves the grid
-        try:
-            _, sine = rope(torch.zeros(1, 3, 3 * side, 4 * side, device=rope.inv_freq.device))
-        finally:
-            rope.train(training)
+        # a module of its own: with numbers where the model has none (meta), without hooks, never in training
+        with torch.device("cpu" if rope.inv_freq.is_meta else rope.inv_freq.device):
+            _, sine = type(rope)(rope.config).eval()(torch.zeros(1, 3, 3 * patch[0], 4 * patch[1]))
         return sine, (3, 4), 1
 
     return table

@@ -5,6 +5,7 @@ Blocks are told by their parts, never by class name, and tried on random tokens 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -224,8 +225,11 @@ def _rotary(model: Any) -> Any:
         return "every head turns by its own mix of row and column"
 
     def table() -> tuple[Tensor, tuple[int, int], int]:
-        grid = getattr(rope, "feat_shape", None) or (3, 4)
-        return rope.get_embed(shape=grid), tuple(grid), 2
+        own = copy.deepcopy(rope).eval()  # in training some move the grid by random numbers, the caller's
+        if any(buffer.is_meta for buffer in own.buffers()):
+            own.to_empty(device="cpu").init_non_persistent_buffers()
+        grid = getattr(own, "feat_shape", None) or (3, 4)
+        return own.get_embed(shape=grid), tuple(grid), 2
 
     return table
 

@@ -113,7 +113,7 @@ class Tower:
 
     def install(self) -> None:
         """Patch every block. Whoever calls this takes it off again if it fails: `compress` strips the whole model."""
-        if self.method.ppe and self.method.where != "tower":  # in a multimodal LLM the decoder's positions are meant
+        if self.method.ppe:
             assert not isinstance(self.site.rotary, str)
             self.slots, self.slot = column_slots(*self.site.rotary(), self.method.ppe)
         for index, block in enumerate(self.site.blocks):
