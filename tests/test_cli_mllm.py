@@ -351,7 +351,28 @@ def test_positions_and_the_picture(vtc_, folders, tmp_path):
     ):
         code, text, err = vtc_(*base, *options)
         assert code == 2 and not text and why in err and err.count("\n") == 1, err
-    code, text, _ = vtc_("explain", "--model", folders / "qwen2_5_vl", "--method", "dpc_knn", "--positions", "ppe")
+
+
+def test_positions_in_explain(vtc_, fails, folders):
+    qwen = ["explain", "--model", folders / "qwen2_5_vl"]
+    code, text, _ = vtc_(*qwen, "--method", "dpc_knn", "--positions", "ppe")
     assert code == 0 and "up to 2 members (rotary sections [4, 2, 2])" in text
-    code, _, err = vtc_("explain", "--model", folders / "llava", "--positions", "ppe")
-    assert code == 2 and "add --method" in err
+    code, text, _ = vtc_(*qwen, "--method", "dpc_knn", "--positions", "ppe", "--slots", 1)
+    assert code == 0 and "up to 1 members" in text
+    code, text, _ = vtc_(*qwen, "--method", "dpc_knn", "--positions", "ppe", "--slots", 3)
+    assert code == 1 and "choose one of 1, 2" in text
+    assert "drops tokens" in fails(*qwen, "--method", "idpruner", "--positions", "ppe")
+    assert "add --method" in fails(*qwen, "--positions", "ppe")
+    assert "add --positions ppe" in fails(*qwen, "--method", "dpc_knn", "--slots", 2)
+
+
+def test_positions_in_bench(vtc_, fails, tmp_path):
+    zoo.FAMILIES["llava"].config().save_pretrained(tmp_path)
+    bench = ["bench", "--model", tmp_path, "--keep", 0.5, "--repeats", 1, "--warmup", 1, "--json"]
+    code, text, err = vtc_(*bench, "--methods", "dpc_knn", "--positions", "ppe", "--slots", 4)
+    assert code == 0, err
+    assert json.loads(text)["positions"] == {"slots": 4}
+    assert "drops tokens" in fails(*bench, "--methods", "dpc_knn,random", "--positions", "ppe")
+    assert "add --positions ppe" in fails(*bench, "--methods", "dpc_knn", "--slots", 4)
+    encoder = ["bench", "--model", "timm:test_vit", "--batch", 1, "--repeats", 1]
+    assert "not rotary" in fails(*encoder, "--positions", "ppe")

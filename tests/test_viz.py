@@ -131,15 +131,15 @@ def test_carried_members_are_marked():
     features += 1e-3 * torch.randn(2, 24, 4, generator=torch.Generator().manual_seed(0))
     groups = functional.dpc_knn(features, keep=2)
     image = Image.new("RGB", (240, 160), (90, 90, 90))
-    plain = np.asarray(viz.overlay(image, groups, (4, 6), tint=0.28).resize((720, 480), Image.Resampling.NEAREST))
+    plain = np.asarray(viz.overlay(image, groups, (4, 6), tint=0.28).resize((960, 640), Image.Resampling.NEAREST))
     marked = viz.carried(image, groups, 3, (4, 6))
-    assert marked.size == (720, 480)
+    assert marked.size == (960, 640)
     pixels = np.asarray(marked)
     index = members(groups, 3)[:, 0]
     for slot in range(2):
         mine = index[:, slot].tolist()
         for turn, patch in enumerate(mine):
-            y, x = 120 * (patch // 6) + 60, 120 * (patch % 6) + 60
+            y, x = 160 * (patch // 6) + 80, 160 * (patch % 6) + 80
             assert pixels[y, x].tolist() == ([255, 255, 255] if turn == 0 else [0x1D, 0x21, 0x29])
     assert (pixels != plain).any(-1).mean() < 0.4
     alone = viz.carried(image, TokenMap.identity(1, 24), 3, (4, 6))  # nothing merged, nothing marked

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LEAN = """
 import sys
+from pathlib import Path
 import vtc
 found = {"timm", "open_clip", "transformers", "cupy", "PIL", "matplotlib", "onnx", "rich", "gradio"} & set(sys.modules)
 assert not found, f"import vtc imports {sorted(found)}"
@@ -32,6 +33,8 @@ import torch
 assert not torch.cuda.is_initialized(), "import vtc initialises CUDA"
 token_map = vtc.functional.tome(torch.randn(2, 17, 8), keep=0.8, prefix=1)
 assert token_map.merge(torch.randn(2, 17, 8)).shape[1] < 17, "vtc.functional.tome merges nothing"
+built = list(Path(vtc.__file__).parent.glob("_cpp.*"))
+assert vtc.ops.backend() == ("cpp" if built else "torch"), f"{vtc.ops.backend()} runs, built: {built}"
 """
 
 WHOLE = """
@@ -86,8 +89,10 @@ def build(tree: Path, files: list[str], out: Path) -> Path:
     for name in files:
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, tree / name)
-    pinned = {"PIP_CONSTRAINT": str(ROOT / "constraints.txt")}
-    call("building the wheel", sys.executable, "-m", "build", "--wheel", "--outdir", out, tree, cwd=tree, env=pinned)
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    pinned = {"VTC_REQUIRE_EXT": "1"} if compiler and not os.environ.get("VTC_NO_EXT") else {}
+    command = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, tree)
+    call("building the wheel", *command, cwd=tree, env=pinned)
     (wheel,) = out.glob("*.whl")
     return wheel
 
@@ -101,6 +106,8 @@ def compare(wheel: Path, files: list[str]) -> list[str]:
         raise CheckFailed(f"the wheel lacks {', '.join(missing)}")
     if extra := sorted(packed - expected):
         raise CheckFailed(f"the wheel holds files that are not the package's: {', '.join(extra)}")
+    if shutil.which("g++") and not os.environ.get("VTC_NO_EXT") and "vtc/_cpp.abi3.so" not in names:
+        raise CheckFailed("a compiler is here, but the wheel lacks the C++ kernels")
     if not any(name.endswith("licenses/LICENSE") for name in names):
         raise CheckFailed("the wheel lacks the licence")
     sources = {Path(name) for name in expected if name.endswith(".py")}

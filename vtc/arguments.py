@@ -42,6 +42,12 @@ def count(text: str) -> int:
     return value
 
 
+def _positions(add: Callable[..., Any]) -> None:
+    """A method's option `positions`, in two."""
+    add("--positions", choices=("original", "ppe"), help="of merged tokens: their anchor's, or their members' (PPE)")
+    add("--slots", type=count, metavar="K", help="PPE: of how many members (default: the most that fit, up to 8)")
+
+
 def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.ArgumentParser:
     """The whole command line; `runs` says what each command calls."""
     from vtc import __version__
@@ -103,17 +109,7 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
     add("--prompt", metavar="TEXT", help="LLM: the question (default: Describe this image.)")
     add("--where", choices=("llm", "tower"), help="LLM: tokens go at its input (default) or inside its vision tower")
     add("--pooled", action="store_true", help="LLM: one budget for all images together")
-    add(
-        "--positions",
-        choices=("original", "ppe"),
-        help="LLM: of merged tokens: their anchor's, or their members' (PPE)",
-    )
-    add(
-        "--slots",
-        type=count,
-        metavar="K",
-        help="LLM: how many members' positions (default: the most that fit, up to 8)",
-    )
+    _positions(add)
     add("--max-new-tokens", type=count, metavar="N", help="LLM: length of the answer (default: 64)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), help="LLM: of the weights (default: as they were saved)")
     add("--device", metavar="NAME", help="LLM: cpu (default), cuda, ...")
@@ -131,7 +127,7 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
     ).add_argument
     add("--model", required=True, metavar="NAME", help=f"{models}, {folder}")
     add("--method", metavar="NAME", help="also ask whether this method fits (see `vtc list`)")
-    add("--positions", choices=("original", "ppe"), help="of merged tokens: their anchor's, or their members' (PPE)")
+    _positions(add)
     add("--download", action="store_true", help="let Hugging Face fetch a configuration that is not here yet")
 
     add = command(
@@ -154,6 +150,7 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
     one("--flops", type=fraction, metavar="F", help="encoder: fraction of the arithmetic left (default: 0.55)")
     one("--keep", type=fraction, nargs="+", metavar="Q", help="LLM: fractions that stay (default: 1 0.5 0.25 0.1)")
     one("--tokens", type=count, metavar="N", help="LLM: number of image tokens that stay")
+    _positions(add)
     add("--batch", type=count, metavar="N", help="encoder: images at once (default: 16)")
     add("--size", type=count, metavar="PX", help="side of the images (default: the model's own; 224 for dinov2-small)")
     add("--repeats", type=count, metavar="N", help="rounds that count (default: 9; LLM: 3)")

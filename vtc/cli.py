@@ -79,17 +79,11 @@ def _run(args: argparse.Namespace) -> int:
 
 def _run_llm(args: argparse.Namespace) -> int:
     from vtc.bench.environment import environment
-    from vtc.errors import OptionError
     from vtc.images import example_photo, load_image
     from vtc.methods import make
-    from vtc.positions import PPE
 
     _not_here(args, *_OF_ENCODERS, what="an encoder alone, without --model")
-    given = {"preset": args.preset, "where": args.where, "pooled": args.pooled or None, "positions": args.positions}
-    if args.slots is not None:
-        if args.positions != "ppe":
-            raise OptionError(f"--slots {args.slots} says how many positions PPE carries: add --positions ppe")
-        given["positions"] = PPE(args.slots)
+    given = {"preset": args.preset, "where": args.where, "pooled": args.pooled or None, **_positions(args)}
     given["keep"] = args.tokens if args.tokens is not None else args.keep or 0.25
     method = make(args.method or "idpruner", **{key: value for key, value in given.items() if value is not None})
     if args.out is not None:
@@ -189,15 +183,19 @@ def _explain(args: argparse.Namespace) -> int:
     import vtc
     from vtc.bench.models import named
     from vtc.bench.multimodal import find_config
+    from vtc.errors import OptionError
     from vtc.methods import make
 
+    positions = _positions(args)
     if args.method is not None:
-        make(args.method, keep=1.0)  # an unknown method needs no model
+        make(args.method, keep=1.0, **positions)  # what no model can do needs no model
+    elif positions:
+        raise OptionError(f"--positions {args.positions} is an option of a method: add --method NAME")
     config = find_config(args.model, download=args.download)
     if config is not None:
-        return _explain_llm(args, config)
+        return _explain_llm(args, config, positions)
     found = named(args.model, download=args.download)
-    plan = vtc.explain(found.model, args.method, **_positions(args))
+    plan = vtc.explain(found.model, args.method, **positions)
     if not args.json:
         note = "\nToo large to be tried out here: only its structure was looked at." if found.sketch else ""
         sys.stdout.write(f"{plan}{note}\n")
@@ -205,23 +203,25 @@ def _explain(args: argparse.Namespace) -> int:
     return 0 if plan.ok else 1
 
 
-def _positions(args: argparse.Namespace) -> dict[str, str]:
+def _positions(args: argparse.Namespace) -> dict[str, Any]:
+    """The method's option `positions`, if it was given."""
     from vtc.errors import OptionError
+    from vtc.positions import PPE
 
-    if args.positions is None:
-        return {}
-    if args.method is None:
-        raise OptionError(f"--positions {args.positions} is an option of a method: add --method NAME")
-    return {"positions": args.positions}
+    if args.slots is None:
+        return {} if args.positions is None else {"positions": args.positions}
+    if args.positions != "ppe":
+        raise OptionError(f"--slots {args.slots} says how many positions PPE carries: add --positions ppe")
+    return {"positions": PPE(args.slots)}
 
 
-def _explain_llm(args: argparse.Namespace, config: Any) -> int:
+def _explain_llm(args: argparse.Namespace, config: Any, positions: dict[str, Any]) -> int:
     import vtc
     from vtc.bench.estimate import estimate
     from vtc.bench.multimodal import sketch
 
     model = sketch(config)
-    plan = vtc.explain(model, args.method, **_positions(args))
+    plan = vtc.explain(model, args.method, **positions)
     cost = estimate(config, model) if plan.ok else None
     if not args.json:
         sys.stdout.write(f"{plan}\n" + (f"{cost}\n" if cost is not None else ""))
@@ -242,7 +242,9 @@ def _bench_prefill(args: argparse.Namespace, config: Any) -> int:
 
     _not_here(args, "--flops", "--batch", what="an encoder alone")
     names = _names(args.methods, "idpruner,zoo_prune,tome,random")
-    methods = methods_at(names, [args.tokens] if args.tokens else args.keep or [1.0, 0.5, 0.25, 0.1])
+    budgets = [args.tokens] if args.tokens else args.keep or [1.0, 0.5, 0.25, 0.1]
+    positions = _positions(args)
+    methods = methods_at(names, budgets, **positions)
     inputs = sample(config, args.size).inputs(config)
     repeats, warmup = args.repeats or 3, 1 if args.warmup is None else args.warmup
     with _bar(args, (1 + len(methods)) * (repeats + warmup), "making the model") as bar:
@@ -250,7 +252,7 @@ def _bench_prefill(args: argparse.Namespace, config: Any) -> int:
         bar.set_description("dense and compressed in turns")
         dense, rows = measure_prefill(model, inputs, methods, repeats, warmup, tick=bar.update)
     stamp = environment(batch=1, dtype="float32", repeats=repeats)
-    result = {"model": args.model, "dense": dense.to_dict(), "rows": [row.to_dict() for row in rows]}
+    result = {"model": args.model, **positions, "dense": dense.to_dict(), "rows": [row.to_dict() for row in rows]}
     result["environment"] = stamp
     if not args.json:
         from vtc.bench.tables import show_prefill
@@ -269,7 +271,7 @@ def _bench_encoder(args: argparse.Namespace) -> int:
     _not_here(args, "--keep", "--tokens", what="a multimodal LLM; here --flops F says what stays")
     flops, batch, repeats = args.flops or 0.55, args.batch or 16, args.repeats or 9
     warmup = 2 if args.warmup is None else args.warmup
-    methods = [make(name, flops=flops) for name in _names(args.methods, "tome,pitome")]
+    methods = [make(name, flops=flops, **_positions(args)) for name in _names(args.methods, "tome,pitome")]
     found = named(args.model, args.size, download=args.download)
     if found.sketch:
         raise OptionError(f"--model {args.model}: too large to be run with random weights; choose a smaller one")

@@ -60,7 +60,7 @@ class TokenMap:
             weight: [B, N] sizes of the input tokens.
         """
         batch, tokens = kept.shape
-        slots = int(kept.sum(1).max()) if slots is None else slots
+        slots = (int(kept.sum(1).max()) if batch else 0) if slots is None else slots
         slot = kept.cumsum(1) - 1
         spare = torch.where(kept, slot, slots)
         index = torch.arange(tokens, device=kept.device).expand(batch, tokens)

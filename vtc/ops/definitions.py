@@ -6,6 +6,8 @@ Ties go to the lowest index.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -75,6 +77,7 @@ def bipartite_match(
     r: int | Tensor | None = None,
     a_valid: Tensor | None = None,
     b_valid: Tensor | None = None,
+    partner: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Best partner in `b` for every token of `a`, and the `r` best of those pairs.
 
@@ -83,26 +86,21 @@ def bipartite_match(
         a, b: [B, Na], [B, Nb] token indices, each ascending (that is what sends ties to the lowest index).
         r: how many pairs to return, best first; a tensor [B] for a ragged batch; None = every token of `a`.
         a_valid, b_valid: True where the entry of `a`, `b` is real.
+        partner: what finds the partners; None = `best_partner`.
 
     Returns:
         source, target, score: [B, R]. Entries that do not exist (ragged) have source = target = -1, score = -inf.
     """
-    width = unit.shape[-1]
-    rows = unit.gather(1, a[..., None].expand(-1, -1, width))
-    columns = unit.gather(1, b[..., None].expand(-1, -1, width))
     if not a.shape[1] or not b.shape[1]:  # nothing to match; max() over nothing has no answer
         none = a[:, :0]
         return none, none, unit.new_zeros(none.shape)
-    scores = rows @ columns.mT
-    if b_valid is not None:
-        scores = scores.masked_fill(~b_valid[:, None, :], float("-inf"))
-    best, at = scores.max(dim=-1)
+    best, at = (partner or best_partner)(unit, a, b, b_valid)
     source, target = a, b.gather(1, at)
     if a_valid is not None:
         best = best.masked_fill(~a_valid, float("-inf"))
     if r is not None:
         best, order = best.sort(dim=-1, descending=True, stable=True)
-        most = int(r.max()) if isinstance(r, Tensor) else r
+        most = (int(r.max()) if len(r) else 0) if isinstance(r, Tensor) else r
         order, best = order[:, :most], best[:, :most]
         source, target = source.gather(1, order), target.gather(1, order)
     absent = torch.isneginf(best)
@@ -111,6 +109,18 @@ def bipartite_match(
     elif a_valid is None and b_valid is None:
         return source, target, best
     return source.masked_fill(absent, -1), target.masked_fill(absent, -1), best.masked_fill(absent, float("-inf"))
+
+
+def best_partner(unit: Tensor, a: Tensor, b: Tensor, b_valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """For every token of `a` its highest similarity to one of `b`, and that one's number in `b`: [B, Na] each."""
+    width = unit.shape[-1]
+    rows = unit.gather(1, a[..., None].expand(-1, -1, width))
+    columns = unit.gather(1, b[..., None].expand(-1, -1, width))
+    scores = rows @ columns.mT
+    if b_valid is not None:
+        scores = scores.masked_fill(~b_valid[:, None, :], float("-inf"))
+    best = scores.max(dim=-1)
+    return best.values, best.indices
 
 
 def merge(x: Tensor, group: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:

@@ -30,7 +30,7 @@ _LOWEST = torch.finfo(torch.float32).min
 @torch.no_grad()
 def top_select(score: Tensor, count: int | Tensor, mask: Tensor | None = None) -> Tensor:
     """The highest scores [B, N], highest first."""
-    most, each = _budget(score, count, mask)
+    most, each = budget(score, count, mask)
     return _trim(_best(score.float(), _taken(score, mask), most), each)
 
 
@@ -55,7 +55,7 @@ def greedy_select(
     """
     if kind not in SELECTIONS:
         raise ValueError(f"unknown selection {kind!r}; choose one of {', '.join(SELECTIONS)}")
-    most, each = _budget(unit, count, mask)
+    most, each = budget(unit, count, mask)
     taken, rows = _taken(unit, mask), _rows(unit)
     if kind == "max_min":
         nearest = definitions.energy(unit, "nearest", 0.0, mask=mask)
@@ -88,7 +88,7 @@ def dpp_select(unit: Tensor, relevance: Tensor, count: int | Tensor, mask: Tenso
     floats. A token that the picked ones span (less than 1e-5 of its L_ii is left) adds nothing; when only such tokens
     remain they follow by index.
     """
-    most, each = _budget(unit, count, mask)
+    most, each = budget(unit, count, mask)
     taken, rows = _taken(unit, mask), _rows(unit)
     relevance = relevance.float()
     own = relevance.square() * unit.square().sum(-1).round()  # a zero vector has cosine 0 to itself too
@@ -117,7 +117,7 @@ def coverage_select(unit: Tensor, weight: Tensor, count: int | Tensor, mask: Ten
     date, a panel at a time, until the highest of all is a fresh one: the same picks as from all gains, for a fraction
     of the work. A GPU computes all gains in less time than it takes to ask it whether they are needed.
     """
-    most, each = _budget(unit, count, mask)
+    most, each = budget(unit, count, mask)
     if mask is not None:
         unit = unit.masked_fill(~mask[..., None], 0.0)  # cosine 0: padding needs no cover
     taken, rows, weight = _taken(unit, mask), _rows(unit), weight.float()
@@ -158,7 +158,7 @@ def dpc_knn(
         centres [B, K] in the order of rho delta, -1-padded; each token's centre [B, N], a centre's is itself, -1 for
         padding; each token's distance to it [B, N].
     """
-    most, each = _budget(x, count, mask)
+    most, each = budget(x, count, mask)
     batch, tokens, width = x.shape
     x = x.float()
     centres_there = torch.full((batch,), most, device=x.device) if each is None else each
@@ -212,12 +212,12 @@ def dpc_knn(
     target = centres.gather(1, torch.cat([f.indices for f in found], 1))
     spare = torch.nn.functional.pad(target, (0, 1))
     target = spare.scatter(1, centres, centres)[:, :tokens]  # also a centre that lies on another one
-    if mask is not None:
-        target, distance = target.masked_fill(~mask, -1), distance.masked_fill(~mask, float("inf"))
-    return order, target, distance
+    alone = torch.zeros_like(target, dtype=torch.bool) if each is None else (each <= 0)[:, None].expand_as(target)
+    alone = alone if mask is None else alone | ~mask  # padding, and images that get no centre
+    return order, target.masked_fill(alone, -1), distance.masked_fill(alone, float("inf"))
 
 
-def _budget(x: Tensor, count: int | Tensor, mask: Tensor | None) -> tuple[int, Tensor | None]:
+def budget(x: Tensor, count: int | Tensor, mask: Tensor | None) -> tuple[int, Tensor | None]:
     """The most picks of any image, and of every image [B] where they may differ. x: [B, N, ...]."""
     batch, tokens = x.shape[:2]
     if mask is None and isinstance(count, int):

@@ -17,6 +17,7 @@ from vtc.token_map import TokenMap
 Grid = tuple[int, int]
 _CELL = 16  # pixels that a patch gets at least, so that its outline can be seen
 _DARK = np.array([16.0, 16.0, 22.0])
+_INK = "#1d2129"
 
 
 def overlay(
@@ -53,26 +54,34 @@ def carried(
     """
     picture = overlay(image, token_map, grid, item=item, tint=0.28)
     rows, columns = infer_grid(token_map.group.shape[1], image.size) if grid is None else grid
-    factor = max(1, math.ceil(640 / max(picture.size)))  # fine marks need pixels
+    factor = max(1, math.ceil(960 / max(picture.size)))  # fine marks need pixels
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     side = picture.width / columns
-    draw, radius, line = ImageDraw.Draw(picture), 0.2 * side, max(2, round(side / 16))
+    draw, line = ImageDraw.Draw(picture), max(2, round(side / 20))
 
     def middle(patch: int) -> tuple[float, float]:
         return (patch % columns + 0.5) * side, (patch // columns + 0.5) * side
 
-    index = members(token_map, slots)[:, item]
-    for slot in range(index.shape[1]):
-        mine = list(dict.fromkeys(index[:, slot].tolist()))
-        if mine[0] < 0 or len(mine) == 1:
-            continue
-        x, y = middle(mine[0])
+    def disc(patch: int, radius: float, fill: str, outline: str) -> None:
+        x, y = middle(patch)
+        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=fill, outline=outline, width=line)
+
+    index = members(token_map, slots)[:, item].T.tolist()
+    carries = [list(dict.fromkeys(mine)) for mine in index if mine[0] >= 0]  # slots of few members cycle
+    carries = [mine for mine in carries if len(mine) > 1]
+    # All lines before all marks, so that no group's line runs over another's mark. A line is pale, in the colour of its
+    # group, with dark sides: it stands out on bright and dark pictures, and tells which group it belongs to.
+    group = token_map.group[item].tolist()
+    colour = (0.5 * 255 + 0.5 * _distinct(token_map.anchor.shape[1])).round().astype(int).tolist()
+    for width, pale in ((2 * line + 1, False), (line, True)):
+        for mine in carries:
+            shade = tuple(colour[group[mine[0]]]) if pale else _INK
+            for patch in mine[1:]:
+                draw.line([middle(mine[0]), middle(patch)], fill=shade, width=width)
+    for mine in carries:
         for patch in mine[1:]:
-            draw.line([(x, y), middle(patch)], fill="white", width=line)
-        for patch in mine[1:]:
-            a, b = middle(patch)
-            draw.ellipse([a - radius, b - radius, a + radius, b + radius], fill="#1d2129", outline="white", width=line)
-        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill="white", outline="#1d2129", width=line)
+            disc(patch, 0.15 * side, _INK, "white")
+        disc(mine[0], 0.22 * side, "white", _INK)
     return picture
 
 

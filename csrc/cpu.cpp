@@ -1,0 +1,288 @@
+// The front door of the processor's kernels: checks, types, threads. Schemas: vtc/ops/kernels.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#define VTC_PARALLEL torch::stable::parallel_for
+#include "cpu/energy.h"
+#include "cpu/knn.h"
+#include "cpu/match.h"
+#include "cpu/merge.h"
+#include "cpu/select.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+
+std::string shape(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+Tensor ready(const Tensor& t, const char* name, ScalarType type, int64_t dims) {
+  STD_TORCH_CHECK(t.is_cpu(), name, " lies on another device than the CPU");
+  STD_TORCH_CHECK(t.scalar_type() == type, name, " has the wrong type: float32, int64 or bool, as the schema says");
+  STD_TORCH_CHECK(t.dim() == dims, name, " is ", shape(t), ", but takes ", dims, " dimensions");
+  return torch::stable::contiguous(t);
+}
+
+void same(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(t.size(0) == rows && t.size(1) == columns, name, " is ", shape(t), ", but should be [", rows, ", ", columns, "]");
+}
+
+Maybe mask_of(const Maybe& mask, const char* name, int64_t rows, int64_t columns) {
+  if (!mask.has_value()) return std::nullopt;
+  Tensor m = ready(*mask, name, ScalarType::Bool, 2);
+  same(m, name, rows, columns);
+  return m;
+}
+
+const bool* row(const Maybe& mask, int64_t b, int64_t columns) {
+  return mask.has_value() ? static_cast<const bool*>(mask->data_ptr()) + b * columns : nullptr;
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+Tensor energy(Tensor unit, std::string form, double margin, double alpha, Maybe mask) {
+  unit = ready(unit, "unit", ScalarType::Float, 3);
+  const int64_t batch = unit.size(0), n = unit.size(1), d = unit.size(2);
+  mask = mask_of(mask, "mask", batch, n);
+  Tensor out = torch::stable::new_empty(unit, {batch, n});
+  vtc::Form kind = vtc::Form::elu;
+  if (form == "paper") kind = vtc::Form::paper;
+  else if (form == "gaussian") kind = vtc::Form::gaussian;
+  else if (form == "nearest") kind = vtc::Form::nearest;
+  else STD_TORCH_CHECK(form == "elu", "unknown energy ", form, "; choose one of elu, paper, gaussian, nearest");
+  const auto images = [&](int64_t from, int64_t to) {
+    for (int64_t b = from; b < to; ++b) {
+      const float* x = data<float>(unit) + b * n * d;
+      const vtc::Columns columns(vtc::pointers(x, n, d).data(), n, d);
+      const auto part = [&](int64_t first, int64_t last) {
+        vtc::energy_rows(x, columns, row(mask, b, n), first * vtc::ROWS, std::min(n, last * vtc::ROWS), n, d, kind,
+                         float(margin), float(alpha), data<float>(out) + b * n);
+      };
+      torch::stable::parallel_for(0, (n + vtc::ROWS - 1) / vtc::ROWS, 1, part);  // in a thread of its own: no others
+    }
+  };
+  torch::stable::parallel_for(0, batch, 1, images);
+  return out;
+}
+
+void check_tokens(const Tensor& index, const char* name, int64_t n) {
+  for (int64_t i = 0; i < index.numel(); ++i) {
+    const int64_t at = data<int64_t>(index)[i];
+    STD_TORCH_CHECK(at >= 0 && at < n, name, " holds ", at, ", but there are ", n, " tokens");
+  }
+}
+
+std::tuple<Tensor, Tensor> match(Tensor unit, Tensor a, Tensor b, Maybe b_valid) {
+  unit = ready(unit, "unit", ScalarType::Float, 3);
+  a = ready(a, "a", ScalarType::Long, 2);
+  b = ready(b, "b", ScalarType::Long, 2);
+  const int64_t batch = unit.size(0), n = unit.size(1), d = unit.size(2), sources = a.size(1), targets = b.size(1);
+  same(a, "a", batch, sources);
+  same(b, "b", batch, targets);
+  check_tokens(a, "a", n);
+  check_tokens(b, "b", n);
+  b_valid = mask_of(b_valid, "b_valid", batch, targets);
+  Tensor best = torch::stable::new_empty(unit, {batch, sources});
+  Tensor at = torch::stable::new_empty(a, {batch, sources});
+  const auto images = [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const float* x = data<float>(unit) + i * n * d;
+      std::vector<const float*> rows(sources), columns(targets);
+      for (int64_t s = 0; s < sources; ++s) rows[s] = x + data<int64_t>(a)[i * sources + s] * d;
+      for (int64_t t = 0; t < targets; ++t) columns[t] = x + data<int64_t>(b)[i * targets + t] * d;
+      const vtc::Columns packed(columns.data(), targets, d);
+      const auto part = [&](int64_t from, int64_t to) {
+        vtc::match_rows(rows.data(), from * vtc::ROWS, std::min(sources, to * vtc::ROWS), packed, row(b_valid, i, targets),
+                        data<float>(best) + i * sources, data<int64_t>(at) + i * sources);
+      };
+      torch::stable::parallel_for(0, (sources + vtc::ROWS - 1) / vtc::ROWS, 1, part);
+    }
+  };
+  torch::stable::parallel_for(0, batch, 1, images);
+  return {best, at};
+}
+
+template <class T>
+void merge_typed(const Tensor& x, const Tensor& group, const float* weight, int64_t slots, const Tensor& out) {
+  const int64_t batch = x.size(0), n = x.size(1), c = x.size(2), slices = (c + vtc::SLICE - 1) / vtc::SLICE;
+  const auto part = [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t b = i / slices, from = i % slices * vtc::SLICE;
+      vtc::merge_slice(data<T>(x) + b * n * c, data<int64_t>(group) + b * n, weight == nullptr ? nullptr : weight + b * n, n, c,
+                       slots, from, std::min(c, from + vtc::SLICE), data<T>(out) + b * slots * c);
+    }
+  };
+  torch::stable::parallel_for(0, batch * slices, 1, part);
+}
+
+template <class T>
+void merge_back_typed(const Tensor& grad, const Tensor& group, const float* weight, int64_t slots, const Tensor& out) {
+  const int64_t batch = grad.size(0), c = grad.size(2), n = group.size(1);
+  const auto part = [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b)
+      vtc::merge_back(data<T>(grad) + b * slots * c, data<int64_t>(group) + b * n, weight == nullptr ? nullptr : weight + b * n, n,
+                      c, slots, data<T>(out) + b * n * c);
+  };
+  torch::stable::parallel_for(0, batch, 1, part);
+}
+
+struct Groups {
+  Tensor group;
+  Maybe weight;
+  const float* each;
+};
+
+Groups groups(Tensor group, Maybe weight, int64_t batch, int64_t slots) {
+  group = ready(group, "group", ScalarType::Long, 2);
+  same(group, "group", batch, group.size(1));
+  STD_TORCH_CHECK(slots >= 0, "slots is ", slots, ": it takes a number >= 0");
+  for (int64_t i = 0; i < group.numel(); ++i) {
+    const int64_t at = data<int64_t>(group)[i];
+    STD_TORCH_CHECK(at >= -1 && at < slots, "group holds ", at, ", but there are ", slots, " slots (-1 = none)");
+  }
+  if (weight.has_value()) {
+    weight = ready(*weight, "weight", ScalarType::Float, 2);
+    same(*weight, "weight", batch, group.size(1));
+  }
+  const float* each = weight.has_value() ? data<float>(*weight) : nullptr;
+  return {group, weight, each};
+}
+
+// Calls f.operator()<T>() for the tensor's type.
+template <class F>
+void typed(const Tensor& x, const F& f) {
+  if (x.scalar_type() == ScalarType::Float) f(float());
+  else if (x.scalar_type() == ScalarType::BFloat16) f(c10::BFloat16());
+  else if (x.scalar_type() == ScalarType::Half) f(c10::Half());
+  else STD_TORCH_CHECK(false, "x has the wrong type: it takes float32, bfloat16 or float16");
+}
+
+Tensor merge(Tensor x, Tensor group, int64_t slots, Maybe weight) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 3, "x is ", shape(x), ": it takes [B, N, C] on the CPU");
+  x = torch::stable::contiguous(x);
+  const Groups of = groups(group, weight, x.size(0), slots);
+  STD_TORCH_CHECK(of.group.size(1) == x.size(1), "group is ", shape(of.group), " for ", x.size(1), " tokens");
+  Tensor out = torch::stable::new_empty(x, {x.size(0), slots, x.size(2)});
+  typed(x, [&](auto zero) { merge_typed<decltype(zero)>(x, of.group, of.each, slots, out); });
+  return out;
+}
+
+Tensor merge_backward(Tensor grad, Tensor group, Maybe weight, int64_t slots) {
+  STD_TORCH_CHECK(grad.is_cpu() && grad.dim() == 3, "grad is ", shape(grad), ": it takes [B, M, C] on the CPU");
+  grad = torch::stable::contiguous(grad);
+  const Groups of = groups(group, weight, grad.size(0), slots);
+  STD_TORCH_CHECK(grad.size(1) == slots, "grad is ", shape(grad), " for ", slots, " slots");
+  Tensor out = torch::stable::new_empty(grad, {grad.size(0), of.group.size(1), grad.size(2)});
+  typed(grad, [&](auto zero) { merge_back_typed<decltype(zero)>(grad, of.group, of.each, slots, out); });
+  return out;
+}
+
+// How many tokens an image gets: what was asked, at most its real ones and `most`.
+int64_t budget(const Tensor& each, const bool* mask, int64_t b, int64_t n, int64_t most) {
+  int64_t real = n;
+  if (mask != nullptr) real = std::count(mask, mask + n, true);
+  return std::max<int64_t>(0, std::min({data<int64_t>(each)[b], real, most}));
+}
+
+Tensor each_of(Tensor each, int64_t batch, int64_t most, int64_t n) {
+  each = ready(each, "each", ScalarType::Long, 1);
+  STD_TORCH_CHECK(each.size(0) == batch, "each is ", shape(each), ", one count for each of ", batch, " images");
+  STD_TORCH_CHECK(most >= 0 && most <= n, "most is ", most, ", but there are ", n, " tokens");
+  return each;
+}
+
+Tensor greedy_select(Tensor unit, Maybe importance, Tensor each, int64_t most, std::string kind, double balance, int64_t step,
+                     Maybe mask) {
+  unit = ready(unit, "unit", ScalarType::Float, 3);
+  const int64_t batch = unit.size(0), n = unit.size(1), d = unit.size(2);
+  each = each_of(each, batch, most, n);
+  mask = mask_of(mask, "mask", batch, n);
+  STD_TORCH_CHECK(step >= 1, "step is ", step, ": it takes a number of tokens >= 1");
+  vtc::Kind k = vtc::Kind::mmr;
+  if (kind == "sads") k = vtc::Kind::sads;
+  else if (kind == "max_min") k = vtc::Kind::max_min;
+  else STD_TORCH_CHECK(kind == "mmr", "unknown selection ", kind, "; choose one of mmr, sads, max_min");
+  Tensor first = unit;
+  if (k == vtc::Kind::max_min) {
+    first = energy(unit, "nearest", 0.0, 1.0, mask);
+    float* nearest = data<float>(first);
+    for (int64_t i = 0; i < batch * n; ++i) nearest[i] = -(nearest[i] > vtc::SAME ? 1.0f : nearest[i]);
+  } else {
+    STD_TORCH_CHECK(importance.has_value(), "selection ", kind, " needs importance");
+    first = ready(*importance, "importance", ScalarType::Float, 2);
+    same(first, "importance", batch, n);
+  }
+  Tensor order = torch::stable::new_empty(each, {batch, most});
+  const auto images = [&](int64_t from, int64_t to) {
+    for (int64_t b = from; b < to; ++b) {
+      const float* scores = data<float>(first) + b * n;
+      vtc::greedy(data<float>(unit) + b * n * d, n, d, scores, scores, k, float(balance), step,
+                  budget(each, row(mask, b, n), b, n, most), most, row(mask, b, n), data<int64_t>(order) + b * most);
+    }
+  };
+  torch::stable::parallel_for(0, batch, 1, images);
+  return order;
+}
+
+Tensor dpp_select(Tensor unit, Tensor relevance, Tensor each, int64_t most, Maybe mask) {
+  unit = ready(unit, "unit", ScalarType::Float, 3);
+  const int64_t batch = unit.size(0), n = unit.size(1), d = unit.size(2);
+  relevance = ready(relevance, "relevance", ScalarType::Float, 2);
+  same(relevance, "relevance", batch, n);
+  each = each_of(each, batch, most, n);
+  mask = mask_of(mask, "mask", batch, n);
+  Tensor order = torch::stable::new_empty(each, {batch, most});
+  const auto images = [&](int64_t from, int64_t to) {
+    for (int64_t b = from; b < to; ++b)
+      vtc::dpp(data<float>(unit) + b * n * d, n, d, data<float>(relevance) + b * n,
+               budget(each, row(mask, b, n), b, n, most), most, row(mask, b, n), data<int64_t>(order) + b * most);
+  };
+  torch::stable::parallel_for(0, batch, 1, images);
+  return order;
+}
+
+std::tuple<Tensor, Tensor, Tensor> dpc_knn(Tensor x, Tensor each, int64_t most, int64_t neighbors, Maybe mask) {
+  x = ready(x, "x", ScalarType::Float, 3);
+  const int64_t batch = x.size(0), n = x.size(1), d = x.size(2);
+  each = each_of(each, batch, most, n);
+  mask = mask_of(mask, "mask", batch, n);
+  STD_TORCH_CHECK(neighbors >= 1, "neighbors is ", neighbors, ": it takes a number >= 1");
+  Tensor order = torch::stable::new_empty(each, {batch, most});
+  Tensor target = torch::stable::new_empty(each, {batch, n});
+  Tensor distance = torch::stable::new_empty(x, {batch, n});
+  const auto images = [&](int64_t from, int64_t to) {
+    for (int64_t b = from; b < to; ++b)
+      vtc::dpc_knn(data<float>(x) + b * n * d, n, d, budget(each, row(mask, b, n), b, n, most), most, neighbors,
+                   row(mask, b, n), data<int64_t>(order) + b * most, data<int64_t>(target) + b * n,
+                   data<float>(distance) + b * n);
+  };
+  torch::stable::parallel_for(0, batch, 1, images);
+  return {order, target, distance};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(vtc, CPU, m) {
+  m.impl("energy", TORCH_BOX(&energy));
+  m.impl("match", TORCH_BOX(&match));
+  m.impl("merge", TORCH_BOX(&merge));
+  m.impl("merge_backward", TORCH_BOX(&merge_backward));
+  m.impl("greedy_select", TORCH_BOX(&greedy_select));
+  m.impl("dpp_select", TORCH_BOX(&dpp_select));
+  m.impl("dpc_knn", TORCH_BOX(&dpc_knn));
+}

@@ -1,0 +1,62 @@
+// The best partner of every source token, no N x N matrix in memory. Definition: vtc/ops/definitions.py, best_partner.
+#pragma once
+
+#include "tiles.h"
+
+namespace vtc {
+
+// Sources [first, last) of one image against its packed targets; target_valid [targets.count] or null.
+// best: the highest score, -inf without a target; at: its number among the targets, the lowest of equals.
+template <class V>
+VTC_INLINE void match_rows_body(const float* const* sources, int64_t first, int64_t last, const Columns& targets,
+                                const bool* target_valid, float* best, int64_t* at) {
+  using F = typename V::F;
+  using I = typename V::I;
+  constexpr int L = V::lanes;
+  const float none = -std::numeric_limits<float>::infinity();
+  float tile[ROWS * NR], top[ROWS * NR];
+  int32_t where[ROWS * NR];
+  I lane;
+  for (int l = 0; l < L; ++l) lane[l] = l;
+  for (int64_t i0 = first; i0 < last; i0 += ROWS) {
+    const int m = int(std::min(ROWS, last - i0));
+    std::fill(top, top + m * NR, none);
+    std::fill(where, where + m * NR, 0);
+    for (int64_t p = 0; p < targets.panels(); ++p) {
+      const int64_t j0 = p * NR, count = std::min(NR, targets.count - j0);
+      tile_body<V, false>(sources + i0, m, targets.panel(p), targets.width, tile);
+      if (count < NR || target_valid != nullptr)
+        for (int64_t j = 0; j < NR; ++j)
+          if (j >= count || (target_valid != nullptr && !target_valid[j0 + j]))
+            for (int i = 0; i < m; ++i) tile[i * NR + j] = none;
+      for (int i = 0; i < m; ++i)
+        for (int j = 0; j < NR; j += L) {  // lane by lane; a strict comparison keeps the earlier of equals
+          F s, high;
+          I place;
+          load(s, tile + i * NR + j);
+          load(high, top + i * NR + j);
+          std::memcpy(&place, where + i * NR + j, sizeof place);
+          const I more = s > high;
+          place = more ? lane + int32_t(j0 + j) : place;
+          high = more ? s : high;
+          store(top + i * NR + j, high);
+          std::memcpy(where + i * NR + j, &place, sizeof place);
+        }
+    }
+    for (int i = 0; i < m; ++i) {
+      int64_t lead = 0;
+      for (int64_t j = 1; j < NR; ++j) {
+        const float a = top[i * NR + j], b = top[i * NR + lead];
+        if (a > b || (a == b && where[i * NR + j] < where[i * NR + lead])) lead = j;
+      }
+      best[i0 + i] = top[i * NR + lead];
+      at[i0 + i] = where[i * NR + lead];
+    }
+  }
+}
+VTC_KERNEL(match_rows,
+           (const float* const* sources, int64_t first, int64_t last, const Columns& targets, const bool* target_valid,
+            float* best, int64_t* at),
+           (sources, first, last, targets, target_valid, best, at))
+
+}  // namespace vtc

@@ -1,0 +1,371 @@
+"""The C++ kernels against the torch definitions: the same picks, groups and values, sentences instead of crashes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vtc
+from vtc import ops
+from vtc.ops import definitions, kernels, selection
+
+pytestmark = pytest.mark.skipif(not kernels._load("cpp"), reason="the C++ kernels are not built here (no compiler)")
+
+
+def both(call, *args, **options):
+    """What a call gives with the kernels and with the definitions."""
+    try:
+        ops.set_backend("cpp")
+        fast = call(*args, **options)
+        ops.set_backend("torch")
+        return fast, call(*args, **options)
+    finally:
+        ops.set_backend(None)
+
+
+@st.composite
+def cases(draw, widest=300):
+    """Unit vectors [B, N, D] without ties, a mask or none, and a generator for more."""
+    batch, tokens = draw(st.integers(0, 3)), draw(st.integers(1, 150))
+    width = draw(st.sampled_from([1, 2, 3, 7, 31, 32, 33, 59, 64, 111, 257, widest]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    x = torch.randn(batch, tokens, width, generator=generator)
+    kind = draw(st.sampled_from(["none", "some", "nobody"]))
+    mask = None if kind == "none" else torch.rand(batch, tokens, generator=generator) > (0.4 if kind == "some" else 2.0)
+    if draw(st.booleans()):  # as a view with other strides
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    return x, mask, generator
+
+
+def count_of(x, mask, generator):
+    if mask is None:
+        return int(torch.randint(1, x.shape[1] + 1, (), generator=generator))
+    return (mask.sum(1) * torch.rand(len(mask), generator=generator)).long()
+
+
+@settings(deadline=None, max_examples=60)
+@given(cases(), st.sampled_from(definitions.ENERGIES), st.floats(-0.5, 0.95))
+def test_energy(case, form, margin):
+    x, mask, _ = case
+    unit = ops.normalize(x)
+    fast, plain = both(ops.energy, unit, form, margin, 1.3, mask)
+    exact = definitions.energy(ops.normalize(x).double(), form, margin, 1.3, mask)
+    assert fast.shape == plain.shape and torch.equal(fast.isinf(), plain.isinf())
+    error, own = ((y.double() - exact).nan_to_num(0, 0, 0).abs() for y in (fast, plain))
+    assert not len(x) or bool((error <= 2 * own.amax() + 2e-6).all())
+
+
+def objective(unit, importance, order, kind, balance, mask):
+    """The greedy objective's value at every pick, in float64; NaN where nothing is picked."""
+    unit, out = unit.double(), []
+    nearest = definitions.energy(unit, "nearest", 0.0, mask=mask)
+    for b, picks in enumerate(order.tolist()):
+        best, row = torch.full((unit.shape[1],), -1.0, dtype=torch.float64), []
+        for place, pick in enumerate(p for p in picks if p >= 0):
+            m = best[pick]
+            if kind == "max_min":
+                row.append(float(-nearest[b, pick]) if place == 0 else float(-m))
+            elif place == 0:
+                row.append(float(importance[b, pick]))
+            elif kind == "mmr":
+                row.append(float(balance * importance[b, pick] - (1 - balance) * m))
+            else:
+                row.append(float(importance[b, pick] * (1 - m)))
+            best = torch.maximum(best, unit[b] @ unit[b, pick])
+        out.append(row)
+    return out
+
+
+def agree(fast, plain, value):
+    """The same picks; or, at a near tie of a width or two, picks of the same worth."""
+    assert fast.shape == plain.shape and torch.equal(fast < 0, plain < 0)
+    if not torch.equal(fast, plain):
+        for a, b in zip(value(fast), value(plain), strict=True):
+            first = next((i for i, (p, q) in enumerate(zip(a, b, strict=True)) if abs(p - q) > 1e-5), None)
+            assert first is None, (first, a[first], b[first])
+
+
+@settings(deadline=None, max_examples=60)
+@given(cases(), st.sampled_from(selection.SELECTIONS), st.floats(0, 1), st.sampled_from([1, 1, 3]))
+def test_greedy_select(case, kind, balance, step):
+    x, mask, generator = case
+    unit, importance = ops.normalize(x), torch.rand(x.shape[:2], generator=generator)
+    count = count_of(x, mask, generator)
+    fast, plain = both(ops.greedy_select, unit, importance, count, kind, balance, step, mask)
+    if step == 1:
+        agree(fast, plain, lambda order: objective(unit, importance, order, kind, balance, mask))
+    elif x.shape[2] > 2:  # on a line or a circle many cosines are equal
+        assert (fast != plain).float().mean() < 0.1 if fast.numel() else True
+
+
+@pytest.mark.parametrize("kind", selection.SELECTIONS)
+def test_greedy_select_at_size(kind):
+    """Tie-free data of real sizes: exactly the same picks, also with scores that rise (negative importance)."""
+    generator = torch.Generator().manual_seed(3)
+    unit = ops.normalize(torch.randn(2, 577, 256, generator=generator))
+    for importance in (torch.rand(2, 577, generator=generator), torch.randn(2, 577, generator=generator)):
+        fast, plain = both(ops.greedy_select, unit, importance, 200, kind)
+        assert torch.equal(fast, plain)
+
+
+@pytest.mark.parametrize("kind", selection.SELECTIONS)
+def test_ties_go_to_the_lowest_index(kind):
+    unit = ops.normalize(torch.ones(2, 40, 8))
+    fast, plain = both(ops.greedy_select, unit, torch.ones(2, 40), 40, kind)
+    assert torch.equal(fast, plain) and fast[0].tolist() == list(range(40))
+    copies = ops.normalize(torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(0)).repeat_interleave(5, 1))
+    fast, plain = both(ops.greedy_select, copies, torch.ones(1, 30), 12, kind)
+    assert torch.equal(fast, plain)
+
+
+@settings(deadline=None, max_examples=40)
+@given(cases())
+def test_dpp_select(case):
+    x, mask, generator = case
+    unit, relevance = ops.normalize(x), 0.2 + torch.rand(x.shape[:2], generator=generator)
+    count = count_of(x, mask, generator)
+    if isinstance(count, int):  # beyond the width nothing is left, and what follows is by index
+        count = min(count, max(1, x.shape[2] // 2))
+    else:
+        count = count.clamp(max=max(1, x.shape[2] // 2))
+    fast, plain = both(ops.dpp_select, unit, relevance, count, mask)
+
+    def worth(order):
+        kernel = relevance[:, :, None].double() * (unit.double() @ unit.double().mT) * relevance[:, None].double()
+        return [[float(torch.logdet(kernel[b][p][:, p])) for p in [[i for i in row if i >= 0]] if p]
+                for b, row in enumerate(order.tolist())]  # fmt: skip
+
+    assert torch.equal(fast < 0, plain < 0)
+    if not torch.equal(fast, plain):
+        for a, b in zip(worth(fast), worth(plain), strict=True):
+            assert a == pytest.approx(b, rel=1e-3, abs=1e-2)
+
+
+@settings(deadline=None, max_examples=60)
+@given(cases())
+def test_match_and_merge(case):
+    x, mask, generator = case
+    unit, tokens = ops.normalize(x), x.shape[1]
+    a, b = (torch.arange(start, tokens, 2).expand(len(x), -1) for start in (0, 1))
+    valid = [None, None] if mask is None else [mask.gather(1, at) for at in (a, b)]
+    r = tokens // 4 if mask is None else mask.sum(1) // 4
+    fast, plain = both(ops.bipartite_match, unit, a, b, r, *valid)
+    if x.shape[2] > 2:
+        assert all(torch.equal(p, q) for p, q in zip(fast[:2], plain[:2], strict=True))
+    assert torch.allclose(fast[2], plain[2], atol=2e-6)
+    token_map = vtc.TokenMap.from_pairs(tokens, plain, mask=mask)
+    weight = torch.rand(x.shape[:2], generator=generator)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        values = torch.randn(*x.shape[:2], 21, generator=generator).to(dtype)
+        slots = token_map.anchor.shape[1]
+        fast, plain = both(ops.merge, values, token_map.group, slots, weight)
+        exact = definitions.merge(values.double(), token_map.group, slots, weight.double())
+        assert fast.dtype == dtype and fast.shape == plain.shape
+        error, own = ((y.double() - exact).abs() for y in (fast, plain))
+        assert not error.numel() or error.max() <= 2 * own.max() + 1e-6
+
+
+def test_merge_is_differentiable():
+    group = torch.tensor([[0, 0, 1, -1, 2, 1]])
+    weight = torch.rand(1, 6, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 6, 5, generator=torch.Generator().manual_seed(1))
+    aim = torch.randn(1, 4, 5, generator=torch.Generator().manual_seed(2))
+
+    def gradient():
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad((ops.merge(leaf, group, 4, weight) * aim).sum(), leaf)[0]
+
+    fast, plain = both(gradient)
+    assert torch.allclose(fast, plain, atol=1e-6)
+    assert fast[0, 3].abs().max() == 0  # a dropped token has no part in it
+
+
+@settings(deadline=None, max_examples=40)
+@given(cases(), st.integers(1, 7))
+def test_dpc_knn(case, neighbors):
+    x, mask, generator = case
+    count = count_of(x, mask, generator)
+    fast, plain = both(ops.dpc_knn, x, count, neighbors, mask)
+    assert torch.equal(fast[0] < 0, plain[0] < 0)
+    assert torch.equal(fast[1] < 0, plain[1] < 0)
+    if x.shape[2] >= 31:  # in few dimensions two densities are easily within rounding of one another
+        assert torch.equal(fast[0].sort(1).values, plain[0].sort(1).values)
+        assert torch.equal(fast[1], plain[1]) and torch.allclose(fast[2], plain[2], atol=1e-5)
+    real = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+    for b, picks in enumerate(fast[0].tolist()):
+        centres = torch.tensor([p for p in picks if p >= 0], dtype=torch.long)
+        assert len(centres.unique()) == len(centres) and bool(real[b, centres].all())
+        if len(centres):  # everybody is with the nearest centre, and a centre with itself
+            apart = torch.cdist(x[b].double(), x[b, centres].double()) / x.shape[2] ** 0.5
+            chosen = (x[b].double() - x[b, fast[1][b].clamp(min=0)].double()).norm(dim=1) / x.shape[2] ** 0.5
+            assert torch.allclose(chosen[real[b]], apart.amin(1)[real[b]], atol=1e-5)
+            assert torch.equal(fast[1][b, centres], centres)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(577, 64), (1025, 384)])
+def test_dpc_knn_at_size(tokens, width):
+    x = torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(4))
+    for structured in (x, x + 3 * torch.randn(12, width)[torch.arange(tokens) % 12]):
+        fast, plain = both(ops.dpc_knn, structured, tokens // 4)
+        assert torch.equal(fast[0].sort(1).values, plain[0].sort(1).values)
+        assert torch.equal(fast[1], plain[1]) and torch.allclose(fast[2], plain[2], atol=1e-6)
+
+
+def test_without_the_whole_matrix(monkeypatch):
+    """Beyond 4,096 tokens distances are computed twice instead of kept."""
+    x = torch.randn(1, 4100, 8, generator=torch.Generator().manual_seed(5))
+    fast, plain = both(ops.dpc_knn, x, 300)
+    assert torch.equal(fast[0].sort(1).values, plain[0].sort(1).values) and torch.equal(fast[1], plain[1])
+
+
+MEMORY = """
+import resource, torch, vtc
+from vtc import ops
+x = torch.randn(1, 16384, 32)
+unit = ops.normalize(x)
+half = torch.arange(0, 16384, 2)[None]
+ops.set_backend("cpp")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ops.energy(unit, "elu", 0.5)
+ops.bipartite_match(unit, half, half + 1, 4000)
+ops.greedy_select(unit, torch.rand(1, 16384), 500, "mmr")
+ops.dpp_select(unit, torch.rand(1, 16384), 16)
+ops.dpc_knn(x, 500)
+ops.merge(x, half.repeat_interleave(2, 1) // 2, 8192)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_no_operator_makes_a_matrix_of_all_pairs():
+    """At N = 16,384 that would be 1,024 MB."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 200
+
+
+def test_the_order_of_sums_never_changes():
+    """The same bits with one thread and with two, run after run."""
+    x = torch.randn(4, 301, 70, generator=torch.Generator().manual_seed(6))
+    threads, found = torch.get_num_threads(), []
+    try:
+        ops.set_backend("cpp")
+        for number in (1, 2, 2):
+            torch.set_num_threads(number)
+            unit, group = ops.normalize(x), torch.arange(301).expand(4, -1) % 50
+            found.append((ops.energy(unit, "elu", 0.3), ops.merge(x, group, 50), *ops.dpc_knn(x, 40)))
+    finally:
+        torch.set_num_threads(threads)
+        ops.set_backend(None)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+# -- as torch operators -----------------------------------------------------------------------------------------------
+
+
+def samples():
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(2, 12, 8, generator=generator)
+    unit, mask = ops.normalize(x), torch.rand(2, 12, generator=generator) > 0.3
+    each, group = torch.tensor([4, 3]), torch.randint(-1, 5, (2, 12), generator=generator)
+    a, b = torch.arange(0, 12, 2).expand(2, -1).contiguous(), torch.arange(1, 12, 2).expand(2, -1).contiguous()
+    score = torch.rand(2, 12, generator=generator)
+    return {
+        "energy": (unit, "elu", 0.4, 1.0, mask),
+        "match": (unit, a, b, None),
+        "merge": (x.clone().requires_grad_(), group, 5, score),
+        "greedy_select": (unit, score, each, 4, "mmr", 0.5, 1, mask),
+        "dpp_select": (unit, score, each, 4, mask),
+        "dpc_knn": (x, each, 4, 5, mask),
+    }
+
+
+@pytest.mark.parametrize("name", samples())
+def test_opcheck(name):
+    torch.library.opcheck(getattr(torch.ops.vtc, name).default, samples()[name])
+
+
+def test_compiles_into_one_graph():
+    x = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(8))
+
+    def fewer(x):
+        token_map = vtc.functional.tome(x, keep=0.75)
+        return token_map.merge(x)
+
+    assert ops.backend() == "cpp"
+    out = torch.compile(fewer, fullgraph=True, backend="aot_eager")(x)
+    assert torch.allclose(out, fewer(x))
+
+
+# -- saying no --------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "energy": [
+        (0, torch.randn(2, 12), "3 dimensions"),
+        (0, torch.randn(2, 12, 8).double(), "wrong type"),
+        (1, "relu", "unknown energy relu"),
+        (4, torch.ones(2, 11, dtype=torch.bool), r"mask is \[2, 11\]"),
+        (4, torch.ones(2, 12), "mask has the wrong type"),
+    ],
+    "match": [
+        (1, torch.full((2, 6), 12), "holds 12, but there are 12 tokens"),
+        (2, torch.zeros(3, 6).long(), r"b is \[3"),
+    ],
+    "merge": [
+        (0, torch.randn(2, 12, 8).double(), "wrong type"),
+        (1, torch.full((2, 12), 5), "holds 5, but there are 5 slots"),
+        (1, torch.zeros(2, 11).long(), r"weight is \[2, 12\], but should be \[2, 11\]"),
+        (2, -1, "slots is -1"),
+        (3, torch.rand(2, 11), r"weight is \[2, 11\]"),
+    ],
+    "greedy_select": [
+        (1, None, "needs importance"),
+        (1, torch.rand(2, 11), r"importance is \[2, 11\]"),
+        (2, torch.tensor([1, 2, 3]), r"each is \[3\]"),
+        (3, 13, "most is 13, but there are 12 tokens"),
+        (4, "best", "unknown selection best"),
+        (6, 0, "step is 0"),
+    ],
+    "dpp_select": [(1, torch.rand(2, 11), r"relevance is \[2, 11\]"), (3, -1, "most is -1")],
+    "dpc_knn": [(3, 0, "neighbors is 0"), (1, torch.tensor([1.0, 2.0]), "wrong type")],
+}
+
+
+@pytest.mark.parametrize(("name", "place", "value", "why"), [(n, *row) for n, rows in BAD.items() for row in rows])
+def test_bad_arguments_get_a_sentence(name, place, value, why):
+    args = list(samples()[name])
+    args[place] = value
+    with pytest.raises(RuntimeError, match=why):
+        getattr(torch.ops.vtc, name)(*args)
+
+
+def test_nan_and_infinity_are_never_a_crash():
+    x = torch.randn(1, 20, 8, generator=torch.Generator().manual_seed(9))
+    x[0, 3], x[0, 7, 2] = float("nan"), float("inf")
+    importance = torch.rand(1, 20)
+    importance[0, 5] = float("nan")
+    for kind in selection.SELECTIONS:
+        order = ops.greedy_select(ops.normalize(x), importance, 20, kind)
+        assert sorted(order[0].tolist()) == list(range(20))
+    assert sorted(ops.dpp_select(ops.normalize(x), importance, 20)[0].tolist()) == list(range(20))
+    assert ops.dpc_knn(x, 5)[0].unique().numel() == 5
+    ops.energy(ops.normalize(x), "gaussian", 0.5)
+    ops.bipartite_match(ops.normalize(x), torch.arange(10)[None], torch.arange(10, 20)[None], 4)
+
+
+def test_set_backend():
+    try:
+        ops.set_backend("torch")
+        assert ops.backend() == "torch"
+        ops.set_backend("cpp")
+        assert ops.backend() == "cpp" and ops.backend("cuda") == "torch" and ops.backend("meta") == "torch"
+        with pytest.raises(vtc.OptionError, match="choose one of torch, cpp, cuda, cupy"):
+            ops.set_backend("triton")
+        assert ops.backend() == "cpp"
+    finally:
+        ops.set_backend(None)
+    assert ops.backend() == "cpp"

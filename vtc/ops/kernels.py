@@ -1,0 +1,150 @@
+"""Which backend runs an operator: the torch definitions, or kernels in C++, CUDA or CuPy, built for this machine.
+
+The schemas of all kernels stand here once, each with the shapes it returns, so that `torch.compile` and `opcheck` know
+them. A backend registers itself for its device when its library is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.errors import OptionError
+
+_logger = logging.getLogger(__name__)
+BACKENDS = ("torch", "cpp", "cuda", "cupy")
+_DEVICE = {"cpp": "cpu", "cuda": "cuda", "cupy": "cuda"}
+_chosen: str | None = None  # None: the fastest that is there
+_loaded: dict[str, bool] = {}
+
+_library = torch.library.Library("vtc", "FRAGMENT")
+for _schema in (
+    "energy(Tensor unit, str form, float margin, float alpha, Tensor? mask) -> Tensor",
+    "match(Tensor unit, Tensor a, Tensor b, Tensor? b_valid) -> (Tensor, Tensor)",
+    "merge(Tensor x, Tensor group, int slots, Tensor? weight) -> Tensor",
+    "merge_backward(Tensor grad, Tensor group, Tensor? weight, int slots) -> Tensor",
+    "greedy_select(Tensor unit, Tensor? importance, Tensor each, int most, str kind, float balance, int step, "
+    "Tensor? mask) -> Tensor",
+    "dpp_select(Tensor unit, Tensor relevance, Tensor each, int most, Tensor? mask) -> Tensor",
+    "dpc_knn(Tensor x, Tensor each, int most, int neighbors, Tensor? mask) -> (Tensor, Tensor, Tensor)",
+):
+    _library.define(_schema)
+
+
+def _fake(name: str) -> Callable[[Any], Any]:
+    return torch.library.register_fake(f"vtc::{name}", lib=_library)
+
+
+@_fake("energy")
+def _(unit: Tensor, form: str, margin: float, alpha: float, mask: Tensor | None) -> Tensor:
+    return unit.new_empty(unit.shape[:2])
+
+
+@_fake("match")
+def _(unit: Tensor, a: Tensor, b: Tensor, b_valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    return unit.new_empty(a.shape), torch.empty_like(a, memory_format=torch.contiguous_format)
+
+
+@_fake("merge")
+def _(x: Tensor, group: Tensor, slots: int, weight: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], slots, x.shape[2])
+
+
+@_fake("merge_backward")
+def _(grad: Tensor, group: Tensor, weight: Tensor | None, slots: int) -> Tensor:
+    return grad.new_empty(grad.shape[0], group.shape[1], grad.shape[2])
+
+
+@_fake("greedy_select")
+def _(
+    unit: Tensor, importance: Any, each: Tensor, most: int, kind: str, balance: float, step: int, mask: Any
+) -> Tensor:
+    return each.new_empty(unit.shape[0], most)
+
+
+@_fake("dpp_select")
+def _(unit: Tensor, relevance: Tensor, each: Tensor, most: int, mask: Tensor | None) -> Tensor:
+    return each.new_empty(unit.shape[0], most)
+
+
+@_fake("dpc_knn")
+def _(x: Tensor, each: Tensor, most: int, neighbors: int, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return each.new_empty(x.shape[0], most), each.new_empty(x.shape[:2]), x.new_empty(x.shape[:2])
+
+
+def _remember(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, group, ctx.slots, weight = inputs
+    ctx.save_for_backward(group, weight)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    group, weight = ctx.saved_tensors
+    return torch.ops.vtc.merge_backward(grad, group, weight, ctx.slots), None, None, None
+
+
+torch.library.register_autograd("vtc::merge", _backward, setup_context=_remember, lib=_library)
+
+
+def _load(name: str) -> bool:
+    """Load a backend's library, once. False where it was not built, or does not load."""
+    if name not in _loaded:
+        found = sorted(Path(__file__).parent.parent.glob(f"_{name}.*so"))
+        _loaded[name] = False
+        if name == "cupy":
+            from importlib.util import find_spec
+
+            _loaded[name] = find_spec("vtc.ops.cupy") is not None and find_spec("cupy") is not None
+        for path in found[:1]:
+            try:
+                torch.ops.load_library(path)
+                _loaded[name] = True
+            except OSError as error:
+                _logger.warning("%s does not load (%s): the torch definitions run instead", path.name, error)
+        if name == "cpp":
+            _logger.info("vtc operators on the CPU: %s", "C++" if _loaded[name] else "torch definitions")
+    return _loaded[name]
+
+
+def set_backend(name: str | None) -> None:
+    """Let a backend run the operators: "torch" (the definitions), "cpp", "cuda" or "cupy"; None = the fastest there is.
+    Tensors on another device than the backend's are left to the definitions.
+
+    Raises:
+        OptionError: an unknown backend, or one that is not there, and how to get it.
+    """
+    global _chosen
+    if name is not None and name not in BACKENDS:
+        raise OptionError(f"backend {name!r} is unknown; choose one of {', '.join(BACKENDS)}, or None")
+    if name not in (None, "torch") and not _load(str(name)):
+        how = {
+            "cpp": "install vtc where a C++ compiler is (and VTC_NO_EXT is not set)",
+            "cuda": "install vtc where nvcc is",
+            "cupy": "pip install cupy-cuda13x",
+        }[str(name)]
+        raise OptionError(f"backend {name!r} is not built here: {how}")
+    _chosen = name
+
+
+def backend(device: str | torch.device = "cpu") -> str:
+    """Which backend runs operators on tensors of `device`."""
+    kind = torch.device(device).type
+    if _chosen is not None:
+        return _chosen if _DEVICE.get(_chosen) == kind else "torch"
+    if kind == "cpu":
+        return "cpp" if _load("cpp") else "torch"
+    if kind == "cuda":
+        return "cuda" if _load("cuda") else "cupy" if _load("cupy") else "torch"
+    return "torch"
+
+
+def compiled(x: Tensor, *, differentiable: bool = False) -> bool:
+    """Whether kernels take `x`: float32 (merges: also halves), and no gradient is asked of a decision."""
+    types = (torch.float32, torch.bfloat16, torch.float16) if differentiable else (torch.float32,)
+    if x.dtype not in types or (not differentiable and x.requires_grad and torch.is_grad_enabled()):
+        return False
+    return backend(x.device) != "torch"
