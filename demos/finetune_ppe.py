@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,8 @@ def tiny_model() -> Any:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 4, 4]}
-    text = {
-        "vocab_size": 96,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 3,
-        "initializer_range": 0.12,
-    }
-    text |= {
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "rope_parameters": rope,
-        "max_position_embeddings": 512,
-    }
+    text = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.12, "rope_parameters": rope}
     tower = {"depth": 2, "hidden_size": 48, "intermediate_size": 96, "num_heads": 4, "patch_size": PATCH}
     tower |= {"out_hidden_size": 64, "window_size": 64, "fullatt_block_indexes": [1], "initializer_range": 0.12}
     ids = {"image_token_id": IMAGE, "video_token_id": 91, "vision_start_token_id": START, "vision_end_token_id": END}
@@ -56,24 +45,12 @@ def pictures(batch: int, generator: torch.Generator) -> dict[str, Tensor]:
     rows, columns = (torch.arange(SIDE // 2) // half == at[:, None] for at in (quadrant // 2, quadrant % 2))
     bright = (rows[:, :, None] & columns[:, None])[..., None, None]
     noise = torch.randn(batch, SIDE // 2, SIDE // 2, 4, width, generator=generator) + 2.0 * bright
-    visual = SIDE * SIDE // 4
-    prompt = torch.tensor([1, START, *[IMAGE] * visual, END, ASK]).expand(batch, -1)
+    prompt = torch.tensor([1, START, *[IMAGE] * (SIDE * SIDE // 4), END, ASK]).expand(batch, -1)
     ids = torch.cat([prompt, (ANSWERS + quadrant)[:, None]], 1)
     labels = torch.cat([torch.full_like(prompt, -100), ids[:, -1:]], 1)
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "labels": labels,
-        "mm_token_type_ids": (ids == IMAGE).long(),
-        "pixel_values": noise.flatten(0, 3),
-        "image_grid_thw": torch.tensor([[1, SIDE, SIDE]]).expand(batch, -1),
-    }
-
-
-def task(batch: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield pictures(batch, generator)
+    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    found |= {"mm_token_type_ids": (ids == IMAGE).long(), "pixel_values": noise.flatten(0, 3)}
+    return found | {"image_grid_thw": torch.tensor([[1, SIDE, SIDE]]).expand(batch, -1)}
 
 
 def finetune(
@@ -85,15 +62,14 @@ def finetune(
     adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=lr)
     losses = []
-    with vtc.compress(adapted, method), tqdm(total=steps, disable=not progress, desc="LoRA") as bar:
-        for _ in range(steps):
-            loss = adapted(**next(batches)).loss
+    with vtc.compress(adapted, method), tqdm(batches, total=steps, disable=not progress, desc="LoRA") as bar:
+        for batch in bar:
+            loss = adapted(**batch).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             losses.append(float(loss.detach()))
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-            bar.update()
     return adapted, losses
 
 
@@ -106,7 +82,7 @@ def accuracy(model: Any, method: vtc.methods.Method, batch: dict[str, Tensor]) -
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    add: Callable[..., Any] = parser.add_argument
+    add = parser.add_argument
     add("--model", help="a folder with a multimodal LLM (default: a tiny one with random weights)")
     add("--data", help="lines of JSON, as `python -m vtc.train` reads them")
     add("--out", help="where to save the adapter")
@@ -128,11 +104,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         model, found = open_examples(args.model, Path(args.data), method, args.seed)
         batches = (found[i % len(found)] for i in range(args.steps))
     else:
-        model, batches = tiny_model(), task(args.batch, args.seed)
+        generator = torch.Generator().manual_seed(args.seed)
+        model, batches = tiny_model(), (pictures(args.batch, generator) for _ in range(args.steps))
     adapted, losses = finetune(model.train(), batches, method, args.steps, args.lr, progress=True)
     result: dict[str, Any] = {"first": losses[0], "last": sum(losses[-10:]) / len(losses[-10:])}
     if not args.model:
-        result["accuracy"] = accuracy(adapted.eval(), method, next(task(256, args.seed + 1)))
+        result["accuracy"] = accuracy(adapted.eval(), method, pictures(256, generator))
     if args.out:
         adapted.save_pretrained(args.out)
     _logger.info("; ".join(f"{name} {value:.3f}" for name, value in result.items()))

@@ -82,7 +82,13 @@ struct Columns {
   std::vector<float> packed;
   Columns(int64_t n, int64_t d) : count(n), width(d), packed(panels() * d * NR, 0.0f) {}
   Columns(const float* const* rows, int64_t n, int64_t d) : Columns(n, d) {
-    for (int64_t j = 0; j < n; ++j) set(j, rows[j]);
+    for (int64_t p = 0; p < panels(); ++p) {
+      const int64_t here = std::min(NR, n - p * NR);
+      float* to = packed.data() + p * d * NR;
+      for (int64_t k0 = 0; k0 < d; k0 += 16)  // in squares that stay near
+        for (int64_t j = 0; j < here; ++j)
+          for (int64_t k = k0; k < std::min(d, k0 + 16); ++k) to[k * NR + j] = rows[p * NR + j][k];
+    }
   }
   void set(int64_t j, const float* row) {
     float* at = packed.data() + j / NR * width * NR + j % NR;

@@ -218,7 +218,9 @@ def run(
                     values.setdefault((parts, method, keep, slots), []).append(right)
     encoding.close()
     training.close()
-    rows = [_row(key, scores, values) for key, scores in values.items()]
+    # as many as there are: downsample rounds a fraction up, the others to the nearest
+    counts = {key: token_map.anchor.shape[1] for key, token_map in found.items()}
+    rows = [_row(key, scores, values, counts.get(key[1:3], _WINDOW**2)) for key, scores in values.items()]
     columns = {"parts": "parts", "method": "method", "keep": "keep", "tokens": "tokens", "slots": "slots"}
     columns |= {"accuracy": "accuracy", "gain": "- anchor's place", "low": "from", "high": "to"}
     count = asked["crops"].shape[:2].numel()
@@ -234,15 +236,9 @@ def run(
     return results
 
 
-def _row(key: tuple, scores: list[float], values: dict[tuple, list[float]]) -> dict[str, Any]:
+def _row(key: tuple, scores: list[float], values: dict[tuple, list[float]], tokens: int) -> dict[str, Any]:
     parts, method, keep, slots = key
-    row = {
-        "parts": parts**2,
-        "method": method,
-        "keep": keep,
-        "tokens": max(1, round(keep * _WINDOW**2)),
-        "slots": slots,
-    }
+    row = {"parts": parts**2, "method": method, "keep": keep, "tokens": tokens, "slots": slots}
     row |= {"seeds": len(scores), "accuracy": sum(scores) / len(scores)}
     if slots > 1:
         gains = torch.tensor(scores) - torch.tensor(values[parts, method, keep, 1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ BACKENDS = ("torch", "cpp", "cuda", "cupy")
 _DEVICE = {"cpp": "cpu", "cuda": "cuda", "cupy": "cuda"}
 _chosen: str | None = None  # None: the fastest that is there
 _loaded: dict[str, bool] = {}
+_cupy = False  # whether CuPy's kernels are registered
 
 _library = torch.library.Library("vtc", "FRAGMENT")
 for _schema in (
@@ -94,11 +96,7 @@ def _load(name: str) -> bool:
     """Load a backend's library, once. False where it was not built, or does not load."""
     if name not in _loaded:
         found = sorted(Path(__file__).parent.parent.glob(f"_{name}.*so"))
-        _loaded[name] = False
-        if name == "cupy":
-            from importlib.util import find_spec
-
-            _loaded[name] = find_spec("vtc.ops.cupy") is not None and find_spec("cupy") is not None
+        _loaded[name] = name == "cupy" and find_spec("cupy") is not None and torch.cuda.is_available()
         for path in found[:1]:
             try:
                 torch.ops.load_library(path)
@@ -124,10 +122,11 @@ def set_backend(name: str | None) -> None:
         how = {
             "cpp": "install vtc where a C++ compiler is (and VTC_NO_EXT is not set)",
             "cuda": "install vtc where nvcc is",
-            "cupy": "pip install cupy-cuda13x",
+            "cupy": "it needs a GPU, and pip install cupy-cuda13x",
         }[str(name)]
         raise OptionError(f"backend {name!r} is not built here: {how}")
     _chosen = name
+    _use_cupy(name == "cupy")
 
 
 def backend(device: str | torch.device = "cpu") -> str:
@@ -138,8 +137,20 @@ def backend(device: str | torch.device = "cpu") -> str:
     if kind == "cpu":
         return "cpp" if _load("cpp") else "torch"
     if kind == "cuda":
-        return "cuda" if _load("cuda") else "cupy" if _load("cupy") else "torch"
+        found = "cuda" if _load("cuda") else "cupy" if _load("cupy") else "torch"
+        _use_cupy(found == "cupy")
+        return found
     return "torch"
+
+
+def _use_cupy(yes: bool) -> None:
+    """CuPy's kernels and the compiled ones are registered under the same names: these or those."""
+    global _cupy
+    if yes != _cupy:
+        from vtc.ops import cupy
+
+        (cupy.install if yes else cupy.remove)()
+        _cupy = yes
 
 
 def compiled(x: Tensor, *, differentiable: bool = False) -> bool:
