@@ -301,6 +301,23 @@ def test_compiles_into_one_graph():
     assert torch.allclose(out, fewer(x))
 
 
+FRESH = """
+import torch, vtc
+
+def fewer(x):
+    return vtc.functional.tome(x, keep=0.75).merge(x)
+
+x = torch.randn(2, 64, 16)
+assert torch.allclose(torch.compile(fewer, fullgraph=True, backend="aot_eager")(x), fewer(x))
+assert vtc.ops.backend() == "cpp"
+"""
+
+
+def test_compiles_as_the_first_thing_in_a_process():
+    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 # -- saying no --------------------------------------------------------------------------------------------------------
 
 BAD = {

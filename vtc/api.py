@@ -211,13 +211,15 @@ def _tower_site(gate: Gate) -> Site | str:
 
 
 def _refuses(site: Site, method: Method | None) -> str:
-    decoders = {} if method is None else {"pooled": method.pooled, "cascade": method.cascade}
-    decoders |= {} if method is None else {"where": method.where == "llm", "proportional": method.proportional}
-    if method is not None and (not method.encoder or any(decoders.values())):
-        what = next((f"{name}=" for name, given in decoders.items() if given), method.name)
-        return (
-            f"{what} is for multimodal LLMs, where the decoder takes its image tokens; this is a vision encoder alone"
-        )
+    if method is not None:
+        given = {"pooled=": method.pooled, "cascade=": method.cascade, "proportional=": method.proportional}
+        given |= {"where=": method.where == "llm", method.name: not method.encoder}
+        if any(given.values()):
+            what = next(name for name, is_given in given.items() if is_given)
+            return (
+                f"{what} is for multimodal LLMs, where the decoder takes its image tokens; this is a vision encoder "
+                "alone"
+            )
     if method is not None and method.merges and site.no_bias:
         return f'{site.no_bias} takes no size bias, which merged tokens need; load it with attn_implementation="sdpa"'
     if not any(isinstance(block.__dict__.get("forward"), PatchedForward) for block in site.blocks):

@@ -83,10 +83,11 @@ def dpp_select(unit: Tensor, relevance: Tensor, count: int | Tensor, mask: Tenso
 def dpc_knn(
     x: Tensor, count: int | Tensor, neighbors: int = 5, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not compiled(x.detach().float()):
+    x = x.detach().float()
+    if not compiled(x):
         return selection.dpc_knn(x, count, neighbors, mask)
     most, each = selection.budget(x, count, mask)
-    return torch.ops.vtc.dpc_knn(x.detach().float(), _each(x, most, each), most, neighbors, mask)
+    return torch.ops.vtc.dpc_knn(x, _each(x, most, each), most, neighbors, mask)
 
 
 def _each(x: Tensor, most: int, each: Tensor | None) -> Tensor:

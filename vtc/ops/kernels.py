@@ -159,3 +159,9 @@ def compiled(x: Tensor, *, differentiable: bool = False) -> bool:
     if x.dtype not in types or (not differentiable and x.requires_grad and torch.is_grad_enabled()):
         return False
     return backend(x.device) != "torch"
+
+
+# Now rather than when first asked for: a graph that is being compiled cannot load a library. Neither touches a GPU.
+_load("cpp")
+if torch.version.cuda is not None:
+    _load("cuda")
