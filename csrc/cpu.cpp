@@ -14,6 +14,8 @@
 #include "cpu/knn.h"
 #include "cpu/match.h"
 #include "cpu/merge.h"
+#include "cpu/probes.h"
+#include "cpu/received.h"
 #include "cpu/select.h"
 
 namespace {
@@ -66,15 +68,9 @@ Tensor energy(Tensor unit, std::string form, double margin, double alpha, Maybe 
   else if (form == "nearest") kind = vtc::Form::nearest;
   else STD_TORCH_CHECK(form == "elu", "unknown energy ", form, "; choose one of elu, paper, gaussian, nearest");
   const auto images = [&](int64_t from, int64_t to) {
-    for (int64_t b = from; b < to; ++b) {
-      const float* x = data<float>(unit) + b * n * d;
-      const vtc::Columns columns(vtc::pointers(x, n, d).data(), n, d);
-      const auto part = [&](int64_t first, int64_t last) {
-        vtc::energy_rows(x, columns, row(mask, b, n), first * vtc::ROWS, std::min(n, last * vtc::ROWS), n, d, kind,
-                         float(margin), float(alpha), data<float>(out) + b * n);
-      };
-      torch::stable::parallel_for(0, (n + vtc::ROWS - 1) / vtc::ROWS, 1, part);  // in a thread of its own: no others
-    }
+    for (int64_t b = from; b < to; ++b)  // in a thread of its own, an image takes no others
+      vtc::energy(data<float>(unit) + b * n * d, n, d, row(mask, b, n), kind, float(margin), float(alpha),
+                  data<float>(out) + b * n);
   };
   torch::stable::parallel_for(0, batch, 1, images);
   return out;
@@ -117,14 +113,22 @@ std::tuple<Tensor, Tensor> match(Tensor unit, Tensor a, Tensor b, Maybe b_valid)
   return {best, at};
 }
 
+}  // namespace
+namespace vtc {
+VTC_MERGE(c10::BFloat16)
+VTC_MERGE(c10::Half)
+}  // namespace vtc
+namespace {
+
 template <class T>
 void merge_typed(const Tensor& x, const Tensor& group, const float* weight, int64_t slots, const Tensor& out) {
   const int64_t batch = x.size(0), n = x.size(1), c = x.size(2), slices = (c + vtc::SLICE - 1) / vtc::SLICE;
   const auto part = [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t b = i / slices, from = i % slices * vtc::SLICE;
-      vtc::merge_slice(data<T>(x) + b * n * c, data<int64_t>(group) + b * n, weight == nullptr ? nullptr : weight + b * n, n, c,
-                       slots, from, std::min(c, from + vtc::SLICE), data<T>(out) + b * slots * c);
+      const vtc::Members members(data<int64_t>(group) + b * n, n, slots);
+      vtc::merge_slice(data<T>(x) + b * n * c, members, weight == nullptr ? nullptr : weight + b * n, slots, c, from,
+                       std::min(vtc::SLICE, c - from), data<T>(out) + b * slots * c);
     }
   };
   torch::stable::parallel_for(0, batch * slices, 1, part);
@@ -189,6 +193,31 @@ Tensor merge_backward(Tensor grad, Tensor group, Maybe weight, int64_t slots) {
   STD_TORCH_CHECK(grad.size(1) == slots, "grad is ", shape(grad), " for ", slots, " slots");
   Tensor out = torch::stable::new_empty(grad, {grad.size(0), of.group.size(1), grad.size(2)});
   typed(grad, [&](auto zero) { merge_back_typed<decltype(zero)>(grad, of.group, of.each, slots, out); });
+  return out;
+}
+
+Tensor rows(Tensor x, Tensor at) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 3, "x is ", shape(x), ": it takes [B, N, C] on the CPU");
+  x = torch::stable::contiguous(x);
+  at = ready(at, "at", ScalarType::Long, 2);
+  const int64_t batch = x.size(0), n = x.size(1), m = at.size(1);
+  same(at, "at", batch, m);
+  for (int64_t i = 0; i < at.numel(); ++i) {
+    const int64_t row = data<int64_t>(at)[i];
+    STD_TORCH_CHECK(row >= -1 && row < n, "at holds ", row, ", but there are ", n, " tokens (-1 = none)");
+  }
+  int64_t bytes = x.size(2);
+  typed(x, [&](auto zero) { bytes *= sizeof(zero); });
+  Tensor out = torch::stable::new_empty(x, {batch, m, x.size(2)});
+  const int64_t parts = (m + 63) / 64;
+  const auto part = [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t b = i / parts, from = i % parts * 64;
+      vtc::take_rows(data<char>(x) + b * n * bytes, data<int64_t>(at) + b * m + from, std::min<int64_t>(64, m - from), bytes,
+                     data<char>(out) + (b * m + from) * bytes);
+    }
+  };
+  torch::stable::parallel_for(0, batch * parts, 1, part);
   return out;
 }
 
@@ -275,6 +304,48 @@ std::tuple<Tensor, Tensor, Tensor> dpc_knn(Tensor x, Tensor each, int64_t most, 
   return {order, target, distance};
 }
 
+Tensor received(Tensor query, Tensor key, double scale, Maybe mask) {
+  query = ready(query, "query", ScalarType::Float, 4);
+  key = ready(key, "key", ScalarType::Float, 4);
+  const int64_t batch = query.size(0), heads = query.size(1), m = query.size(2), d = query.size(3);
+  const int64_t key_heads = key.size(1), n = key.size(2);
+  STD_TORCH_CHECK(key.size(0) == batch && key.size(3) == d, "query ", shape(query), " and key ", shape(key), " do not fit together");
+  STD_TORCH_CHECK(heads > 0 && key_heads > 0 && heads % key_heads == 0, heads, " query heads cannot share ", key_heads,
+                  " key heads evenly");
+  mask = mask_of(mask, "mask", batch, n);
+  Tensor part = torch::stable::new_empty(query, {batch, heads, n}), out = torch::stable::new_empty(query, {batch, n});
+  const auto each = [&](int64_t from, int64_t to) {
+    for (int64_t at = from; at < to; ++at) {
+      const int64_t b = at / heads, of = b * key_heads + at % heads / (heads / key_heads);
+      const vtc::Columns keys(vtc::pointers(data<float>(key) + of * n * d, n, d).data(), n, d);
+      const bool* real = row(mask, b, n);
+      vtc::received_head(data<float>(query) + at * m * d, m, keys, real, m == n ? real : nullptr, float(scale),
+                         data<float>(part) + at * n);
+    }
+  };
+  torch::stable::parallel_for(0, batch * heads, 1, each);
+  for (int64_t b = 0; b < batch; ++b)  // the heads in their order, whoever computed them
+    for (int64_t j = 0; j < n; ++j) {
+      float sum = 0.0f;
+      for (int64_t h = 0; h < heads; ++h) sum += data<float>(part)[(b * heads + h) * n + j];
+      data<float>(out)[b * n + j] = sum / float(heads);
+    }
+  return out;
+}
+
+Tensor probe_norms(Tensor difference, double step) {
+  difference = ready(difference, "difference", ScalarType::Float, 4);
+  STD_TORCH_CHECK(step > 0, "step is ", step, ": it takes a length above 0");
+  const int64_t tokens = difference.size(1) * difference.size(2);
+  Tensor out = torch::stable::new_empty(difference, {difference.size(1), difference.size(2)});
+  const auto part = [&](int64_t first, int64_t last) {
+    vtc::probe_norms(data<float>(difference), difference.size(0), tokens, difference.size(3), first, last, step,
+                     data<float>(out));
+  };
+  torch::stable::parallel_for(0, tokens, 16, part);
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(vtc, CPU, m) {
@@ -282,7 +353,10 @@ STABLE_TORCH_LIBRARY_IMPL(vtc, CPU, m) {
   m.impl("match", TORCH_BOX(&match));
   m.impl("merge", TORCH_BOX(&merge));
   m.impl("merge_backward", TORCH_BOX(&merge_backward));
+  m.impl("rows", TORCH_BOX(&rows));
   m.impl("greedy_select", TORCH_BOX(&greedy_select));
   m.impl("dpp_select", TORCH_BOX(&dpp_select));
   m.impl("dpc_knn", TORCH_BOX(&dpc_knn));
+  m.impl("received", TORCH_BOX(&received));
+  m.impl("probe_norms", TORCH_BOX(&probe_norms));
 }

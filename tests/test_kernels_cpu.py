@@ -29,10 +29,15 @@ def both(call, *args, **options):
 
 
 @st.composite
-def cases(draw, widest=300):
-    """Unit vectors [B, N, D] without ties, a mask or none, and a generator for more."""
+def cases(draw):
+    """Unit vectors [B, N, D] without ties, a mask or none, and a generator for more. N and D up to 4,096 each."""
+    size = draw(st.sampled_from(["usual"] * 8 + ["long", "wide"]))
     batch, tokens = draw(st.integers(0, 3)), draw(st.integers(1, 150))
-    width = draw(st.sampled_from([1, 2, 3, 7, 31, 32, 33, 59, 64, 111, 257, widest]))
+    width = draw(st.sampled_from([1, 2, 3, 7, 31, 32, 33, 59, 64, 111, 257, 300]))
+    if size == "long":
+        batch, tokens, width = min(batch, 1), draw(st.integers(1000, 4096)), draw(st.integers(1, 40))
+    elif size == "wide":
+        tokens, width = draw(st.integers(1, 60)), draw(st.integers(1000, 4096))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     x = torch.randn(batch, tokens, width, generator=generator)
     kind = draw(st.sampled_from(["none", "some", "nobody"]))
@@ -44,8 +49,13 @@ def cases(draw, widest=300):
 
 def count_of(x, mask, generator):
     if mask is None:
-        return int(torch.randint(1, x.shape[1] + 1, (), generator=generator))
-    return (mask.sum(1) * torch.rand(len(mask), generator=generator)).long()
+        return int(torch.randint(1, min(x.shape[1], 300) + 1, (), generator=generator))
+    return (mask.sum(1) * torch.rand(len(mask), generator=generator)).long().clamp(max=300)
+
+
+def tie_free(x, width=3):
+    """In few dimensions, or among thousands of tokens, two values are easily within rounding of one another."""
+    return x.shape[2] >= width and x.shape[1] < 1000
 
 
 @settings(deadline=None, max_examples=60)
@@ -99,7 +109,7 @@ def test_greedy_select(case, kind, balance, step):
     fast, plain = both(ops.greedy_select, unit, importance, count, kind, balance, step, mask)
     if step == 1:
         agree(fast, plain, lambda order: objective(unit, importance, order, kind, balance, mask))
-    elif x.shape[2] > 2:  # on a line or a circle many cosines are equal
+    elif tie_free(x):
         assert (fast != plain).float().mean() < 0.1 if fast.numel() else True
 
 
@@ -155,7 +165,7 @@ def test_match_and_merge(case):
     valid = [None, None] if mask is None else [mask.gather(1, at) for at in (a, b)]
     r = tokens // 4 if mask is None else mask.sum(1) // 4
     fast, plain = both(ops.bipartite_match, unit, a, b, r, *valid)
-    if x.shape[2] > 2:
+    if tie_free(x):
         assert all(torch.equal(p, q) for p, q in zip(fast[:2], plain[:2], strict=True))
     assert torch.allclose(fast[2], plain[2], atol=2e-6)
     token_map = vtc.TokenMap.from_pairs(tokens, plain, mask=mask)
@@ -168,6 +178,78 @@ def test_match_and_merge(case):
         assert fast.dtype == dtype and fast.shape == plain.shape
         error, own = ((y.double() - exact).abs() for y in (fast, plain))
         assert not error.numel() or error.max() <= 2 * own.max() + 1e-6
+
+
+@settings(deadline=None, max_examples=60)
+@given(cases(), st.sampled_from([(1, 1), (4, 2), (3, 1)]), st.sampled_from([1, 3]), st.sampled_from([0.3, 30.0]))
+def test_attention_received(case, heads, every, scale):
+    x, mask, generator = case
+    batch, tokens, width = x.shape
+    query, key = (torch.randn(batch, h, tokens, width, generator=generator) for h in heads)
+    query, mask = query[:, :, ::every], mask if every == 1 else None
+    fast, plain = both(ops.attention_received, query, key, scale / width**0.5, mask)
+    logits = query.double() @ key.double().repeat_interleave(heads[0] // heads[1], 1).mT * scale / width**0.5
+    if mask is not None:
+        logits = logits.masked_fill(~mask[:, None, None], float("-inf"))
+    share = logits.softmax(-1).nan_to_num(0)
+    exact = (share if mask is None else share * mask[:, None, :, None]).sum(2).mean(1)
+    error, own = ((y.double() - exact).abs() for y in (fast, plain))
+    assert fast.shape == plain.shape
+    if error.numel():  # a logit that is rounded by 2^-24 of itself moves its share by as much as that, relatively
+        rounding = 2e-6 + 4 * 2**-24 * logits.nan_to_num(0, 0, 0).abs().amax()
+        assert bool((error <= 2 * own.amax() + rounding * exact.amax()).all())
+
+
+@settings(deadline=None, max_examples=30)
+@given(cases(), st.integers(0, 5))
+def test_probe_norms(case, probes):
+    x, _, generator = case
+    difference = torch.randn(probes, *x.shape, generator=generator)
+    fast, plain = both(ops.probe_norms, difference, 0.01)
+    torch.testing.assert_close(fast, plain)
+
+
+@settings(deadline=None, max_examples=40)
+@given(cases(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_rows(case, dtype):
+    x, _, generator = case
+    x, at = x.to(dtype), torch.randint(-1, x.shape[1], (len(x), 70), generator=generator)
+    fast, plain = both(ops.rows, x, at)
+    assert fast.dtype == dtype and torch.equal(fast, plain)
+
+
+def test_rows_are_differentiable():
+    at = torch.tensor([[2, 0, 2, -1, 2], [1, 1, 0, -1, -1]])
+    aim = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(2))
+
+    def gradient(dtype):
+        leaf = torch.zeros(2, 3, 4, dtype=dtype, requires_grad=True)
+        return torch.autograd.grad((ops.rows(leaf, at) * aim.to(dtype)).sum(), leaf)[0]
+
+    for dtype, gap in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
+        fast, plain = both(gradient, dtype)
+        assert fast.dtype == dtype and torch.allclose(fast, plain, atol=gap)
+    assert not fast[1, 2].any()  # nobody took it
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_decide_as_their_values_in_float32(dtype):
+    """A decision is float32 whatever comes in, with every backend."""
+    generator = torch.Generator().manual_seed(11)
+    unit = ops.normalize(torch.randn(2, 60, 33, generator=generator)).to(dtype)
+    a, b = torch.arange(0, 60, 2).expand(2, -1), torch.arange(1, 60, 2).expand(2, -1)
+    score = torch.rand(2, 60, generator=generator)
+    for call, args in (
+        (ops.energy, ("elu", 0.4)),
+        (ops.bipartite_match, (a, b, 12)),
+        (ops.greedy_select, (score, 20, "mmr")),
+        (ops.dpp_select, (0.5 + score, 20)),
+        (ops.dpc_knn, (9,)),
+    ):
+        wide = call(unit.float(), *args)
+        for have in both(call, unit, *args):
+            have, want = (t if isinstance(t, tuple) else (t,) for t in (have, wide))
+            assert all(torch.allclose(h, w, atol=1e-6) for h, w in zip(have, want, strict=True)), call
 
 
 def test_merge_is_differentiable():
@@ -193,7 +275,7 @@ def test_dpc_knn(case, neighbors):
     fast, plain = both(ops.dpc_knn, x, count, neighbors, mask)
     assert torch.equal(fast[0] < 0, plain[0] < 0)
     assert torch.equal(fast[1] < 0, plain[1] < 0)
-    if x.shape[2] >= 31:  # in few dimensions two densities are easily within rounding of one another
+    if tie_free(x, 31):
         assert torch.equal(fast[0].sort(1).values, plain[0].sort(1).values)
         assert torch.equal(fast[1], plain[1]) and torch.allclose(fast[2], plain[2], atol=1e-5)
     real = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
@@ -237,6 +319,8 @@ ops.greedy_select(unit, torch.rand(1, 16384), 500, "mmr")
 ops.dpp_select(unit, torch.rand(1, 16384), 16)
 ops.dpc_knn(x, 500)
 ops.merge(x, half.repeat_interleave(2, 1) // 2, 8192)
+ops.attention_received(x[:, None], x[:, None], 0.2)
+ops.probe_norms(x[None], 0.1)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
@@ -257,7 +341,15 @@ def test_the_order_of_sums_never_changes():
         for number in (1, 2, 2):
             torch.set_num_threads(number)
             unit, group = ops.normalize(x), torch.arange(301).expand(4, -1) % 50
-            found.append((ops.energy(unit, "elu", 0.3), ops.merge(x, group, 50), *ops.dpc_knn(x, 40)))
+            found.append(
+                (
+                    ops.energy(unit, "elu", 0.3),
+                    ops.merge(x, group, 50),
+                    *ops.dpc_knn(x, 40),
+                    ops.attention_received(x[:, None], x[:, None], 0.1),
+                    ops.probe_norms(x[None], 0.1),
+                )
+            )
     finally:
         torch.set_num_threads(threads)
         ops.set_backend(None)
@@ -278,9 +370,12 @@ def samples():
         "energy": (unit, "elu", 0.4, 1.0, mask),
         "match": (unit, a, b, None),
         "merge": (x.clone().requires_grad_(), group, 5, score),
+        "rows": (x.clone().requires_grad_(), group),
         "greedy_select": (unit, score, each, 4, "mmr", 0.5, 1, mask),
         "dpp_select": (unit, score, each, 4, mask),
         "dpc_knn": (x, each, 4, 5, mask),
+        "received": (x.view(2, 2, 6, 8), x.view(2, 2, 6, 8), 0.3, mask[:, :6]),
+        "probe_norms": (x[:, None], 0.01),
     }
 
 
@@ -339,6 +434,11 @@ BAD = {
         (2, -1, "slots is -1"),
         (3, torch.rand(2, 11), r"weight is \[2, 11\]"),
     ],
+    "rows": [
+        (1, torch.full((2, 6), 12), "holds 12, but there are 12 tokens"),
+        (1, torch.zeros(3, 6).long(), r"at is \[3"),
+        (1, torch.zeros(2, 6), "at has the wrong type"),
+    ],
     "greedy_select": [
         (1, None, "needs importance"),
         (1, torch.rand(2, 11), r"importance is \[2, 11\]"),
@@ -349,6 +449,12 @@ BAD = {
     ],
     "dpp_select": [(1, torch.rand(2, 11), r"relevance is \[2, 11\]"), (3, -1, "most is -1")],
     "dpc_knn": [(3, 0, "neighbors is 0"), (1, torch.tensor([1.0, 2.0]), "wrong type")],
+    "received": [
+        (0, torch.randn(2, 3, 6, 8), "3 query heads cannot share 2 key heads evenly"),
+        (1, torch.randn(2, 2, 6, 7), "do not fit together"),
+        (3, torch.ones(2, 5, dtype=torch.bool), r"mask is \[2, 5\]"),
+    ],
+    "probe_norms": [(0, torch.randn(2, 12, 8), "4 dimensions"), (1, 0.0, "step is 0")],
 }
 
 

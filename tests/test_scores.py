@@ -13,6 +13,7 @@ from torch import nn
 
 from vtc import scores
 from vtc.errors import InputError, OptionError
+from vtc.ops import definitions
 from vtc.scores import selector as selector_file
 from vtc.scores.projector import quadratic
 from vtc.scores.recognize import _known, in_type, recognize
@@ -71,10 +72,11 @@ def test_attention_received_is_the_column_sum_of_the_dense_map(heads, key_heads,
     for given, scale in ((None, None), (mask, None), (mask, 0.8)):
         real = torch.ones_like(mask) if given is None else given
         full = dense(query, key, 5**-0.5 if scale is None else scale, real) * real[:, None, :, None]
-        have = scores.attention_received(query, key, scale=scale, mask=given, tile=tile)
-        assert have.dtype == torch.float32
-        torch.testing.assert_close(have.double(), full.mean(1).sum(1), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(have.sum(1), real.sum(1).float())
+        plain = definitions.attention_received(query, key, 5**-0.5 if scale is None else scale, given, tile=tile)
+        for have in (plain, scores.attention_received(query, key, scale=scale, mask=given)):
+            assert have.dtype == torch.float32
+            torch.testing.assert_close(have.double(), full.mean(1).sum(1), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(have.sum(1), real.sum(1).float())
 
 
 def test_attention_received_reads_no_padding_and_halves():
@@ -93,7 +95,7 @@ def test_attention_received_reads_no_padding_and_halves():
 def test_attention_vector():
     query, key = closed(96, 8), torch.cos(1.7 * closed(96, 8).double()).float()
     query, key = (t.view(1, 96, 2, 4).transpose(1, 2) for t in (query, key))
-    a = scores.attention_received(query, key, tile=1000).view(24, 4).sum(1)
+    a = scores.attention_received(query, key).view(24, 4).sum(1)
     torch.testing.assert_close(a[:4], torch.tensor([4.10165, 3.84496, 4.22664, 3.92130]), rtol=0, atol=6e-6)
     assert a.sum().item() == pytest.approx(96, abs=1e-4)
 
@@ -318,7 +320,7 @@ def test_a_mergers_closed_form_is_exact_where_its_patches_have_one_scale():
 def test_attention_of_every_so_many_queries(every):
     query, key = normal(2, 4, 37, 8, seed=1), normal(2, 2, 37, 8, seed=2)
     mask = torch.arange(37) < torch.tensor([[37], [29]])
-    got = scores.attention_received(query, key, mask=mask, every=every, tile=500)
+    got = scores.attention_received(query, key, mask=mask, every=every)
     for image, real in enumerate(mask.sum(1).tolist()):
         keys = key[image].repeat_interleave(2, dim=0)[:, :real].double()
         asked = range(0, real, every)

@@ -105,7 +105,7 @@ class TokenMap:
 
     def gather(self, x: Tensor) -> Tensor:
         """[B, N, ...] -> [B, M, ...]: the anchors' rows; padding slots are 0."""
-        return _rows(x, self.anchor)
+        return ops.rows(x, self.anchor)
 
     def unmerge(self, y: Tensor, fill: int | str = 0) -> Tensor:
         """[B, M, ...] -> [B, N, ...]: every token gets its slot's row. Dropped tokens and padding get 0, or with
@@ -116,7 +116,7 @@ class TokenMap:
             group = self.group
         else:
             raise ValueError(f'fill must be 0 or "nearest", not {fill!r}')
-        return _rows(y, group)
+        return ops.rows(y, group)
 
     def compose(self, later: TokenMap) -> TokenMap:
         """First this map, then `later` (whose N is this M): one map from the first input to the last output."""
@@ -202,14 +202,3 @@ def _index(values: Tensor, at: Tensor) -> Tensor:
     if not values.shape[1]:
         return torch.full_like(at, -1)
     return torch.where(at < 0, -1, values.gather(1, at.clamp(min=0)))
-
-
-def _rows(x: Tensor, at: Tensor) -> Tensor:
-    """x[b, at[b, i], ...], and 0 where at is -1."""
-    batch, tokens = x.shape[:2]
-    if not tokens:  # an image without tokens: every index is -1
-        return x.new_zeros(*at.shape, *x.shape[2:])
-    flat = at.clamp(min=0) + torch.arange(batch, device=x.device)[:, None] * tokens
-    out = x.reshape(batch * tokens, *x.shape[2:]).index_select(0, flat.reshape(-1)).reshape(*at.shape, *x.shape[2:])
-    absent = (at < 0).reshape(*at.shape, *([1] * (x.ndim - 2)))
-    return out.masked_fill(absent, 0)

@@ -24,7 +24,7 @@ VTC_INLINE void match_rows_body(const float* const* sources, int64_t first, int6
     std::fill(where, where + m * NR, 0);
     for (int64_t p = 0; p < targets.panels(); ++p) {
       const int64_t j0 = p * NR, count = std::min(NR, targets.count - j0);
-      tile_body<V, false>(sources + i0, m, targets.panel(p), targets.width, tile);
+      tile_body<V>(sources + i0, m, targets.panel(p), targets.width, tile);
       if (count < NR || target_valid != nullptr)
         for (int64_t j = 0; j < NR; ++j)
           if (j >= count || (target_valid != nullptr && !target_valid[j0 + j]))
@@ -44,13 +44,16 @@ VTC_INLINE void match_rows_body(const float* const* sources, int64_t first, int6
         }
     }
     for (int i = 0; i < m; ++i) {
-      int64_t lead = 0;
-      for (int64_t j = 1; j < NR; ++j) {
-        const float a = top[i * NR + j], b = top[i * NR + lead];
-        if (a > b || (a == b && where[i * NR + j] < where[i * NR + lead])) lead = j;
-      }
-      best[i0 + i] = top[i * NR + lead];
-      at[i0 + i] = where[i * NR + lead];
+      float* high = top + i * NR;
+      int32_t* place = where + i * NR;
+      for (int step = NR / 2; step; step /= 2)
+        for (int j = 0; j < step; ++j) {
+          const bool other = high[j + step] > high[j] || (high[j + step] == high[j] && place[j + step] < place[j]);
+          high[j] = other ? high[j + step] : high[j];
+          place[j] = other ? place[j + step] : place[j];
+        }
+      best[i0 + i] = high[0];
+      at[i0 + i] = place[0];
     }
   }
 }

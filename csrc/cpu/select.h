@@ -26,7 +26,10 @@ inline float ranked(float score) {
   return std::isnan(score) ? -most : std::min(std::max(score, -most), most);
 }
 
-constexpr int64_t FEW = 4;  // candidates that are brought up to date together
+constexpr int64_t FEW = 2;        // candidates that are brought up to date together
+constexpr int64_t MANY = 96;      // and when NR picks are new
+constexpr int64_t SHARE = 24;     // of them, what a thread takes at a time
+constexpr int64_t SEPARATE = 8;   // up to as many products one by one cost less than NR in a tile
 using Queue = std::priority_queue<Entry>;
 
 // All that is left in the queue has to be looked at anew.
@@ -58,35 +61,46 @@ inline void greedy(const float* unit, int64_t n, int64_t d, const float* first, 
   }
   Queue queue(std::less<Entry>(), std::move(start));
   Columns picked(count, d);
+  const auto pack = [&](int64_t p) {
+    const float* rows[NR];
+    for (int64_t j = 0; j < NR; ++j) rows[j] = unit + picks[p * NR + j] * d;
+    picked.pack(p, rows);
+  };
   auto score = [&](int64_t i) {
     const float m = closest[i];
     if (kind == Kind::mmr) return ranked(balance * importance[i] - (1.0f - balance) * m);
     if (kind == Kind::sads) return ranked(importance[i] * (1.0f - m));
     return ranked(-m);
   };
-  for (int64_t known = 0; int64_t(picks.size()) < count;) {
+  for (int64_t known = 0, packed = 0; int64_t(picks.size()) < count;) {
     if (!picks.empty() && int64_t(picks.size()) % step == 0) {
       if (known == 0 || !falls) forget(queue);  // the first round went by other scores
       known = int64_t(picks.size());
     }
     auto fresh = [&](int64_t i) { return seen[i] == known; };
-    // Once in NR picks many candidates meet the new ones together, while these are near; in between a few at a time.
-    // (Threads share images, not candidates: where other programs run, waiting for one another costs more than it saves.)
+    // Candidates [first, last) of the panel meet the picks they have not seen: NR together where these are packed and
+    // mostly new, else one by one.
     const auto update = [&](int64_t first, int64_t last) {
       float tile[ROWS * NR];
       const float* rows[ROWS];
       int64_t from = known, behind[ROWS];
       for (int64_t p = first; p < last; ++p) from = std::min(from, seen[panel[p].token]);
       for (int64_t t0 = from / NR * NR; t0 < known; t0 += NR) {
-        int m = 0;  // candidates that have not seen all of these picks
-        for (int64_t p = first; p < last; ++p)
-          if (seen[panel[p].token] < t0 + NR) {
-            rows[m] = unit + panel[p].token * d;
-            behind[m++] = panel[p].token;
+        const int64_t t1 = std::min(known, t0 + NR);
+        int m = 0;
+        for (int64_t p = first; p < last; ++p) {
+          const int64_t i = panel[p].token, unseen = t1 - std::max(t0, seen[i]);
+          if (t1 <= packed && unseen > SEPARATE) {
+            rows[m] = unit + i * d;
+            behind[m++] = i;
+          } else {
+            for (int64_t t = t1 - unseen; t < t1; ++t)
+              closest[i] = std::max(closest[i], same(dot(unit + i * d, unit + picks[t] * d, d)));
           }
-        dots(rows, m, picked.panel(t0 / NR), d, tile);
+        }
+        if (m > 0) dots(rows, m, picked.panel(t0 / NR), d, tile);
         for (int r = 0; r < m; ++r)
-          for (int64_t t = std::max(t0, seen[behind[r]]); t < std::min(known, t0 + NR); ++t)
+          for (int64_t t = std::max(t0, seen[behind[r]]); t < t1; ++t)
             closest[behind[r]] = std::max(closest[behind[r]], same(tile[r * NR + t - t0]));
       }
       for (int64_t p = first; p < last; ++p) {
@@ -94,9 +108,16 @@ inline void greedy(const float* unit, int64_t n, int64_t d, const float* first, 
         panel[p].bound = score(panel[p].token);
       }
     };
-    if (known % NR == 0 && !fresh(queue.top().token)) {
-      take_stale(queue, panel, 2 * ROWS, fresh);
-      for (int64_t at = 0; at < int64_t(panel.size()); at += ROWS) update(at, std::min(int64_t(panel.size()), at + ROWS));
+    // Once in NR picks many candidates meet the new ones together, while these are near, in all threads; in between a few
+    // at a time in one, because waiting for one another so often would cost more.
+    if (known - packed >= NR) {
+      for (; packed + NR <= known; packed += NR) pack(packed / NR);
+      take_stale(queue, panel, MANY, fresh);
+      const auto some = [&](int64_t first, int64_t last) {
+        for (int64_t at = first; at < last; ++at)
+          update(at * SHARE, std::min(int64_t(panel.size()), at * SHARE + SHARE));
+      };
+      VTC_PARALLEL(0, (int64_t(panel.size()) + SHARE - 1) / SHARE, 1, some);
       for (const Entry& e : panel) queue.push(e);
     }
     while (!fresh(queue.top().token)) {
@@ -104,7 +125,6 @@ inline void greedy(const float* unit, int64_t n, int64_t d, const float* first, 
       update(0, int64_t(panel.size()));
       for (const Entry& e : panel) queue.push(e);
     }
-    picked.set(int64_t(picks.size()), unit + queue.top().token * d);
     picks.push_back(queue.top().token);
     queue.pop();
   }

@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <vector>
@@ -34,17 +36,28 @@ template <int LANES, int M_, int STRIPES_>
 struct Vectors {
   typedef float F __attribute__((vector_size(4 * LANES)));
   typedef int32_t I __attribute__((vector_size(4 * LANES)));
+  typedef double D __attribute__((vector_size(8 * LANES)));
   static constexpr int lanes = LANES, M = M_, stripes = STRIPES_;  // M rows x (stripes x lanes) columns in registers
 };
 using Wide = Vectors<16, 12, 2>;
 using Middle = Vectors<8, 6, 2>;
 using Plain = Vectors<4, 2, 4>;
 
-inline int processor() {  // 2 = AVX-512, 1 = AVX2 with FMA, 0 = anything
+// 2 = AVX-512, 1 = AVX2 with FMA, 0 = anything: what there is, or less, where VTC_CPU (avx512, avx2, plain) asks for less.
+inline int processor() {
 #if VTC_X86
-  static const int level = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") ? 2
-                           : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")       ? 1
-                                                                                                   : 0;
+  static const int level = [] {
+    const int best = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") ? 2
+                     : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")       ? 1
+                                                                                             : 0;
+    const char* const names[] = {"plain", "avx2", "avx512"};
+    const char* asked = std::getenv("VTC_CPU");
+    if (asked == nullptr || *asked == 0) return best;
+    for (int l = 0; l < 3; ++l)
+      if (std::strcmp(asked, names[l]) == 0) return std::min(best, l);
+    std::fprintf(stderr, "vtc: VTC_CPU=%s is left aside: it takes avx512, avx2 or plain\n", asked);
+    return best;
+  }();
   return level;
 #else
   return 0;
@@ -67,12 +80,12 @@ inline int processor() {  // 2 = AVX-512, 1 = AVX2 with FMA, 0 = anything
   inline void name parameters { name##_body<Plain> arguments; }
 #endif
 
-template <class F>
-VTC_INLINE void load(F& v, const float* from) {  // by memcpy, because nothing is aligned; it is one move
+template <class F, class T>
+VTC_INLINE void load(F& v, const T* from) {  // by memcpy, because nothing is aligned; it is one move
   std::memcpy(&v, from, sizeof v);
 }
-template <class F>
-VTC_INLINE void store(float* to, const F& v) {
+template <class F, class T>
+VTC_INLINE void store(T* to, const F& v) {
   std::memcpy(to, &v, sizeof v);
 }
 
@@ -82,56 +95,47 @@ struct Columns {
   std::vector<float> packed;
   Columns(int64_t n, int64_t d) : count(n), width(d), packed(panels() * d * NR, 0.0f) {}
   Columns(const float* const* rows, int64_t n, int64_t d) : Columns(n, d) {
-    for (int64_t p = 0; p < panels(); ++p) {
-      const int64_t here = std::min(NR, n - p * NR);
-      float* to = packed.data() + p * d * NR;
-      for (int64_t k0 = 0; k0 < d; k0 += 16)  // in squares that stay near
-        for (int64_t j = 0; j < here; ++j)
-          for (int64_t k = k0; k < std::min(d, k0 + 16); ++k) to[k * NR + j] = rows[p * NR + j][k];
-    }
+    for (int64_t p = 0; p < panels(); ++p) pack(p, rows + p * NR);
   }
-  void set(int64_t j, const float* row) {
-    float* at = packed.data() + j / NR * width * NR + j % NR;
-    for (int64_t k = 0; k < width; ++k) at[k * NR] = row[k];
+  void pack(int64_t p, const float* const* rows) {
+    const int64_t here = std::min(NR, count - p * NR);
+    float* to = packed.data() + p * width * NR;
+    for (int64_t k0 = 0; k0 < width; k0 += 16)  // in squares that stay near
+      for (int64_t j = 0; j < here; ++j)
+        for (int64_t k = k0; k < std::min(width, k0 + 16); ++k) to[k * NR + j] = rows[j][k];
   }
   int64_t panels() const { return (count + NR - 1) / NR; }
   const float* panel(int64_t p) const { return packed.data() + p * width * NR; }
 };
 
 // M rows against NR columns over `depth` of the width, added to out [M, NR] or put there.
-template <class V, int M, bool DIFFERENCE>
+template <class V, int M>
 VTC_INLINE void block(const float* const* rows, const float* packed, int64_t depth, bool add, float* out) {
   constexpr int L = V::lanes, S = M == V::M ? V::stripes : int(NR / L) < 4 ? int(NR / L) : 4;
   using F = typename V::F;
   for (int64_t first = 0; first < NR; first += S * L) {
     F sum[M][S];
     for (int i = 0; i < M; ++i)
-      for (int s = 0; s < S; ++s) {
-        if (add) load(sum[i][s], out + i * NR + first + s * L);
-        else sum[i][s] = F{};
-      }
+      for (int s = 0; s < S; ++s) sum[i][s] = F{};
     for (int64_t k = 0; k < depth; ++k) {
       F column[S];
       for (int s = 0; s < S; ++s) load(column[s], packed + k * NR + first + s * L);
       for (int i = 0; i < M; ++i) {
         const float x = rows[i][k];
-        for (int s = 0; s < S; ++s) {
-          if (DIFFERENCE) {
-            const F gap = x - column[s];
-            sum[i][s] += gap * gap;
-          } else {
-            sum[i][s] += x * column[s];
-          }
-        }
+        for (int s = 0; s < S; ++s) sum[i][s] += x * column[s];
       }
     }
     for (int i = 0; i < M; ++i)
-      for (int s = 0; s < S; ++s) store(out + i * NR + first + s * L, sum[i][s]);
+      for (int s = 0; s < S; ++s) {
+        F before = {};
+        if (add) load(before, out + i * NR + first + s * L);  // last: short sums of sums lose less
+        store(out + i * NR + first + s * L, before + sum[i][s]);
+      }
   }
 }
 
-// out [m, NR], m <= ROWS: dot products of rows and packed columns, or sums of squared differences.
-template <class V, bool DIFFERENCE>
+// out [m, NR], m <= ROWS: dot products of rows and packed columns.
+template <class V>
 VTC_INLINE void tile_body(const float* const* rows, int m, const float* packed, int64_t width, float* out) {
   const float* at[ROWS];
   if (width == 0) std::memset(out, 0, sizeof(float) * m * NR);
@@ -139,22 +143,23 @@ VTC_INLINE void tile_body(const float* const* rows, int m, const float* packed, 
     const int64_t depth = std::min(DEPTH, width - k);
     for (int i = 0; i < m; ++i) at[i] = rows[i] + k;
     int i = 0;
-    for (; i + V::M <= m; i += V::M) block<V, V::M, DIFFERENCE>(at + i, packed + k * NR, depth, k > 0, out + i * NR);
-    for (; i + 4 <= m; i += 4) block<V, 4, DIFFERENCE>(at + i, packed + k * NR, depth, k > 0, out + i * NR);
-    for (; i < m; ++i) block<V, 1, DIFFERENCE>(at + i, packed + k * NR, depth, k > 0, out + i * NR);
+    for (; i + V::M <= m; i += V::M) block<V, V::M>(at + i, packed + k * NR, depth, k > 0, out + i * NR);
+    for (; i + 4 <= m; i += 4) block<V, 4>(at + i, packed + k * NR, depth, k > 0, out + i * NR);
+    if (i < m) {  // four again, the last one more than once: as fast as one alone
+      const float* last[4];
+      float some[4 * NR] = {};
+      for (int r = 0; r < 4; ++r) last[r] = at[std::min(i + r, m - 1)];
+      if (k > 0) std::copy(out + i * NR, out + m * NR, some);
+      block<V, 4>(last, packed + k * NR, depth, k > 0, some);
+      std::copy(some, some + (m - i) * NR, out + i * NR);
+    }
   }
 }
 template <class V>
 VTC_INLINE void dots_body(const float* const* rows, int m, const float* packed, int64_t width, float* out) {
-  tile_body<V, false>(rows, m, packed, width, out);
-}
-template <class V>
-VTC_INLINE void gaps_body(const float* const* rows, int m, const float* packed, int64_t width, float* out) {
-  tile_body<V, true>(rows, m, packed, width, out);
+  tile_body<V>(rows, m, packed, width, out);
 }
 VTC_KERNEL(dots, (const float* const* rows, int m, const float* packed, int64_t width, float* out),
-           (rows, m, packed, width, out))
-VTC_KERNEL(gaps, (const float* const* rows, int m, const float* packed, int64_t width, float* out),
            (rows, m, packed, width, out))
 
 inline std::vector<const float*> pointers(const float* x, int64_t n, int64_t d) {
@@ -163,9 +168,9 @@ inline std::vector<const float*> pointers(const float* x, int64_t n, int64_t d) 
   return rows;
 }
 
-// One dot product, with sums enough to keep the units busy.
-template <class V>
-VTC_INLINE void dot_into_body(const float* a, const float* b, int64_t width, float* out) {
+// One dot product, or sum of squared differences, with sums enough to keep the units busy.
+template <class V, bool DIFFERENCE>
+VTC_INLINE void row_body(const float* a, const float* b, int64_t width, float* out) {
   constexpr int sums = 4;
   typename V::F sum[sums];
   for (int s = 0; s < sums; ++s) sum[s] = typename V::F{};
@@ -175,19 +180,35 @@ VTC_INLINE void dot_into_body(const float* a, const float* b, int64_t width, flo
       typename V::F x, y;
       load(x, a + k + s * V::lanes);
       load(y, b + k + s * V::lanes);
+      if (DIFFERENCE) x = y = x - y;
       sum[s] += x * y;
     }
   for (int s = 1; s < sums; ++s) sum[0] += sum[s];
   float total = 0;
   for (int l = 0; l < V::lanes; ++l) total += sum[0][l];
-  for (; k < width; ++k) total += a[k] * b[k];
+  for (; k < width; ++k) total += DIFFERENCE ? (a[k] - b[k]) * (a[k] - b[k]) : a[k] * b[k];
   *out = total;
 }
+template <class V>
+VTC_INLINE void dot_into_body(const float* a, const float* b, int64_t width, float* out) {
+  row_body<V, false>(a, b, width, out);
+}
+template <class V>
+VTC_INLINE void gap_into_body(const float* a, const float* b, int64_t width, float* out) {
+  row_body<V, true>(a, b, width, out);
+}
 VTC_KERNEL(dot_into, (const float* a, const float* b, int64_t width, float* out), (a, b, width, out))
+VTC_KERNEL(gap_into, (const float* a, const float* b, int64_t width, float* out), (a, b, width, out))
 
 inline float dot(const float* a, const float* b, int64_t width) {
   float out;
   dot_into(a, b, width, &out);
+  return out;
+}
+
+inline float gap(const float* a, const float* b, int64_t width) {  // the sum of squared differences
+  float out;
+  gap_into(a, b, width, &out);
   return out;
 }
 

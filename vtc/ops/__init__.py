@@ -15,6 +15,7 @@ from vtc.ops.kernels import backend, compiled, set_backend
 from vtc.ops.selection import coverage_select, top_select
 
 __all__ = [
+    "attention_received",
     "backend",
     "bipartite_match",
     "coverage_select",
@@ -25,6 +26,8 @@ __all__ = [
     "merge",
     "nearest_kept",
     "normalize",
+    "probe_norms",
+    "rows",
     "seeded_uniform",
     "set_backend",
     "top_select",
@@ -32,6 +35,7 @@ __all__ = [
 
 
 def energy(unit: Tensor, form: str, margin: float, alpha: float = 1.0, mask: Tensor | None = None) -> Tensor:
+    unit = _wide(unit)
     if compiled(unit) and unit.shape[1]:
         return torch.ops.vtc.energy(unit, form, margin, alpha, mask)
     return definitions.energy(unit, form, margin, alpha, mask)
@@ -45,6 +49,7 @@ def bipartite_match(
     a_valid: Tensor | None = None,
     b_valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    unit = _wide(unit)
     partner = torch.ops.vtc.match if compiled(unit) else definitions.best_partner
     return definitions.bipartite_match(unit, a, b, r, a_valid, b_valid, partner)
 
@@ -53,6 +58,12 @@ def merge(x: Tensor, group: Tensor, slots: int, weight: Tensor | None = None) ->
     if compiled(x, differentiable=True) and not (weight is not None and weight.requires_grad):
         return torch.ops.vtc.merge(x, group, slots, None if weight is None else weight.float())
     return definitions.merge(x, group, slots, weight)
+
+
+def rows(x: Tensor, at: Tensor) -> Tensor:
+    if x.ndim == 3 and compiled(x, differentiable=True):
+        return torch.ops.vtc.rows(x, at)
+    return definitions.rows(x, at)
 
 
 def greedy_select(
@@ -64,20 +75,20 @@ def greedy_select(
     step: int = 1,
     mask: Tensor | None = None,
 ) -> Tensor:
-    if not compiled(unit.detach()) or kind not in selection.SELECTIONS:
+    unit = _wide(unit.detach())
+    if not compiled(unit) or kind not in selection.SELECTIONS:
         return selection.greedy_select(unit, importance, count, kind, balance, step, mask)
     most, each = selection.budget(unit, count, mask)
     importance = None if importance is None else importance.detach().float()
-    return torch.ops.vtc.greedy_select(
-        unit.detach(), importance, _each(unit, most, each), most, kind, balance, step, mask
-    )
+    return torch.ops.vtc.greedy_select(unit, importance, _each(unit, most, each), most, kind, balance, step, mask)
 
 
 def dpp_select(unit: Tensor, relevance: Tensor, count: int | Tensor, mask: Tensor | None = None) -> Tensor:
-    if not compiled(unit.detach()):
+    unit = _wide(unit.detach())
+    if not compiled(unit):
         return selection.dpp_select(unit, relevance, count, mask)
     most, each = selection.budget(unit, count, mask)
-    return torch.ops.vtc.dpp_select(unit.detach(), relevance.detach().float(), _each(unit, most, each), most, mask)
+    return torch.ops.vtc.dpp_select(unit, relevance.detach().float(), _each(unit, most, each), most, mask)
 
 
 def dpc_knn(
@@ -90,11 +101,36 @@ def dpc_knn(
     return torch.ops.vtc.dpc_knn(x, _each(x, most, each), most, neighbors, mask)
 
 
+def attention_received(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    asking: Tensor | None = None,
+    tile: int = definitions._MAP,
+) -> Tensor:
+    query, key = query.detach().float(), key.detach().float()
+    if asking is None and compiled(query):
+        return torch.ops.vtc.received(query, key, scale, mask)
+    return definitions.attention_received(query, key, scale, mask, asking, tile)
+
+
+def probe_norms(difference: Tensor, step: float) -> Tensor:
+    if compiled(difference):
+        return torch.ops.vtc.probe_norms(difference, step)
+    return definitions.probe_norms(difference, step)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Decisions are float32 whatever comes in."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def _each(x: Tensor, most: int, each: Tensor | None) -> Tensor:
     return torch.full((x.shape[0],), most, device=x.device) if each is None else each
 
 
-for _name in ("energy", "bipartite_match", "merge"):
+for _name in ("energy", "bipartite_match", "merge", "rows", "attention_received", "probe_norms"):
     globals()[_name].__doc__ = getattr(definitions, _name).__doc__
 for _name in ("greedy_select", "dpp_select", "dpc_knn"):
     globals()[_name].__doc__ = getattr(selection, _name).__doc__

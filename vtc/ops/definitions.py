@@ -14,6 +14,8 @@ from torch import Tensor
 ENERGIES = ("elu", "paper", "gaussian", "nearest")
 # Rows of the similarity matrix that exist at one time, as a number of float32 values (64 MiB).
 _TILE = 1 << 24
+# Values of an attention map that exist at a time: 8 MiB, since a map that leaves the processor's cache costs double.
+_MAP = 1 << 21
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -140,6 +142,64 @@ def merge(x: Tensor, group: Tensor, slots: int, weight: Tensor | None = None) ->
     count = weight.new_zeros(batch * (slots + 1)).index_add(0, flat.reshape(-1), weight.reshape(-1))
     mean = total / count.clamp(min=1e-12)[:, None]
     return mean.view(batch, slots + 1, width)[:, :slots].to(x.dtype)
+
+
+def rows(x: Tensor, at: Tensor) -> Tensor:
+    """x[b, at[b, i], ...], and 0 where at is -1."""
+    batch, tokens = x.shape[:2]
+    if not tokens:  # an image without tokens: every index is -1
+        return x.new_zeros(*at.shape, *x.shape[2:])
+    flat = at.clamp(min=0) + torch.arange(batch, device=x.device)[:, None] * tokens
+    out = x.reshape(batch * tokens, *x.shape[2:]).index_select(0, flat.reshape(-1)).reshape(*at.shape, *x.shape[2:])
+    absent = (at < 0).reshape(*at.shape, *([1] * (x.ndim - 2)))
+    return out.masked_fill(absent, 0)
+
+
+def attention_received(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    asking: Tensor | None = None,
+    tile: int = _MAP,
+) -> Tensor:
+    """`a_j = mean_heads sum_i softmax_j(q_i . k_j scale)`: what every key receives from the queries that ask.
+
+    Args:
+        query: [B, H, M, D]; key: [B, Hk, N, D], H a multiple of Hk.
+        mask: [B, N], True = a real key; others receive nothing.
+        asking: [B, M], whose softmax counts; None = the mask where there are as many queries as keys, else all.
+        tile: how many float32 values of the attention map exist at one time.
+
+    Returns:
+        [B, N] float32.
+    """
+    batch, heads, queries, _ = query.shape
+    total = torch.zeros(batch, key.shape[2], device=query.device)
+    asking = mask if asking is None and queries == key.shape[2] else asking
+    step = max(1, tile // max(1, batch * heads * key.shape[2]))
+    for start in range(0, queries, step):
+        block = slice(start, start + step)
+        share = attention(query[:, :, block], key, scale, mask)
+        if asking is not None:
+            share = share * asking[:, None, block, None]
+        total += share.sum(2).mean(1)
+    return total if mask is None else total * mask
+
+
+def attention(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T scale) over the real keys. [B, H, Q, D], [B, Hk, N, D] -> [B, H, Q, N] float32."""
+    with torch.autocast(query.device.type, enabled=False):
+        grouped = (query.float() * scale).unflatten(1, (key.shape[1], -1))  # [B, Hk, H / Hk, Q, D]
+        logits = (grouped @ key.float()[:, :, None].mT).flatten(1, 2)
+    if mask is not None:  # not -inf: a row without real keys would become NaN
+        logits = logits.masked_fill(~mask[:, None, None], torch.finfo(torch.float32).min)
+    return logits.softmax(-1)
+
+
+def probe_norms(difference: Tensor, step: float) -> Tensor:
+    """`mean_j |difference_j| / 2h`, the reduction of central differences. [m, B, N, C] -> [B, N]."""
+    return difference.norm(dim=-1).sum(0) / (2 * step * max(1, len(difference)))
 
 
 def nearest_kept(kept: Tensor) -> Tensor:

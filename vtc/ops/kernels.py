@@ -30,10 +30,13 @@ for _schema in (
     "match(Tensor unit, Tensor a, Tensor b, Tensor? b_valid) -> (Tensor, Tensor)",
     "merge(Tensor x, Tensor group, int slots, Tensor? weight) -> Tensor",
     "merge_backward(Tensor grad, Tensor group, Tensor? weight, int slots) -> Tensor",
+    "rows(Tensor x, Tensor at) -> Tensor",
     "greedy_select(Tensor unit, Tensor? importance, Tensor each, int most, str kind, float balance, int step, "
     "Tensor? mask) -> Tensor",
     "dpp_select(Tensor unit, Tensor relevance, Tensor each, int most, Tensor? mask) -> Tensor",
     "dpc_knn(Tensor x, Tensor each, int most, int neighbors, Tensor? mask) -> (Tensor, Tensor, Tensor)",
+    "received(Tensor query, Tensor key, float scale, Tensor? mask) -> Tensor",
+    "probe_norms(Tensor difference, float step) -> Tensor",
 ):
     _library.define(_schema)
 
@@ -62,6 +65,11 @@ def _(grad: Tensor, group: Tensor, weight: Tensor | None, slots: int) -> Tensor:
     return grad.new_empty(grad.shape[0], group.shape[1], grad.shape[2])
 
 
+@_fake("rows")
+def _(x: Tensor, at: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], at.shape[1], x.shape[2])
+
+
 @_fake("greedy_select")
 def _(
     unit: Tensor, importance: Any, each: Tensor, most: int, kind: str, balance: float, step: int, mask: Any
@@ -79,6 +87,16 @@ def _(x: Tensor, each: Tensor, most: int, neighbors: int, mask: Tensor | None) -
     return each.new_empty(x.shape[0], most), each.new_empty(x.shape[:2]), x.new_empty(x.shape[:2])
 
 
+@_fake("received")
+def _(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    return query.new_empty(key.shape[0], key.shape[2], dtype=torch.float32)
+
+
+@_fake("probe_norms")
+def _(difference: Tensor, step: float) -> Tensor:
+    return difference.new_empty(difference.shape[1:3], dtype=torch.float32)
+
+
 def _remember(ctx: Any, inputs: tuple, output: Tensor) -> None:
     _, group, ctx.slots, weight = inputs
     ctx.save_for_backward(group, weight)
@@ -90,6 +108,23 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
 
 
 torch.library.register_autograd("vtc::merge", _backward, setup_context=_remember, lib=_library)
+
+
+def _remember_rows(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, at = inputs
+    ctx.tokens = x.shape[1]
+    ctx.save_for_backward(at)
+
+
+def _back_to_rows(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (at,) = ctx.saved_tensors  # what a row gets is the sum over its copies: their mean, so many times
+    column = torch.where(at < 0, ctx.tokens, at)
+    copies = torch.zeros(len(at), ctx.tokens + 1, device=at.device)
+    copies = copies.scatter_add(1, column, torch.ones_like(at, dtype=torch.float32))[:, :-1, None]
+    return (torch.ops.vtc.merge(grad.float(), at, ctx.tokens, None) * copies).to(grad.dtype), None
+
+
+torch.library.register_autograd("vtc::rows", _back_to_rows, setup_context=_remember_rows, lib=_library)
 
 
 def _load(name: str) -> bool:

@@ -8,14 +8,12 @@ batch, with `mask` [B, N] True = real; padding neither attends nor is attended t
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from vtc import ops
 from vtc.errors import InputError
+from vtc.ops.definitions import attention
 from vtc.scores.simple import check_mask
-
-# Values of an attention map that exist at a time: 8 MiB, since a map that leaves the processor's cache costs double.
-_MAP = 1 << 21
 
 
 def attention_received(
@@ -25,7 +23,6 @@ def attention_received(
     scale: float | None = None,
     mask: Tensor | None = None,
     every: int = 1,
-    tile: int = _MAP,
 ) -> Tensor:
     """What every token receives from all tokens, for towers without CLS.
 
@@ -40,26 +37,23 @@ def attention_received(
         every: ask only each so-many-th query, and scale up: a fraction of the cost. With one patch in 4 of DINOv2-S on
             photographs (1,369 patches) that ranks as all do to Spearman 0.975 to 0.998, and 93 to 98 % of the best
             quarter stay the same.
-        tile: how many float32 values of the attention map exist at one time.
 
     Returns:
-        [B, N] float32. O(N^2 D) time, O(tile) memory.
+        [B, N] float32. O(N^2 D) time; a tile of the map exists at a time.
     """
-    batch, heads, tokens, _ = query.shape
+    batch, _, tokens, width = query.shape
     if key.shape[2] != tokens:
         raise InputError(f"{tokens} queries and {key.shape[2]} keys: every token needs both")
     check_mask(mask, (batch, tokens))
-    total = torch.zeros(batch, tokens, device=query.device)
-    asking = torch.ones(batch, tokens, dtype=torch.bool, device=query.device) if mask is None else mask
-    real, asking, query = asking.sum(1, keepdim=True), asking[:, ::every], query[:, :, ::every]
-    step = max(1, tile // max(1, batch * heads * tokens))
-    for start in range(0, query.shape[2], step):
-        block = slice(start, start + step)
-        share = _shares(query[:, :, block], key, scale, mask)
-        if mask is not None:
-            share = share * asking[:, None, block, None]
-        total += share.sum(2).mean(1)
-    return total if every == 1 else total * real / asking.sum(1, keepdim=True).clamp(min=1)
+    _check(query, key)
+    scale = width**-0.5 if scale is None else scale
+    if every == 1:
+        return ops.attention_received(query, key, scale, mask)
+    query, asking = query[:, :, ::every], None if mask is None else mask[:, ::every]
+    total = ops.attention_received(query, key, scale, mask, asking)
+    if mask is None or asking is None:
+        return total * (tokens / max(1, query.shape[2]))
+    return total * mask.sum(1, keepdim=True) / asking.sum(1, keepdim=True).clamp(min=1)
 
 
 def cls_attention(
@@ -98,20 +92,14 @@ def last_query_attention(
         [B, N] float32, each row sums to 1.
     """
     check_mask(mask, (key.shape[0], key.shape[2]))
-    share = _shares(query[:, :, None], key, scale, mask)[:, :, 0].mean(1)
+    _check(query[:, :, None], key)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    share = attention(query[:, :, None], key, scale, mask)[:, :, 0].mean(1)
     return share if mask is None else share * mask
 
 
-def _shares(query: Tensor, key: Tensor, scale: float | None, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T * scale) over the real keys. [B, H, Q, D], [B, Hk, N, D] -> [B, H, Q, N] float32."""
+def _check(query: Tensor, key: Tensor) -> None:
     if query.ndim != 4 or key.ndim != 4 or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
         raise InputError(f"query {tuple(query.shape)} and key {tuple(key.shape)} do not fit together")
     if query.shape[1] % key.shape[1]:
         raise InputError(f"{query.shape[1]} query heads cannot share {key.shape[1]} key heads evenly")
-    scale = query.shape[3] ** -0.5 if scale is None else scale
-    with torch.autocast(query.device.type, enabled=False):
-        grouped = (query.float() * scale).unflatten(1, (key.shape[1], -1))  # [B, Hk, H / Hk, Q, D]
-        logits = (grouped @ key.float()[:, :, None].mT).flatten(1, 2)
-    if mask is not None:  # not -inf: a row without real keys would become NaN
-        logits = logits.masked_fill(~mask[:, None, None], torch.finfo(torch.float32).min)
-    return logits.softmax(-1)

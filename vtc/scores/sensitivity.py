@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtc import ops
 from vtc.errors import InputError, OptionError
 from vtc.scores.recognize import in_type, recognize
 from vtc.scores.simple import TILE, can_look, check_mask
@@ -105,8 +106,8 @@ def central_differences(call: Callable[[Tensor], Tensor], x: Tensor, directions:
     for some in directions.split(chunk):
         moved = step * some.view(len(some), *[1] * (x.ndim - 1), -1)
         out = call(torch.cat([x + moved, x - moved]).flatten(0, 1)).unflatten(0, (2, len(some), len(x)))
-        total += (out[0] - out[1]).norm(dim=-1).sum(0)
-    return total / (2 * step * max(1, len(directions)))
+        total += ops.probe_norms(out[0] - out[1], step) * len(some)
+    return total / max(1, len(directions))
 
 
 def _draw(rows: int, columns: int, generator: torch.Generator, like: Tensor) -> Tensor:
