@@ -13,6 +13,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch's stable ABI: one library loads on 2.11 and newer
 
@@ -72,6 +73,17 @@ class Kernels(build_ext):
             shutil.copy2(built, Path("vtc", built.name))
 
 
+class Modules(build_py):
+    def run(self) -> None:
+        """The package takes along what CuPy compiles; a checkout has it in csrc."""
+        super().run()
+        if not self.editable_mode:
+            folder = Path(self.build_lib, "vtc", "ops", "cuda")
+            folder.mkdir(parents=True, exist_ok=True)
+            for header in Path("csrc", "cuda").glob("*.cuh"):
+                shutil.copy2(header, folder)
+
+
 class Wheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         python, _, platform = super().get_tag()
@@ -87,4 +99,4 @@ def extensions() -> list[Extension]:
     return found
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": Kernels, "bdist_wheel": Wheel})
+setup(ext_modules=extensions(), cmdclass={"build_py": Modules, "build_ext": Kernels, "bdist_wheel": Wheel})

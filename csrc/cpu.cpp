@@ -113,6 +113,39 @@ std::tuple<Tensor, Tensor> match(Tensor unit, Tensor a, Tensor b, Maybe b_valid)
   return {best, at};
 }
 
+Tensor each_of(Tensor each, int64_t batch, int64_t most, int64_t n) {
+  each = ready(each, "each", ScalarType::Long, 1);
+  STD_TORCH_CHECK(each.size(0) == batch, "each is ", shape(each), ", one count for each of ", batch, " images");
+  STD_TORCH_CHECK(most >= 0 && most <= n, "most is ", most, ", but there are ", n, " tokens");
+  return each;
+}
+
+std::tuple<Tensor, Tensor, Tensor> top_pairs(Tensor best, Tensor at, Tensor a, Tensor b, Maybe each, int64_t most,
+                                             Maybe a_valid) {
+  best = ready(best, "best", ScalarType::Float, 2);
+  at = ready(at, "at", ScalarType::Long, 2);
+  a = ready(a, "a", ScalarType::Long, 2);
+  b = ready(b, "b", ScalarType::Long, 2);
+  const int64_t batch = best.size(0), n = best.size(1), targets = b.size(1);
+  same(at, "at", batch, n);
+  same(a, "a", batch, n);
+  same(b, "b", batch, targets);
+  check_tokens(at, "at", targets);
+  a_valid = mask_of(a_valid, "a_valid", batch, n);
+  STD_TORCH_CHECK(most >= 0 && most <= n, "most is ", most, ", but there are ", n, " pairs");
+  if (each.has_value()) each = each_of(*each, batch, most, n);
+  Tensor source = torch::stable::new_empty(a, {batch, most}), target = torch::stable::new_empty(a, {batch, most});
+  Tensor score = torch::stable::new_empty(best, {batch, most});
+  const auto images = [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i)
+      vtc::top_pairs(data<float>(best) + i * n, data<int64_t>(at) + i * n, data<int64_t>(a) + i * n,
+                     data<int64_t>(b) + i * targets, row(a_valid, i, n), n, each.has_value() ? data<int64_t>(*each)[i] : most,
+                     most, data<int64_t>(source) + i * most, data<int64_t>(target) + i * most, data<float>(score) + i * most);
+  };
+  torch::stable::parallel_for(0, batch, 1, images);
+  return {source, target, score};
+}
+
 }  // namespace
 namespace vtc {
 VTC_MERGE(c10::BFloat16)
@@ -226,13 +259,6 @@ int64_t budget(const Tensor& each, const bool* mask, int64_t b, int64_t n, int64
   int64_t real = n;
   if (mask != nullptr) real = std::count(mask, mask + n, true);
   return std::max<int64_t>(0, std::min({data<int64_t>(each)[b], real, most}));
-}
-
-Tensor each_of(Tensor each, int64_t batch, int64_t most, int64_t n) {
-  each = ready(each, "each", ScalarType::Long, 1);
-  STD_TORCH_CHECK(each.size(0) == batch, "each is ", shape(each), ", one count for each of ", batch, " images");
-  STD_TORCH_CHECK(most >= 0 && most <= n, "most is ", most, ", but there are ", n, " tokens");
-  return each;
 }
 
 Tensor greedy_select(Tensor unit, Maybe importance, Tensor each, int64_t most, std::string kind, double balance, int64_t step,
@@ -351,6 +377,7 @@ Tensor probe_norms(Tensor difference, double step) {
 STABLE_TORCH_LIBRARY_IMPL(vtc, CPU, m) {
   m.impl("energy", TORCH_BOX(&energy));
   m.impl("match", TORCH_BOX(&match));
+  m.impl("top_pairs", TORCH_BOX(&top_pairs));
   m.impl("merge", TORCH_BOX(&merge));
   m.impl("merge_backward", TORCH_BOX(&merge_backward));
   m.impl("rows", TORCH_BOX(&rows));

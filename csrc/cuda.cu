@@ -176,6 +176,44 @@ std::tuple<Tensor, Tensor> match(Tensor unit, Tensor a, Tensor b, Maybe b_valid)
   return {best, at};
 }
 
+std::tuple<Tensor, Tensor, Tensor> top_pairs(Tensor best, Tensor at, Tensor a, Tensor b, Maybe each, int64_t most,
+                                             Maybe a_valid) {
+  check(best, "best", 2);
+  check_batch(best.size(0));
+  const int64_t batch = best.size(0), na = best.size(1);
+  best = table_of(best, "best", ScalarType::Float, batch, na, best);
+  at = table_of(at, "at", ScalarType::Long, batch, na, best);
+  a = table_of(a, "a", ScalarType::Long, batch, na, best);
+  b = table_of(b, "b", ScalarType::Long, batch, -1, best);
+  a_valid = table_of(a_valid, "a_valid", ScalarType::Bool, batch, na, best);
+  if (each) each = each_of(*each, best);
+  const int count = at_most(most, best);
+  const On on(best);
+  const Tensor source = make(best, {batch, most}, ScalarType::Long), target = make(best, {batch, most}, ScalarType::Long);
+  const Tensor score = make(best, {batch, most}, ScalarType::Float);
+  vtc_cuda::launch_top_pairs(on.stream, data<float>(best), indices(at), indices(a), indices(b), data<bool>(a_valid),
+                             each ? indices(*each) : nullptr, data<int64>(source), data<int64>(target),
+                             data<float>(score), int(batch), int(na), int(b.size(1)), count);
+  launched("top_pairs");
+  return {source, target, score};
+}
+
+Tensor rows(Tensor x, Tensor at) {
+  check_values(x, "x", 3);
+  check_batch(x.size(0));
+  const int64_t batch = x.size(0), n = x.size(1), c = x.size(2), m = at.dim() == 2 ? at.size(1) : 0;
+  at = table_of(at, "at", ScalarType::Long, batch, m, x);
+  x = torch::stable::contiguous(x);
+  const On on(x);
+  const Tensor out = make(x, {batch, m, c}, x.scalar_type());
+  by_type(x, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    vtc_cuda::launch_rows<T>(on.stream, data<T>(x), indices(at), data<T>(out), int(batch), int(n), int(c), int(m));
+  });
+  launched("rows");
+  return out;
+}
+
 Tensor merge(Tensor x, Tensor group, int64_t slots, Maybe weight) {
   check_values(x, "x", 3);
   check_batch(x.size(0));
@@ -338,6 +376,8 @@ Tensor probe_norms(Tensor difference, double step) {
 STABLE_TORCH_LIBRARY_IMPL(vtc, CUDA, m) {
   m.impl("energy", TORCH_BOX(&energy));
   m.impl("match", TORCH_BOX(&match));
+  m.impl("top_pairs", TORCH_BOX(&top_pairs));
+  m.impl("rows", TORCH_BOX(&rows));
   m.impl("merge", TORCH_BOX(&merge));
   m.impl("merge_backward", TORCH_BOX(&merge_backward));
   m.impl("greedy_select", TORCH_BOX(&greedy_select));

@@ -8,6 +8,11 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no GPU; on one, make gpu-check runs these")
+
+
 @pytest.fixture(autouse=True)
 def _no_grad_leaks():
     """Every test starts in grad mode and leaves it."""

@@ -15,6 +15,7 @@ from typing import Any
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 FORMS = {"elu": 0, "paper": 1, "gaussian": 2, "nearest": 3}
+OPERATORS = "energy match top_pairs rows merge merge_backward greedy dpp dpc_knn received probes".split()
 KINDS = {"mmr": 0, "sads": 1, "max_min": 2}
 
 
@@ -49,6 +50,19 @@ class Kernels:
         best, at = torch.empty(a.shape), torch.empty_like(a)
         self.call("match", _type(unit), unit, a, b, b_valid, best, at, *unit.shape, a.shape[1], b.shape[1])
         return best, at
+
+    def top_pairs(self, best, at, a, b, each, most, a_valid=None):
+        import torch
+
+        pairs, score = torch.empty(2, len(at), most, dtype=torch.long), torch.empty(len(at), most)
+        sizes = (*at.shape, b.shape[1], most)
+        self.call("top_pairs", best, at, a, b, a_valid, each, *pairs, score, *sizes)
+        return *pairs, score
+
+    def rows(self, x, at):
+        out = x.new_empty(x.shape[0], at.shape[1], x.shape[2])
+        self.call("rows", _type(x), x, at, out, *x.shape, at.shape[1])
+        return out
 
     def merge(self, x, group, slots, weight=None):
         out = x.new_empty(x.shape[0], slots, x.shape[2])
@@ -124,20 +138,28 @@ def _argument(value: Any) -> Any:
 
 def _random_calls(library: ctypes.CDLL, calls: int, draw: random.Random) -> None:
     """Every operator at random sizes, with buffers of exactly the size it may touch."""
+    some = [draw.gauss(0, 1) for _ in range(1 << 15)]
+    for odd in (0.0, -1.0, 1e30, float("nan"), float("inf"), float("-inf")):
+        for _ in range(8):
+            some[draw.randrange(len(some))] = odd
+    pool, bits = (ctypes.c_float * len(some))(*some), draw.randbytes(1 << 17)  # any half: not a number, subnormal
 
     def floats(n: int) -> Any:
-        return (ctypes.c_float * n)(*[draw.gauss(0, 1) for _ in range(n)])
+        return (ctypes.c_float * n).from_buffer_copy(pool, 4 * draw.randrange(len(pool) - n))
+
+    def halves(n: int) -> Any:
+        return (ctypes.c_uint16 * n).from_buffer_copy(bits, 2 * draw.randrange(len(bits) // 2 - n))
 
     def longs(n: int, low: int, high: int) -> Any:
         return (ctypes.c_longlong * n)(*[draw.randint(low, high) for _ in range(n)])
 
     def mask(n: int) -> Any:
         share = draw.choice([0, 0.5, 1])
-        return draw.choice([None, (ctypes.c_bool * n)(*[draw.random() < share for _ in range(n)])])
+        return draw.choice([None, (ctypes.c_bool * n)(*[draw.random() < share for _ in range(n)])])  # also nobody
 
     def tokens(n: int) -> Any:  # of any of the three types
         kind = draw.randrange(3)
-        return kind, floats(n) if kind == 0 else (ctypes.c_uint16 * n)(*[draw.getrandbits(16) for _ in range(n)])
+        return kind, floats(n) if kind == 0 else halves(n)
 
     def run(name: str, *values: Any) -> None:
         library["shim_" + name](*map(_argument, values))
@@ -146,10 +168,8 @@ def _random_calls(library: ctypes.CDLL, calls: int, draw: random.Random) -> None
         b, n, d = draw.randint(0, 2), draw.choice([0, 1, 2, 3, 17, 64, 65, draw.randint(1, 99)]), draw.randint(0, 37)
         most, size = draw.randint(0, min(n, 9)), b * n
         kind, x = tokens(size * d)
-        name = draw.choice(
-            ["energy", "match", "merge", "merge_backward", "greedy", "dpp", "dpc_knn", "received", "probes"]
-        )
-        each, table = longs(b, -1, n + 1), draw.choice([None, floats(b * n * n)])
+        name = draw.choice(OPERATORS)
+        each, table = longs(b, -1, n + 1), floats(b * n * n) if draw.random() < 0.5 else None
         order, out = longs(b * most, 0, 0), floats(size)
         if name == "energy":
             run(name, kind, x, mask(size), out, b, n, d, draw.randrange(4), 0.5, 1.0)
@@ -157,6 +177,14 @@ def _random_calls(library: ctypes.CDLL, calls: int, draw: random.Random) -> None
             na, nb = draw.randint(0, n), draw.randint(0, n)
             a, c, at = longs(b * na, 0, max(0, n - 1)), longs(b * nb, -1, n), longs(b * na, 0, 0)
             run(name, kind, x, a, c, mask(b * nb), floats(b * na), at, b, n, d, na, nb)
+        elif name == "top_pairs":
+            nb, pairs = draw.randint(0, n), (longs(b * most, 0, 0), longs(b * most, 0, 0), floats(b * most))
+            a, at, c = longs(size, 0, n), longs(size, -1, nb), longs(b * nb, 0, n)
+            run(name, out, at, a, c, mask(size), draw.choice([None, each]), *pairs, b, n, nb, most)
+        elif name == "rows":
+            m = draw.randint(0, 40)
+            to = ((ctypes.c_float if kind == 0 else ctypes.c_uint16) * (b * m * d))()
+            run(name, kind, x, longs(b * m, -1, n), to, b, n, d, m)
         elif name == "merge":
             slots = draw.randint(0, n + 1)
             to = ((ctypes.c_float if kind == 0 else ctypes.c_uint16) * (b * slots * d))()

@@ -370,6 +370,7 @@ def samples():
         "energy": (unit, "elu", 0.4, 1.0, mask),
         "match": (unit, a, b, None),
         "merge": (x.clone().requires_grad_(), group, 5, score),
+        "top_pairs": (score, torch.arange(24).view(2, 12) % 6, group.clamp(min=0), b, torch.tensor([7, 2]), 8, mask),
         "rows": (x.clone().requires_grad_(), group),
         "greedy_select": (unit, score, each, 4, "mmr", 0.5, 1, mask),
         "dpp_select": (unit, score, each, 4, mask),
@@ -426,6 +427,13 @@ BAD = {
     "match": [
         (1, torch.full((2, 6), 12), "holds 12, but there are 12 tokens"),
         (2, torch.zeros(3, 6).long(), r"b is \[3"),
+    ],
+    "top_pairs": [
+        (0, torch.rand(2, 11), r"at is \[2, 12\]"),
+        (1, torch.full((2, 12), 6), "holds 6, but there are 6 tokens"),
+        (4, torch.tensor([1, 2, 3]), r"each is \[3\]"),
+        (5, 13, "most is 13, but there are 12 pairs"),
+        (6, torch.ones(2, 12), "a_valid has the wrong type"),
     ],
     "merge": [
         (0, torch.randn(2, 12, 8).double(), "wrong type"),

@@ -14,7 +14,7 @@ from torch import Tensor
 from vtc.ops import cupy, definitions, selection
 from vtc.scores.attention import attention_received
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+pytestmark = pytest.mark.gpu
 SHAPES = [(1, 1, 1), (2, 3, 5), (3, 97, 59), (1, 577, 64), (2, 1025, 111), (70, 257, 64)]
 ops: Any = torch.ops.vtc
 BUILT = sorted(Path(definitions.__file__).parents[1].glob("_cuda.*so"))
@@ -82,6 +82,24 @@ def test_match(shape: tuple[int, int, int]) -> None:
         expected = definitions.best_partner(x, a, b, valid)
         torch.testing.assert_close(best, expected[0], atol=1e-6, rtol=1e-6)
         assert torch.equal(at, expected[1])
+
+
+@pytest.mark.parametrize("sources", [1, 300, 2000])
+def test_top_pairs(sources: int) -> None:
+    best, index = (4 * draw(3, sources)).round() / 4, torch.arange(3 * sources, device="cuda").view(3, -1) % sources
+    best[1, sources // 2] = float("nan")
+    each = torch.tensor([sources, 2, 0], device="cuda")
+    for valid in real(3, sources):
+        for args in ((None, sources // 2, valid), (each, sources, valid)):
+            expected = definitions.top_pairs(best, index, index, index, *args)
+            for ours, theirs in zip(ops.top_pairs(best, index, index, index, *args), expected, strict=True):
+                torch.testing.assert_close(ours, theirs, atol=0, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows(dtype: torch.dtype) -> None:
+    x, at = draw(2, 97, 70).to(dtype), torch.arange(2 * 141, device="cuda").view(2, -1) % 98 - 1
+    assert torch.equal(ops.rows(x, at), definitions.rows(x, at))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -159,6 +177,8 @@ def test_opcheck() -> None:
     check = torch.library.opcheck
     check(ops.energy.default, (x, "elu", 0.5, 1.0, None))
     check(ops.match.default, (x, index[:, ::2].contiguous(), index[:, 1::2].contiguous(), None))
+    check(ops.top_pairs.default, (x[..., 0].contiguous(), index, index, index, each, 7, None))
+    check(ops.rows.default, (x.clone().requires_grad_(), group))
     check(ops.merge.default, (x.clone().requires_grad_(), group, 20, None))
     check(ops.greedy_select.default, (x, draw(2, 40).abs(), each, 7, "mmr", 0.5, 1, None))
     check(ops.dpp_select.default, (x, draw(2, 40).abs(), each, 7, None))

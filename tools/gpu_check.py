@@ -138,6 +138,10 @@ def cases(small: bool = False) -> list[tuple[str, str, Callable[[], Any], Callab
                 lambda: definitions.merge(features, group, slots),
             )
         )
+        best, at = definitions.best_partner(x, a, b, None)
+        pairs = (best, at, a, b, None, tokens // 4, None)
+        found.append(("top_pairs", shape, lambda: ops.top_pairs(*pairs), lambda: definitions.top_pairs(*pairs)))
+        found.append(("rows", shape, lambda: ops.rows(features, a), lambda: definitions.rows(features, a)))
         each, count = torch.full((batch,), tokens // 4, device="cuda"), tokens // 4
         found.append(
             (

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Build the wheel, install it in a clean environment, and check that it holds and imports everything.
 
-1. The wheel is built from a copy of the files that git knows. Every file under vtc/ must be in it, and nothing else.
+1. The wheel is built from a copy of the files that git knows. Every file under vtc/ must be in it, and the headers that
+   CuPy compiles, and nothing else.
 2. Lean: a new environment gets the wheel and what it requires, no extra. There ``import vtc`` works, imports nothing
-   optional and leaves CUDA alone; a method runs; ``vtc --help`` prints, or ends with a line that names the extra.
+   optional and leaves CUDA alone; a method runs; what CuPy would compile is whole; ``vtc --help`` prints, or ends with
+   a line that names the extra.
 3. Whole: the optional packages of the development environment are appended to that environment's path. Every module of
    the wheel is imported, from the wheel, and ``vtc --help`` runs.
 
@@ -13,6 +15,7 @@ Run it with the development environment's Python: ``.venv/bin/python tools/wheel
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +38,10 @@ token_map = vtc.functional.tome(torch.randn(2, 17, 8), keep=0.8, prefix=1)
 assert token_map.merge(torch.randn(2, 17, 8)).shape[1] < 17, "vtc.functional.tome merges nothing"
 built = list(Path(vtc.__file__).parent.glob("_cpp.*"))
 assert vtc.ops.backend() == ("cpp" if built else "torch"), f"{vtc.ops.backend()} runs, built: {built}"
+from vtc.ops import cupy
+assert cupy.folder().is_relative_to(Path(vtc.__file__).parent), f"CuPy would compile what is in {cupy.folder()}"
+for file in cupy.FILES:
+    assert "__global__" in cupy.source(file) and '#include "' not in cupy.source(file), f"{file}.cuh lacks a part"
 """
 
 WHOLE = """
@@ -100,6 +107,7 @@ def build(tree: Path, files: list[str], out: Path) -> Path:
 def compare(wheel: Path, files: list[str]) -> list[str]:
     """Check the wheel's files against the tree's; return the names of all modules."""
     expected = {name for name in files if name.startswith("vtc/")}
+    expected |= {f"vtc/ops/cuda/{Path(name).name}" for name in files if re.fullmatch(r"csrc/cuda/\w+\.cuh", name)}
     names = zipfile.ZipFile(wheel).namelist()
     packed = {name for name in names if not name.split("/")[0].endswith(".dist-info") and not name.endswith(".so")}
     if missing := sorted(expected - packed):

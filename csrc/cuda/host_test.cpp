@@ -56,6 +56,18 @@ void shim_match(int type, const void* unit, const int64* a, const int64* b, cons
   });
 }
 
+void shim_top_pairs(const float* best, const int64* at, const int64* a, const int64* b, const bool* valid,
+                    const int64* each, int64* source, int64* target, float* score, int batch, int na, int nb, int most) {
+  launch_top_pairs(nullptr, best, at, a, b, valid, each, source, target, score, batch, na, nb, most);
+}
+
+void shim_rows(int type, const void* x, const int64* at, void* out, int batch, int n, int c, int m) {
+  by_type(type, [&](auto* t) {
+    launch_rows(nullptr, static_cast<decltype(t)>(const_cast<void*>(x)), at, static_cast<decltype(t)>(out), batch, n, c,
+                m);
+  });
+}
+
 void shim_merge(int type, const void* x, const int64* group, const float* weight, void* out, int batch, int n, int c,
                 int slots) {
   by_type(type, [&](auto* t) {

@@ -1,5 +1,5 @@
 // The best partner in b of every token of a, no Na x Nb matrix in memory. Definition: vtc/ops/definitions.py,
-// bipartite_match (its first half; the r best pairs are a sort of Na numbers).
+// bipartite_match; and the r best of those pairs.
 //
 // Floor: 2 B Na Nb D operations and B (Na + Nb) D width-of-T + 20 B Na bytes; at N = 577, D = 64, B = 1 both are far
 // below the time of a launch. Unmeasured.
@@ -55,7 +55,49 @@ __global__ void __launch_bounds__(THREADS) match_kernel(
   }
 }
 
+// Whether pair p comes before pair q: the higher score, of equals the first; a NaN is the highest, as torch sorts it.
+__device__ __forceinline__ bool before(float p, int p_at, float q, int q_at) {
+  const bool wild = p != p, other = q != q;
+  return wild != other ? wild : p > q || (!(q > p) && p_at < q_at);
+}
+
+// The `most` best pairs of an image, of which each[image] exist (nullptr: all): best, at [B, na] of match_kernel; valid
+// [B, na] or nullptr -> source, target, score [B, most]. A pair's place is the number of pairs before it: na^2
+// comparisons, the scores in shared memory. Grid: (na / 256, B).
+__global__ void __launch_bounds__(THREADS) top_pairs_kernel(
+    const float* best, const int64* at, const int64* a, const int64* b, const bool* valid, const int64* each,
+    int64* source, int64* target, float* score, int na, int nb, int most) {
+  __shared__ float scores[THREADS];
+  const int64 image = blockIdx.y;
+  const int i = blockIdx.x * THREADS + threadIdx.x;
+  auto score_of = [=](int j) {
+    return valid == nullptr || valid[image * na + j] ? best[image * na + j] : -infinity();
+  };
+  const float mine = i < na ? score_of(i) : 0.0f;
+  int place = 0;
+  for (int j0 = 0; j0 < na; j0 += THREADS) {
+    __syncthreads();
+    if (j0 + int(threadIdx.x) < na) scores[threadIdx.x] = score_of(j0 + threadIdx.x);
+    __syncthreads();
+    for (int j = 0; j < THREADS && j0 + j < na; ++j) place += before(scores[j], j0 + j, mine, i);
+  }
+  if (i >= na || place >= most) return;
+  const int64 partner = at[image * na + i], to = image * most + place;
+  const bool there = (each == nullptr || place < each[image]) && mine != -infinity() && partner >= 0 && partner < nb;
+  source[to] = there ? a[image * na + i] : -1;
+  target[to] = there ? b[image * nb + partner] : -1;
+  score[to] = there ? mine : -infinity();
+}
+
 #ifndef __CUDACC_RTC__
+inline void launch_top_pairs(cudaStream_t stream, const float* best, const int64* at, const int64* a, const int64* b,
+                             const bool* valid, const int64* each, int64* source, int64* target, float* score,
+                             int batch, int na, int nb, int most) {
+  if (batch == 0 || most == 0) return;
+  VTC_LAUNCH(top_pairs_kernel, dim3(blocks(na, THREADS), batch), THREADS, 0, stream, best, at, a, b, valid, each,
+             source, target, score, na, nb, most);
+}
+
 template <typename T>
 void launch_match(cudaStream_t stream, const T* unit, const int64* a, const int64* b, const bool* valid, float* best,
                   int64* at, int batch, int n, int d, int na, int nb) {

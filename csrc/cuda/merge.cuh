@@ -95,7 +95,25 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_backward_kernel(
   }
 }
 
+// x [B, n, c], at [B, m] (-1 = zeros) -> out [B, m, c], the rows x[at]. Grid: (m / 8, B); a warp per row.
+template <typename T>
+__global__ void __launch_bounds__(MERGE_THREADS) rows_kernel(const T* x, const int64* at, T* out, int n, int c, int m) {
+  const int lane = threadIdx.x % LANES;
+  const int64 image = blockIdx.y, row = int64(blockIdx.x) * MERGE_SLOTS + threadIdx.x / LANES;
+  if (row >= m) return;
+  const int64 token = at[image * m + row];
+  const bool there = token >= 0 && token < n;
+  for (int k = lane; k < c; k += LANES)
+    store(out + (image * m + row) * c + k, there ? to_float(x[(image * n + token) * c + k]) : 0.0f);
+}
+
 #ifndef __CUDACC_RTC__
+template <typename T>
+void launch_rows(cudaStream_t stream, const T* x, const int64* at, T* out, int batch, int n, int c, int m) {
+  if (batch == 0 || m == 0 || c == 0) return;
+  VTC_LAUNCH(rows_kernel<T>, dim3(blocks(m, MERGE_SLOTS), batch), MERGE_THREADS, 0, stream, x, at, out, n, c, m);
+}
+
 template <typename T>
 void launch_merge(cudaStream_t stream, const T* x, const int64* group, const float* weight, T* out, int batch, int n,
                   int c, int slots) {

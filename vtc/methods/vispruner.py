@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from vtc import ops
 from vtc.methods.base import Tokens
 from vtc.methods.selector import Selector, check_number, checked, each, evidence, joined, marked, packed
+from vtc.ops import definitions, selection
 
 _PER_ROUND = 8  # duplicates that go at a time
 
@@ -57,6 +59,7 @@ class VisPruner(Selector):
 def distinct(unit: Tensor, chosen: Tensor, counts: list[int]) -> Tensor:
     """Which `counts[b]` of the chosen tokens [B, N] stay when duplicates go: [B, K], ascending, -1-padded."""
     left = chosen.sum(1).tolist()
+    partner = _looked_up(unit) if selection.fits(unit) else None
     while True:
         rest, real = packed(chosen)
         drop = [min(_PER_ROUND, n // 2, n - k) for n, k in zip(left, counts, strict=True)]
@@ -64,6 +67,19 @@ def distinct(unit: Tensor, chosen: Tensor, counts: list[int]) -> Tensor:
             wanted = torch.tensor(counts, device=rest.device)[:, None]  # 0 beside the last one, which has no partner
             return rest.masked_fill(~real | (wanted == 0), -1)
         removed = torch.tensor(drop, device=rest.device)
-        gone = ops.bipartite_match(unit, rest[:, ::2], rest[:, 1::2], removed, real[:, ::2], real[:, 1::2])[0]
+        sides = rest[:, ::2], rest[:, 1::2], removed, real[:, ::2], real[:, 1::2]
+        gone = (definitions.bipartite_match(unit, *sides, partner) if partner else ops.bipartite_match(unit, *sides))[0]
         chosen = chosen & ~marked(gone, chosen.shape[1])
         left = [n - d for n, d in zip(left, drop, strict=True)]
+
+
+def _looked_up(unit: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`best_partner` for many rounds over the same tokens: their cosines are computed once."""
+    cosine = unit @ unit.mT
+    image = torch.arange(len(unit), device=unit.device)[:, None, None]
+
+    def partner(_: Tensor, a: Tensor, b: Tensor, b_valid: Tensor) -> tuple[Tensor, Tensor]:
+        best = cosine[image, a[..., None], b[:, None]].masked_fill(~b_valid[:, None], float("-inf")).max(-1)
+        return best.values, best.indices
+
+    return partner

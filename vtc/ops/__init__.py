@@ -50,8 +50,10 @@ def bipartite_match(
     b_valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     unit = _wide(unit)
-    partner = torch.ops.vtc.match if compiled(unit) else definitions.best_partner
-    return definitions.bipartite_match(unit, a, b, r, a_valid, b_valid, partner)
+    if not compiled(unit):
+        return definitions.bipartite_match(unit, a, b, r, a_valid, b_valid)
+    kernels = torch.ops.vtc
+    return definitions.bipartite_match(unit, a, b, r, a_valid, b_valid, kernels.match, kernels.top_pairs)
 
 
 def merge(x: Tensor, group: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:

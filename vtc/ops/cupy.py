@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# In a checkout, and where a wheel puts them.
-_SOURCES = [Path(__file__).parents[2] / "csrc" / "cuda", Path(__file__).parent / "cuda"]
+# Where a wheel puts them, and in a checkout.
+_SOURCES = [Path(__file__).parent / "cuda", Path(__file__).parents[2] / "csrc" / "cuda"]
 _TYPES = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 _FORMS = {"elu": 0, "paper": 1, "gaussian": 2, "nearest": 3}
 _KINDS = {"mmr": 0, "sads": 1, "max_min": 2}
@@ -30,6 +30,7 @@ _KERNELS = {
     "match_kernel": ("match", "1", "4"),
     "merge_kernel": ("merge",),
     "merge_backward_kernel": ("merge",),
+    "rows_kernel": ("merge",),
     "greedy_kernel": ("select",),
     "dpp_kernel": ("select",),
     "squares_kernel": ("dpc_knn",),
@@ -40,22 +41,31 @@ _KERNELS = {
     "received_columns_kernel": ("received", "1", "4"),
     "probes_kernel": ("probes",),
 }
-_PLAIN = {"top_kernel": "dpc_knn", "received_mean_kernel": "received"}
+_PLAIN = {"top_pairs_kernel": "match", "top_kernel": "dpc_knn", "received_mean_kernel": "received"}
 FILES = ("energy", "match", "merge", "select", "dpc_knn", "received", "probes")
+
+
+def folder() -> Path:
+    """Where the headers are."""
+    found = next((folder for folder in _SOURCES if (folder / "common.cuh").exists()), None)
+    if found is None:
+        places = " nor ".join(map(str, _SOURCES))
+        raise RuntimeError(
+            f"CuPy has nothing to compile: the CUDA sources are neither in {places}; install vtc-torch anew"
+        )
+    return found
 
 
 def source(file: str) -> str:
     """A header with those it includes written out: CuPy's cache knows a kernel by its text."""
-    folder = next((folder for folder in _SOURCES if (folder / "common.cuh").exists()), None)
-    if folder is None:
-        raise RuntimeError("the CUDA sources of vtc are not here: install vtc from its repository")
+    place = folder()
     seen: set[str] = set()
 
     def expand(name: str) -> str:
         if name in seen:
             return ""
         seen.add(name)
-        text = (folder / name).read_text().replace("#pragma once", "")
+        text = (place / name).read_text().replace("#pragma once", "")
         return re.sub(r'#include "(\w+\.cuh)"', lambda found: expand(found[1]), text)
 
     return expand(f"{file}.cuh").replace('#include "shim.h"', "")
@@ -189,6 +199,32 @@ def match(unit: Tensor, a: Tensor, b: Tensor, b_valid: Tensor | None) -> tuple[T
     return best, at
 
 
+def top_pairs(
+    best: Tensor, at: Tensor, a: Tensor, b: Tensor, each: Tensor | None, most: int, a_valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(best, at, a, b, each, a_valid)
+    batch, sources = at.shape
+    score, valid = _table(best, torch.float32, sources, "best"), _table(a_valid, torch.bool, sources, "a_valid")
+    places, of = _table(at, torch.long, sources, "at"), _table(a, torch.long, sources, "a")
+    targets = _table(b, torch.long, b.shape[1], "b")
+    each = None if each is None else _each(each, most, sources)
+    pairs = at.new_empty(2, batch, most), best.new_empty(batch, most)
+    out = (*pairs[0], pairs[1])
+    if most:
+        values = (score, places, of, targets, valid, each, *out, sources, b.shape[1], most)
+        _launch("top_pairs_kernel", best, (-(-sources // 256), batch), 256, *values)
+    return out
+
+
+def rows(x: Tensor, at: Tensor) -> Tensor:
+    _check(x, at)
+    x, (batch, tokens, width) = x.contiguous(), x.shape
+    places = _table(at, torch.long, at.shape[1], "at")
+    out = x.new_empty(batch, at.shape[1], width)
+    _launch("rows_kernel", x, (-(-at.shape[1] // 8), batch), 256, x, places, out, tokens, width, at.shape[1])
+    return out
+
+
 def merge(x: Tensor, group: Tensor, slots: int, weight: Tensor | None) -> Tensor:
     _check(x, group, weight)
     x, (batch, tokens, width) = x.contiguous(), x.shape
@@ -316,6 +352,8 @@ def probe_norms(difference: Tensor, step: float) -> Tensor:
 OPERATORS: tuple[Callable[..., Any], ...] = (
     energy,
     match,
+    top_pairs,
+    rows,
     merge,
     merge_backward,
     greedy_select,

@@ -80,6 +80,7 @@ def bipartite_match(
     a_valid: Tensor | None = None,
     b_valid: Tensor | None = None,
     partner: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    top: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Best partner in `b` for every token of `a`, and the `r` best of those pairs.
 
@@ -88,7 +89,7 @@ def bipartite_match(
         a, b: [B, Na], [B, Nb] token indices, each ascending (that is what sends ties to the lowest index).
         r: how many pairs to return, best first; a tensor [B] for a ragged batch; None = every token of `a`.
         a_valid, b_valid: True where the entry of `a`, `b` is real.
-        partner: what finds the partners; None = `best_partner`.
+        partner, top: what finds the partners and the best pairs; None = `best_partner`, `top_pairs`.
 
     Returns:
         source, target, score: [B, R]. Entries that do not exist (ragged) have source = target = -1, score = -inf.
@@ -97,20 +98,31 @@ def bipartite_match(
         none = a[:, :0]
         return none, none, unit.new_zeros(none.shape)
     best, at = (partner or best_partner)(unit, a, b, b_valid)
-    source, target = a, b.gather(1, at)
+    if r is None:
+        best = best if a_valid is None else best.masked_fill(~a_valid, float("-inf"))
+        return _pairs(a, b.gather(1, at), best, torch.isneginf(best))
+    each = r if isinstance(r, Tensor) else None
+    most = r if isinstance(r, int) else int(r.max()) if len(r) else 0
+    return (top or top_pairs)(best, at, a, b, each, min(most, a.shape[1]), a_valid)
+
+
+def top_pairs(
+    best: Tensor, at: Tensor, a: Tensor, b: Tensor, each: Tensor | None, most: int, a_valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The `most` best pairs of every image, in an image only `each` [B]: source, target, score as of
+    `bipartite_match`."""
     if a_valid is not None:
         best = best.masked_fill(~a_valid, float("-inf"))
-    if r is not None:
-        best, order = best.sort(dim=-1, descending=True, stable=True)
-        most = (int(r.max()) if len(r) else 0) if isinstance(r, Tensor) else r
-        order, best = order[:, :most], best[:, :most]
-        source, target = source.gather(1, order), target.gather(1, order)
+    best, order = best.sort(dim=-1, descending=True, stable=True)
+    best, order = best[:, :most], order[:, :most]
     absent = torch.isneginf(best)
-    if isinstance(r, Tensor):
-        absent = absent | (torch.arange(best.shape[1], device=best.device) >= r[:, None])
-    elif a_valid is None and b_valid is None:
-        return source, target, best
-    return source.masked_fill(absent, -1), target.masked_fill(absent, -1), best.masked_fill(absent, float("-inf"))
+    if each is not None:
+        absent = absent | (torch.arange(most, device=best.device) >= each[:, None])
+    return _pairs(a.gather(1, order), b.gather(1, at.gather(1, order)), best, absent)
+
+
+def _pairs(source: Tensor, target: Tensor, score: Tensor, absent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return source.masked_fill(absent, -1), target.masked_fill(absent, -1), score.masked_fill(absent, float("-inf"))
 
 
 def best_partner(unit: Tensor, a: Tensor, b: Tensor, b_valid: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,8 @@ _library = torch.library.Library("vtc", "FRAGMENT")
 for _schema in (
     "energy(Tensor unit, str form, float margin, float alpha, Tensor? mask) -> Tensor",
     "match(Tensor unit, Tensor a, Tensor b, Tensor? b_valid) -> (Tensor, Tensor)",
+    "top_pairs(Tensor best, Tensor at, Tensor a, Tensor b, Tensor? each, int most, Tensor? a_valid) "
+    "-> (Tensor, Tensor, Tensor)",
     "merge(Tensor x, Tensor group, int slots, Tensor? weight) -> Tensor",
     "merge_backward(Tensor grad, Tensor group, Tensor? weight, int slots) -> Tensor",
     "rows(Tensor x, Tensor at) -> Tensor",
@@ -53,6 +55,12 @@ def _(unit: Tensor, form: str, margin: float, alpha: float, mask: Tensor | None)
 @_fake("match")
 def _(unit: Tensor, a: Tensor, b: Tensor, b_valid: Tensor | None) -> tuple[Tensor, Tensor]:
     return unit.new_empty(a.shape), torch.empty_like(a, memory_format=torch.contiguous_format)
+
+
+@_fake("top_pairs")
+def _(best: Tensor, at: Tensor, a: Tensor, b: Tensor, each: Any, most: int, a_valid: Any) -> Any:
+    pairs = at.new_empty(len(at), most)
+    return pairs, torch.empty_like(pairs), best.new_empty(len(at), most)
 
 
 @_fake("merge")
@@ -131,7 +139,7 @@ def _load(name: str) -> bool:
     """Load a backend's library, once. False where it was not built, or does not load."""
     if name not in _loaded:
         found = sorted(Path(__file__).parent.parent.glob(f"_{name}.*so"))
-        _loaded[name] = name == "cupy" and find_spec("cupy") is not None and torch.cuda.is_available()
+        _loaded[name] = name == "cupy" and find_spec("cupy") is not None and torch.version.cuda is not None
         for path in found[:1]:
             try:
                 torch.ops.load_library(path)
@@ -153,7 +161,8 @@ def set_backend(name: str | None) -> None:
     global _chosen
     if name is not None and name not in BACKENDS:
         raise OptionError(f"backend {name!r} is unknown; choose one of {', '.join(BACKENDS)}, or None")
-    if name not in (None, "torch") and not _load(str(name)):
+    there = name in (None, "torch") or (_load(str(name)) and (name != "cupy" or torch.cuda.is_available()))
+    if not there:
         how = {
             "cpp": "install vtc where a C++ compiler is (and VTC_NO_EXT is not set)",
             "cuda": "install vtc where nvcc is",
@@ -196,7 +205,7 @@ def compiled(x: Tensor, *, differentiable: bool = False) -> bool:
     return backend(x.device) != "torch"
 
 
-# Now rather than when first asked for: a graph that is being compiled cannot load a library. Neither touches a GPU.
+# Now rather than when first asked for: a graph that is being compiled cannot load or register any. None touches a GPU.
 _load("cpp")
 if torch.version.cuda is not None:
-    _load("cuda")
+    backend("cuda")

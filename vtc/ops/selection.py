@@ -122,7 +122,7 @@ def coverage_select(unit: Tensor, weight: Tensor, count: int | Tensor, mask: Ten
         unit = unit.masked_fill(~mask[..., None], 0.0)  # cosine 0: padding needs no cover
     taken, rows, weight = _taken(unit, mask), _rows(unit), weight.float()
     tokens = unit.shape[1]
-    panel = tokens if unit.is_cuda and _fits(unit) else min(tokens, _PANEL)
+    panel = tokens if unit.is_cuda and fits(unit) else min(tokens, _PANEL)
     bound, cover = torch.full_like(weight, float("inf")), torch.zeros_like(weight)
     order = [taken.new_zeros(len(taken), 0, dtype=torch.long)]
     for _ in range(most):
@@ -247,14 +247,15 @@ def _trim(order: Tensor, each: Tensor | None) -> Tensor:
     return order.masked_fill(torch.arange(order.shape[1], device=order.device) >= each[:, None], -1)
 
 
-def _fits(unit: Tensor) -> bool:
+def fits(unit: Tensor) -> bool:
+    """Whether all cosines of the batch may exist at once."""
     return unit.shape[0] * unit.shape[1] ** 2 <= definitions._TILE
 
 
 def _rows(unit: Tensor) -> Callable[[Tensor], Tensor]:
     """A function from tokens [B, P] to their cosines with all tokens [B, P, N]."""
     batch, tokens, _ = unit.shape
-    whole = _fits(unit)
+    whole = fits(unit)
     table = _cosine(unit, unit) if whole else unit
     width = table.shape[2]
     flat, offset = table.reshape(batch * tokens, width), torch.arange(batch, device=unit.device)[:, None] * tokens
