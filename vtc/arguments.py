@@ -163,10 +163,12 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
         "elpv      accuracy of a linear probe and of nearest neighbours on real images of solar cells\n"
         "photos    how near the features of real photographs stay to the dense ones\n"
         "spectral  how much the token graph's spectrum changes, layer by layer\n"
-        "positions where things are, asked of merged tokens: PPE against the anchor's position",
-        "vtc eval elpv --images 200 --out results",
+        "positions where things are, asked of merged tokens: PPE against the anchor's position\n"
+        "scenes    whether a multimodal LLM still answers right: questions about drawn scenes",
+        "vtc eval elpv --images 200 --out results\n"
+        "         vtc eval scenes --model tiny_qwen --methods all --keep 0.5 0.25 0.1 --out out/scenes",
     ).add_argument
-    add("task", choices=("elpv", "photos", "spectral", "positions"), help="what to measure")
+    add("task", choices=("elpv", "photos", "spectral", "positions", "scenes"), help="what to measure")
     add("--images", type=count, metavar="N", help="how many images (default: all, or what is enough)")
     add(
         "--levels",
@@ -176,5 +178,20 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
         help="fractions of the multiply-adds (positions: of the tokens) that remain",
     )
     add("--dtype", choices=("float32", "bfloat16"), help="of the model (default: float32)")
-    add("--out", metavar="FOLDER", help="write CSV, table and figure there (default: only print)")
+    add(
+        "--out",
+        "--output",
+        metavar="FOLDER",
+        help="write CSV, table and figure there (scenes: out/scenes, and goes on)",
+    )
+    add("--model", metavar="NAME", help="scenes: tiny_qwen (default), tiny_llava, or the folder or id of a model")
+    add("--methods", nargs="+", metavar="NAME", help="scenes: methods, or all (default); random and downsample always")
+    add(
+        "--keep", type=fraction, nargs="+", metavar="Q", help="scenes: fractions that stay (default: 0.5 0.25 0.1 0.05)"
+    )
+    add("--limit", type=count, metavar="N", help="scenes: how many for every seed (default: 40)")
+    add("--seeds", type=count, metavar="N", help="scenes: how many sets of scenes (default: 5)")
+    add("--balances", type=fraction, nargs="+", metavar="B", help="scenes: IDPruner at these balances too")
+    add("--frames", type=count, metavar="N", help="scenes: clips of 2 or 8 frames instead of pictures")
+    add("--split", choices=("validation", "test"), help="scenes: to choose by, or to report (default)")
     return top

@@ -294,12 +294,20 @@ def _eval(args: argparse.Namespace) -> int:
         from vtc.errors import OptionError
 
         raise OptionError(f"--dtype {args.dtype}: {args.task} is always computed in float32 or better; leave it out")
-    given = ("images", "out", "levels", "dtype")
-    options = {key: getattr(args, key) for key in given if getattr(args, key) is not None}
-    task = import_module(f"vtc.eval.{args.task}")
+    general, asked = (
+        ("images", "levels", "dtype"),
+        ("model", "methods", "keep", "limit", "seeds", "balances", "frames", "split"),
+    )
+    if args.task == "scenes":
+        _not_here(args, *(f"--{name}" for name in general), what="the other measurements")
+        args.methods = _names(args.methods, "all")
+    else:
+        _not_here(args, *(f"--{name}" for name in asked), what="vtc eval scenes")
+    options = {key: value for key in ("out", *general, *asked) if (value := getattr(args, key)) is not None}
+    task = import_module("vtc.eval.answers" if args.task == "scenes" else f"vtc.eval.{args.task}")
     found = task.run(progress=not args.json and sys.stderr.isatty(), **options)
     if not args.json:
-        sys.stdout.write(f"{found}\n" + (f"\nWritten to {args.out}\n" if args.out else ""))
+        sys.stdout.write(f"{found}\n" + (f"\nWritten to {options['out']}\n" if "out" in options else ""))
     return _json(args, {"task": args.task, **found.to_dict()})
 
 

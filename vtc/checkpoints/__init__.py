@@ -1,4 +1,4 @@
-"""Small real models that run with no network: the weights come out of packages that are already installed."""
+"""Small real models that run with no network: their weights lie here, or in packages that are already installed."""
 
 from vtc.checkpoints.dinov2 import (
     CheckpointError,
@@ -8,6 +8,7 @@ from vtc.checkpoints.dinov2 import (
     dinov2_saliency,
     dinov2_small,
 )
+from vtc.checkpoints.tiny import tiny_llava, tiny_qwen
 
 __all__ = [
     "CheckpointError",
@@ -16,4 +17,6 @@ __all__ = [
     "SaliencyModel",
     "dinov2_saliency",
     "dinov2_small",
+    "tiny_llava",
+    "tiny_qwen",
 ]

@@ -1,0 +1,506 @@
+"""Train the two small multimodal LLMs of `vtc.checkpoints` on `vtc.eval.scenes`, from nothing; the LLaVA's tower is the
+real DINOv2-S and stays as it is.
+
+    python tools/train_tiny.py qwen --out out/tiny_qwen            # resumes what it finds there
+    python tools/train_tiny.py llava --out out/tiny_llava --cache out/dinov2
+
+A sequence holds one picture and several questions, each of which sees the picture and itself alone: a block mask, and
+positions that go on behind the picture for each of them. In the beginning a second loss asks the image tokens what they
+show, which is learned in minutes and without which nothing else is learned for hours. Scenes get harder along the way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm.auto import tqdm
+
+from vtc.eval import scenes
+
+SPECIAL = ("<pad>", "<eos>", "<unk>", "<user>", "<bot>")
+MARKS = {  # of pictures and clips, with the names that Transformers' processors know
+    "qwen": ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+    "llava": ("<vision>", "</vision>", "<image>", "<video>"),
+}
+WORDS = (
+    "what which where when how many is are there the thing things digit digits colour shape "
+    "left right top bottom middle of above yes no ? ."
+)
+TEMPLATE = (
+    "{% for m in messages %}{{ '<bot> ' if m['role'] == 'assistant' else '<user> ' }}"
+    "{% if m['content'] is string %}{{ m['content'] }} {% else %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}IMAGE {% elif c['type'] == 'video' %}VIDEO {% else %}{{ c['text'] }} {% endif %}"
+    "{% endfor %}{% endif %}{{ '<eos> ' if m['role'] == 'assistant' else '' }}{% endfor %}"
+    "{{ '<bot> ' if add_generation_prompt else '' }}"
+)
+GRID = 16  # image tokens across and down
+THINGS = (*scenes.SHAPES, *scenes.DIGITS)
+THIRDS = (["top", "middle", "bottom"], ["left", "middle", "right"])
+TEXT = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 6, "num_attention_heads": 4}
+TEXT |= {"num_key_value_heads": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
+TEXT |= {"initializer_range": 0.05}
+
+
+# -- the models -----------------------------------------------------------------------------------------------------
+
+
+def vocabulary(name: str) -> dict[str, int]:
+    """The number of every word."""
+    known = (
+        *SPECIAL,
+        *MARKS[name],
+        *WORDS.split(),
+        *scenes.COLOURS,
+        *scenes.SHAPES,
+        *scenes.PLURAL.values(),
+        *scenes.DIGITS,
+        *scenes.TIMES,
+    )
+    return {word: i for i, word in enumerate(dict.fromkeys(known))}
+
+
+def tokenizer(name: str) -> Any:
+    """One token per word, without regard to case."""
+    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inside = Tokenizer(models.WordLevel(vocabulary(name), unk_token="<unk>"))
+    inside.normalizer = normalizers.Lowercase()
+    inside.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    inside.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*SPECIAL, *MARKS[name])])
+    named = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inside, padding_side="left", **named)
+
+
+def text_config() -> dict[str, Any]:
+    ids = vocabulary("qwen")
+    return {**TEXT, "vocab_size": 128, "pad_token_id": ids["<pad>"], "eos_token_id": ids["<eos>"], "bos_token_id": None}
+
+
+def qwen() -> tuple[nn.Module, Any]:
+    """Patches of 8 pixels: a scene is 32 x 32 of them and 16 x 16 tokens. Sections of 8 pairs: PPE takes K = 8."""
+    import transformers
+
+    start, end, image, clip = MARKS["qwen"]
+    ids = vocabulary("qwen")
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 8, 8]}
+    vision = {"depth": 4, "hidden_size": 96, "num_heads": 3, "intermediate_size": 256, "out_hidden_size": 192}
+    vision |= {"patch_size": 8, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 64}
+    vision |= {"fullatt_block_indexes": [2], "tokens_per_second": 2}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={**text_config(), "rope_parameters": rope},
+        vision_config=vision,
+        vision_start_token_id=ids[start],
+        vision_end_token_id=ids[end],
+        image_token_id=ids[image],
+        video_token_id=ids[clip],
+        tie_word_embeddings=True,
+    )
+    side = scenes.SIDE
+    size = {"shortest_edge": side * side // 4, "longest_edge": 4 * side * side}
+    parts = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
+    pictures = transformers.Qwen2VLImageProcessor(**parts, size=size)
+    video = transformers.Qwen2VLVideoProcessor(**parts, size=size)
+    words = tokenizer("qwen")
+    template = TEMPLATE.replace("IMAGE", f"{start} {image} {end}").replace("VIDEO", f"{start} {clip} {end}")
+    return transformers.Qwen2_5_VLForConditionalGeneration(config), transformers.Qwen2_5_VLProcessor(
+        pictures, words, video, chat_template=template
+    )
+
+
+def llava() -> tuple[nn.Module, Any]:
+    """The real DINOv2-S at 224 pixels, 16 x 16 tokens of 14; a projector of two layers; a Llama."""
+    import transformers
+
+    from vtc.checkpoints import dinov2_small
+
+    ids = vocabulary("llava")
+    tower = dinov2_small()
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**text_config(), head_dim=48, rope_theta=1e4),
+        vision_config=tower.config,
+        image_token_index=ids["<image>"],
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        image_seq_length=GRID * GRID,
+        tie_word_embeddings=True,
+    )
+    model = transformers.LlavaForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.model.vision_tower.requires_grad_(False)
+    pictures = transformers.BitImageProcessor(
+        size={"height": 224, "width": 224},
+        do_center_crop=False,
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    )
+    return model, transformers.LlavaProcessor(
+        pictures,
+        tokenizer("llava"),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        chat_template=TEMPLATE.replace("IMAGE", "<image>"),
+    )
+
+
+# -- sequences ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Text:
+    """The words of a batch behind the pictures: [B, L] each. `block`: which question a word is of, from 1; 0 = none."""
+
+    ids: Tensor
+    block: Tensor
+    offset: Tensor  # from the question's first word
+    target: Tensor  # the next word where it is of the answer, else -100
+    kinds: list[list[str]]
+
+    @classmethod
+    def of(cls, batch: list[list[scenes.Question]], words: Any) -> Text:
+        rows = []
+        for questions in batch:
+            row: list[tuple[int, int, int, int]] = []
+            for number, q in enumerate(questions, 1):
+                ask, answer = (
+                    words(t, add_special_tokens=False).input_ids for t in (f"{q.text} <bot>", f"{q.answer} <eos>")
+                )
+                following = [-100] * (len(ask) - 1) + answer
+                row += [(i, number, at, t) for at, (i, t) in enumerate(zip(ask + answer[:-1], following, strict=True))]
+            rows.append(torch.tensor(row, dtype=torch.long).view(-1, 4))
+        full = nn.utils.rnn.pad_sequence([r + torch.tensor([0, 0, 0, 100]) for r in rows], True, 0)
+        kinds = [[q.kind for q in questions] for questions in batch]
+        return cls(full[..., 0], full[..., 1], full[..., 2], full[..., 3] - 100, kinds)
+
+
+def visible(prefix: int, block: Tensor) -> Tensor:
+    """[B, 1, P + L, P + L]: a word sees the picture and what its own question says before it; padding itself."""
+    block = functional.pad(block, (prefix, 0), value=-1)
+    total = block.shape[1]
+    causal = torch.ones(total, total, dtype=torch.bool).tril()
+    seen = (block[:, None, :] == -1) | (block[:, None, :] == block[:, :, None]) & (block[:, None, :] > 0)
+    return (seen & causal | torch.eye(total, dtype=torch.bool))[:, None]
+
+
+class Learner(nn.Module):
+    """A model and what only its training needs."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.model, self.processor = {"qwen": qwen, "llava": llava}[name]()
+        ids = self.processor.tokenizer.convert_tokens_to_ids
+        self.says = [ids([".", *THINGS]), ids([".", *scenes.COLOURS]), ids(THIRDS[0]), ids(THIRDS[1])]
+        self.sharp = nn.Parameter(torch.tensor(10.0))
+        start, end, image, _ = MARKS[name]
+        many = " ".join([image] * GRID * GRID)
+        text = f"<user> {start} {many} {end}" if name == "qwen" else f"<user> {many}"
+        self.prefix = torch.tensor(self.processor.tokenizer(text).input_ids)
+        self.image = self.prefix == self.processor.tokenizer.convert_tokens_to_ids(image)
+        if name == "qwen":
+            ids, kinds = self.prefix[None], self.image[None].int()
+            self.places = self.model.model.get_rope_index(ids, kinds, torch.tensor([[1, 2 * GRID, 2 * GRID]]))[0]
+        else:
+            self.places = torch.arange(len(self.prefix))[None]
+        self.name = name
+
+    def see(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, patches, values], or features of DINOv2 [B, tokens, 384] -> image tokens [B, tokens, width]."""
+        if self.name == "llava":
+            return self.model.model.multi_modal_projector(pixels)
+        grid = torch.tensor([[1, 2 * GRID, 2 * GRID]]).expand(len(pixels), -1)
+        out = self.model.model.visual(pixels.flatten(0, 1), grid_thw=grid).pooler_output
+        return out.view(len(pixels), GRID * GRID, -1)
+
+    def shown(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """How far the image tokens are from saying what they show in the language of the words: by cosine to these.
+        labels [B, tokens, 4]: thing, colour (0 = none), third from above, third from the left."""
+        words = functional.normalize(self.model.get_input_embeddings().weight, dim=-1)
+        near = self.sharp * functional.normalize(tokens, dim=-1) @ words.T
+        there, total = (labels[..., 0] > 0).flatten(), tokens.new_zeros(())
+        for i, ids in enumerate(self.says):
+            each = functional.cross_entropy(near[..., ids].flatten(0, 1), labels[..., i].flatten(), reduction="none")
+            total = total + each[there].mean() + 0.5 * each[~there].mean()
+        return total
+
+    def answers(self, tokens: Tensor, text: Text) -> tuple[Tensor, Tensor]:
+        """Logits of the words that have a target, and these: [words, vocabulary], [words]."""
+        embed = self.model.get_input_embeddings()
+        prefix = embed(self.prefix)[None].repeat(len(tokens), 1, 1).to(tokens.dtype)
+        prefix[:, self.image] = tokens
+        start = int(self.places.max()) + 1
+        places = torch.cat(
+            [
+                self.places.expand(-1, len(tokens), -1) if self.name == "qwen" else self.places.expand(len(tokens), -1),
+                (start + text.offset).expand(*([3] if self.name == "qwen" else []), -1, -1),
+            ],
+            -1,
+        )
+        mask = visible(len(self.prefix), text.block)
+        out = self.model.model.language_model(
+            inputs_embeds=torch.cat([prefix, embed(text.ids).to(tokens.dtype)], 1),
+            attention_mask={"full_attention": mask} if self.name == "qwen" else mask,
+            position_ids=places,
+            use_cache=False,
+        ).last_hidden_state[:, len(self.prefix) :]
+        asked = text.target >= 0
+        return self.model.lm_head(out[asked]).float(), text.target[asked]
+
+
+# -- data -----------------------------------------------------------------------------------------------------------
+
+
+EASY, FAIR = 6_000, 16_000  # pictures, after which scenes get harder
+
+
+def stage(done: int) -> scenes.Level:
+    """What a scene holds, by how many were learned from."""
+    if done < EASY:
+        kinds = ("colour", "shape", "position", "digit")
+        return scenes.Level((1, 2), 1, (0.15, 0.25), ("plain",), kinds)
+    if done < FAIR:
+        return scenes.Level((1, 4), 2, (0.12, 0.25), ("plain", "texture"), scenes.KINDS[:-1])
+    return scenes.Level()
+
+
+def choose(scene: scenes.Scene, most: int) -> list[scenes.Question]:
+    """Up to `most` questions, of all kinds in turn: those that are rare are not left out."""
+    by: dict[str, list[scenes.Question]] = {}
+    for q in scene.questions:
+        by.setdefault(q.kind, []).append(q)
+    queue, out = list(by.values()), []
+    while queue and len(out) < most:
+        out += [group.pop() for group in queue][: most - len(out)]
+        queue = [group for group in queue if group]
+    return out
+
+
+def labels(scene: scenes.Scene) -> Tensor:
+    """What every image token shows: [GRID * GRID, 4] thing, colour (0 = none), third from above, from the left."""
+    row, column = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
+    thing, colour = torch.zeros(GRID, GRID, dtype=torch.long), torch.zeros(GRID, GRID, dtype=torch.long)
+    nearest = torch.full((GRID, GRID), math.inf)
+    for t in scene.things:
+        away = torch.maximum((column + 0.5 - GRID * t.x).abs(), (row + 0.5 - GRID * t.y).abs())
+        mine = (away < GRID * t.side / 2 + 0.1) & (away < nearest)
+        nearest = torch.where(mine, away, nearest)
+        thing[mine] = 1 + THINGS.index(t.name)
+        colour[mine] = 1 + list(scenes.COLOURS).index(t.colour)
+    thirds = ((at + 0.5) * 3 / GRID for at in (row, column))
+    return torch.stack([thing, colour, *(third.long() for third in thirds)], -1).flatten(0, 1)
+
+
+class Pictures(IterableDataset):
+    """Batches of (pixels, labels, text): scene after scene of the training split from number `start` on."""
+
+    def __init__(self, learner: Learner, start: int, total: int, batch: int, questions: int) -> None:
+        self.processor, self.name = learner.processor, learner.name
+        self.start, self.total, self.batch, self.questions = start, total, batch, questions
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Text]]:
+        worker = get_worker_info()
+        torch.set_num_threads(1)
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for at in range(self.start + first * self.batch, self.total, step * self.batch):
+            level = stage(at)
+            yield self.make([scenes.scene("train", n, level) for n in range(at, at + self.batch)])
+
+    def make(self, batch: list[scenes.Scene]) -> tuple[Tensor, Tensor, Text]:
+        values = self.processor.image_processor([s.image for s in batch], return_tensors="pt")["pixel_values"]
+        values = values.view(len(batch), -1, values.shape[-1]) if self.name == "qwen" else values
+        text = Text.of([choose(s, self.questions) for s in batch], self.processor.tokenizer)
+        return values, torch.stack([labels(s) for s in batch]), text
+
+
+class Features:
+    """As `Pictures`, but a fixed number of scenes over and over, seen by DINOv2 once: 200 KB each, kept in a file."""
+
+    def __init__(self, learner: Learner, folder: Path, count: int, pictures: Pictures) -> None:
+        self.pictures, self.count = pictures, count
+        folder.mkdir(parents=True, exist_ok=True)
+        path, note = folder / f"features-{count}.f16", folder / f"features-{count}.txt"
+        done = int(note.read_text()) if path.exists() and note.exists() else 0
+        self.values = np.memmap(path, np.float16, "r+" if done else "w+", shape=(count, GRID * GRID, 384))
+        tower, size = learner.model.model.vision_tower, 16
+        for at in tqdm(range(done, count, size), "DINOv2", initial=done // size, total=-(-count // size)):
+            drawn = [self.scene(n).image for n in range(at, min(at + size, count))]
+            with torch.inference_mode():
+                seen = tower(learner.processor.image_processor(drawn, return_tensors="pt")["pixel_values"])
+            self.values[at : at + size] = seen.last_hidden_state[:, 1:].half().numpy()
+            if at // size % 50 == 49:
+                self.values.flush()
+                note.write_text(str(at + size))
+        note.write_text(str(count))
+
+    def scene(self, number: int) -> scenes.Scene:
+        return scenes.scene("train", number, stage(number * 10 * EASY // self.count))  # a tenth of them easy
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Text]]:
+        p = self.pictures
+        for at in range(p.start, p.total, p.batch):
+            low, high = (0.0, 0.1) if at < EASY else (0.0, 0.25) if at < FAIR else (0.1, 1.0)
+            chosen = np.random.default_rng(at).integers(int(low * self.count), int(high * self.count), p.batch)
+            batch = [self.scene(int(n)) for n in chosen]
+            text = Text.of([choose(s, p.questions) for s in batch], p.processor.tokenizer)
+            yield torch.from_numpy(self.values[chosen]).float(), torch.stack([labels(s) for s in batch]), text
+
+
+# -- the run --------------------------------------------------------------------------------------------------------
+
+
+def check(learner: Learner, count: int, batch: int = 16, level: scenes.Level | None = None) -> dict[str, float]:
+    """Accuracy on the validation split, by question kind; an answer is right if all its words are, each after the
+    right ones before it."""
+    right: dict[str, list[bool]] = {}
+    make = Pictures(learner, 0, 0, batch, 12).make
+    learner.eval()
+    with torch.inference_mode():
+        for at in range(0, count, batch):
+            found = list(scenes.scenes("validation", batch, level, at))
+            values, _, text = make(found)
+            if learner.name == "llava":
+                values = learner.model.model.vision_tower(values).last_hidden_state[:, 1:]
+            logits, target = learner.answers(learner.see(values), text)
+            asked = text.target >= 0
+            owner = (torch.arange(len(found))[:, None] * 100 + text.block)[asked]
+            for number in owner.unique().tolist():
+                words = owner == number
+                kind = text.kinds[number // 100][number % 100 - 1]
+                right.setdefault(kind, []).append(bool((logits[words].argmax(-1) == target[words]).all()))
+    learner.train()
+    found_all = [x for xs in right.values() for x in xs]
+    return {kind: float(np.mean(right[kind])) for kind in scenes.KINDS if kind in right} | {
+        "all": float(np.mean(found_all))
+    }
+
+
+def save(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer, run: dict[str, Any], done: int) -> None:
+    """All that is needed to go on, in one file without pickle."""
+    from safetensors.torch import save_file
+
+    names = [n for n, p in learner.named_parameters() if p.requires_grad]
+    state = {f"weight/{n}": p for n, p in learner.named_parameters() if p.requires_grad}
+    for i, entry in optimizer.state_dict()["state"].items():  # none yet of what has not learned
+        state |= {f"{key}/{names[i]}": value for key, value in entry.items()}
+    partial = folder / "state.partial"
+    save_file(
+        {k: v.detach().contiguous() for k, v in state.items()}, partial, {"run": json.dumps(run), "done": str(done)}
+    )
+    os.replace(partial, folder / "state.safetensors")
+
+
+def resume(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer, run: dict[str, Any]) -> int:
+    """How many pictures were done. Another run's state is refused."""
+    from safetensors import safe_open
+
+    path = folder / "state.safetensors"
+    if not path.exists():
+        return 0
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+        if json.loads(about["run"]) != run:
+            raise SystemExit(f"{path} is of another run: {about['run']}, not {json.dumps(run)}; choose another --out")
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    named = {n: p for n, p in learner.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, p in named.items():
+            p.copy_(state[f"weight/{name}"])
+    moments = {
+        i: {key: state[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        for i, name in enumerate(named)
+        if f"step/{name}" in state
+    }
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    return int(about["done"])
+
+
+def export(folder: Path, learner: Learner) -> None:
+    """The model and its processor as Transformers reads them, in bfloat16, without DINOv2."""
+    from safetensors.torch import save_file
+
+    learner.processor.save_pretrained(folder)
+    learner.model.config.save_pretrained(folder)
+    learner.model.generation_config.save_pretrained(folder)
+    state = {k: v.bfloat16().contiguous() for k, v in learner.model.state_dict().items() if "vision_tower" not in k}
+    state.pop("lm_head.weight")  # the embedding's
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".jinja", ".safetensors")]
+    sums = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.stem not in ("state", "SHA256")}
+    (folder / "SHA256.json").write_text(json.dumps(sums, indent=1))
+
+
+def main() -> None:
+    parse = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parse.add_argument("model", choices=("qwen", "llava"))
+    parse.add_argument("--out", type=Path, required=True, help="folder; a run that stopped there goes on")
+    parse.add_argument("--pictures", type=int, default=200_000, help="how many to learn from, in all")
+    parse.add_argument("--features", type=int, default=20_000, help="llava: how many different ones")
+    parse.add_argument("--cache", type=Path, default=Path("out/dinov2"), help="llava: where their features are kept")
+    parse.add_argument("--batch", type=int, default=16)
+    parse.add_argument("--questions", type=int, default=8, help="per picture, at most")
+    parse.add_argument("--rate", type=float, default=1e-3)
+    parse.add_argument("--see", type=int, default=5_000, help="qwen: pictures from which only the tower learns")
+    parse.add_argument("--seed", type=int, default=0)
+    parse.add_argument("--threads", type=int, help="of torch")
+    args = parse.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    learner = Learner(args.model).train()
+    run = {k: v for k, v in vars(args).items() if k in ("model", "batch", "questions", "rate", "see", "seed")}
+    trained = [p for p in learner.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, args.rate, (0.9, 0.98), weight_decay=0.05)
+    args.out.mkdir(parents=True, exist_ok=True)
+    done = resume(args.out, learner, optimizer, run)
+    pictures = Pictures(learner, done, args.pictures, args.batch, args.questions)
+    if args.model == "llava":
+        data: Any = Features(learner, args.cache, args.features, pictures)
+    else:
+        data = DataLoader(pictures, batch_size=None, num_workers=1, prefetch_factor=4)
+    bar, noted = tqdm(total=args.pictures, initial=done, unit="picture"), time.time()
+    for values, shown, text in data:
+        alone = args.model == "qwen" and done < args.see
+        for group in optimizer.param_groups:
+            left = (args.pictures - done) / (0.2 * args.pictures)  # the rate falls over the last fifth
+            group["lr"] = args.rate * min(1.0, (done + args.batch) / (200 * args.batch), max(0.02, left))
+        tokens = learner.see(values)
+        loss = (1.0 if alone else 0.2 if done < 40_000 else 0.05) * learner.shown(tokens, shown)
+        if not alone:
+            logits, target = learner.answers(tokens, text)
+            loss = loss + functional.cross_entropy(logits, target)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        done += args.batch
+        bar.update(args.batch)
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        if time.time() - noted > 240 or done >= args.pictures:
+            noted = time.time()
+            save(args.out, learner, optimizer, run, done)
+            found = check(learner, 64, level=stage(done))
+            with (args.out / "log.jsonl").open("a") as log:
+                log.write(
+                    json.dumps({"pictures": done, "loss": loss.item(), **{k: round(v, 3) for k, v in found.items()}})
+                    + "\n"
+                )
+    export(args.out, learner)
+
+
+if __name__ == "__main__":
+    main()

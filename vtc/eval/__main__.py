@@ -1,0 +1,8 @@
+"""`accelerate launch -m vtc.eval scenes ...`: as `vtc eval`, on several processes."""
+
+import sys
+
+from vtc.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["eval", *sys.argv[1:]]))

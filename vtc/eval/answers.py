@@ -1,0 +1,369 @@
+"""`vtc eval scenes`: does a multimodal LLM still answer right with fewer visual tokens?
+
+Every question about `vtc.eval.scenes` is asked of the dense model and of every method at every budget, over several
+seeds, each with its own pictures of the test split. Accuracy is the share of right answers, loyalty that of answers
+that are the dense model's. Work is split into cells (method, budget, seed); those that are done lie in the output
+folder, so that a run that was stopped goes on, and several processes of `accelerate launch` share them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import vtc
+from vtc.errors import OptionError
+from vtc.eval import common, scenes
+from vtc.eval.common import Results
+from vtc.methods import METHODS, Method, make
+
+KEEP = (0.5, 0.25, 0.1, 0.05)
+ALWAYS = ("random", "downsample")  # what every method has to beat
+# Student's t, two-sided 95 %, by degrees of freedom
+_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question with its pictures (one, or the frames of a clip)."""
+
+    kind: str
+    text: str
+    answer: str
+    frames: tuple[Any, ...]
+    video: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one process does at a time. `label`: the method as tables name it, with options that differ."""
+
+    label: str
+    name: str
+    keep: float
+    seed: int
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def key(self) -> str:
+        return f"{self.label}|{self.keep:g}|{self.seed}"
+
+    def make(self) -> Method:
+        options = dict(self.options)
+        if "seed" in METHODS[self.name].__dataclass_fields__:
+            options["seed"] = self.seed
+        return make(self.name, keep=self.keep, **options)
+
+
+def questions(seed: int, limit: int, frames: int = 1, split: str = "test") -> list[Asked]:
+    """What seed `seed` asks: of `limit` scenes one question of every kind that they have; or of as many clips."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for number in range(seed * limit, (seed + 1) * limit):
+        if frames > 1:
+            clip = scenes.clip(split, number, frames)
+            out += [Asked(q.kind, q.text, q.answer, clip.frames, True) for q in clip.questions]
+            continue
+        scene = scenes.scene(split, number)
+        image = scene.image
+        for kind in scenes.KINDS:
+            some = [q for q in scene.questions if q.kind == kind]
+            if some:
+                q = some[int(rng.integers(len(some)))]
+                out.append(Asked(q.kind, q.text, q.answer, (image,)))
+    return out
+
+
+def replies(model: nn.Module, processor: Any, asked: Sequence[Asked], batch: int, tick: Any = None) -> Iterator[str]:
+    """The model's answers, greedy, in batches. `tick` is called with the number of questions answered."""
+    weights = next(model.parameters())
+    for start in range(0, len(asked), batch):
+        some = asked[start : start + batch]
+        inputs = prompts(processor, some).to(weights.device, weights.dtype)
+        with torch.inference_mode():
+            ids = model.generate(
+                **inputs,  # type: ignore[operator]
+                do_sample=False,
+                max_new_tokens=6,
+            )
+        for text in processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True):
+            yield text.strip().strip(".").lower()
+        if tick is not None:
+            tick(len(some))
+
+
+def prompts(processor: Any, asked: Sequence[Asked]) -> Any:
+    """The inputs of a batch, padded on the left."""
+    texts = []
+    for q in asked:
+        content = [{"type": "video" if q.video else "image"}, {"type": "text", "text": q.text}]
+        turn = [{"role": "user", "content": content}]
+        texts.append(processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+    if asked[0].video:
+        clips = [np.stack([np.asarray(frame) for frame in q.frames]) for q in asked]
+        seen: dict[str, Any] = {"videos": clips, "do_sample_frames": False}
+    else:
+        seen = {"images": [list(q.frames) for q in asked]}
+    return processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **seen)
+
+
+# -- the run --------------------------------------------------------------------------------------------------------
+
+
+def run(
+    model: str = "tiny_qwen",
+    methods: Sequence[str] = ("all",),
+    keep: Sequence[float] = KEEP,
+    limit: int = 40,
+    seeds: int = 5,
+    out: str | Path = "out/scenes",
+    balances: Sequence[float] = (),
+    frames: int = 1,
+    batch: int = 16,
+    split: str = "test",
+    progress: bool = False,
+) -> Results:
+    """Ask, score, and write scenes.csv, .md and .png into `out`.
+
+    Args:
+        model: tiny_qwen, tiny_llava, or the folder or id of any multimodal LLM.
+        methods: names, or "all" that the model takes; random and downsample are always among them.
+        keep: fractions of the image tokens that stay; dense, 1, is always there.
+        limit: scenes per seed. seeds: how many sets of scenes, each also the seed of methods that draw.
+        out: folder of the results, and of what is done of them: the same call goes on where it was stopped.
+        balances: IDPruner at these balances too (importance against diversity).
+        frames: 1 = pictures; 2 or 8 = clips, with the question when something is there.
+        split: "validation" to choose by, "test" to report.
+
+    Raises:
+        OptionError: an option out of range; a folder that holds another run.
+    """
+    keep = sorted({k for k in common.check_levels(keep) if k < 1}, reverse=True)
+    for name, number in (("limit", limit), ("seeds", seeds), ("batch", batch)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise OptionError(f"{name}={number!r}: it takes a whole number >= 1")
+    lead, rank, world = _processes()
+    network, processor = load(model)
+    chosen = _chosen(network, methods, balances)
+    setting = {"model": model, "keep": keep, "limit": limit, "seeds": seeds, "frames": frames, "split": split}
+    setting |= {"weights": _fingerprint(network)}
+    if lead:
+        _folder(Path(out), setting)
+    _wait(world)
+    folder = _folder(Path(out), setting)
+    cells = [Cell("dense", "random", 1.0, s) for s in range(seeds)]
+    cells += [Cell(label, name, k, s, o) for s in range(seeds) for k in keep for label, name, o in chosen]
+    done = _done(folder)
+    mine = [c for i, c in enumerate(cells) if i % world == rank and c.key not in done]
+    cache: dict[int, list[Asked]] = {}
+    with common.bar(sum(1 for _ in mine), "cells", progress and lead) as bar:
+        for cell in mine:
+            asked = cache.get(cell.seed) or questions(cell.seed, limit, frames, split)
+            cache = {cell.seed: asked}
+            found = _ask(network, processor, cell, asked, batch)
+            path = folder / f"cells-{rank}.jsonl"
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": cell.key, **found}) + "\n")
+            bar.update()
+    _wait(world)
+    results = _results(cells, _done(folder), setting, {s: questions(s, limit, frames, split) for s in range(seeds)})
+    if lead:
+        results.write(folder)
+    return results
+
+
+def load(name: str) -> tuple[nn.Module, Any]:
+    """A model and its processor: a tiny one of `vtc.checkpoints`, or a folder or id of Transformers."""
+    from vtc import checkpoints
+    from vtc.checkpoints.tiny import TINY
+
+    if name in TINY:
+        return getattr(checkpoints, name)()
+    from vtc.chat import load as find
+
+    processor, model = find(name, make("random", keep=0.5))
+    processor.tokenizer.padding_side = "left"
+    return model(), processor
+
+
+def _chosen(model: nn.Module, names: Sequence[str], balances: Sequence[float]) -> list[tuple[str, str, tuple]]:
+    """(label, name, options) of every method to ask, the baselines first."""
+    wanted = list(METHODS) if "all" in names else list(names)
+    out = []
+    for name in dict.fromkeys([*ALWAYS, *wanted]):
+        plan = vtc.explain(model, make(name, keep=0.5))
+        if not plan.ok and name in names:
+            raise OptionError(f"{name} cannot reduce this model: {plan}")
+        if plan.ok:
+            out.append((name, name, ()))
+    return out + [(f"idpruner {b:g}", "idpruner", (("balance", float(b)),)) for b in balances]
+
+
+def _ask(model: nn.Module, processor: Any, cell: Cell, asked: Sequence[Asked], batch: int) -> dict[str, Any]:
+    start = time.perf_counter()
+    if cell.label == "dense":
+        said, before, after = list(replies(model, processor, asked, batch)), [], []
+    else:
+        with vtc.compress(model, cell.make()) as handle:
+            said, before, after = [], [], []
+            for first in range(0, len(asked), batch):
+                said += replies(model, processor, asked[first : first + batch], batch)
+                before += [float(n) for n in handle.report.before]
+                after += [float(n) for n in handle.report.after]
+    seconds = time.perf_counter() - start
+    counts = {"before": mean(before), "tokens": mean(after)} if after else {}
+    return {"said": said, "seconds": seconds, **counts}
+
+
+# -- what is done ---------------------------------------------------------------------------------------------------
+
+
+def _processes() -> tuple[bool, int, int]:
+    """Whether this process writes the results, its number, and how many there are."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True, 0, 1
+    with common.needs("accelerate"):
+        from accelerate import PartialState
+    state = PartialState(cpu=not torch.cuda.is_available())
+    return state.is_main_process, state.process_index, state.num_processes
+
+
+def _wait(world: int) -> None:
+    if world > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Of the weights, so that results of two models are never mixed."""
+    total = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
+    return f"{total:.6e}"
+
+
+def _folder(folder: Path, setting: dict[str, Any]) -> Path:
+    """The folder, if what it holds was made with the same setting; nothing of another run is touched."""
+    path, text = folder / "run.json", json.dumps(setting, indent=1)
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            before = {}
+        differ = [k for k in setting if before.get(k) != setting[k]]
+        if differ:
+            what = ", ".join(f"{k}={before.get(k)!r}, not {setting[k]!r}" for k in differ)
+            raise OptionError(f"{folder} holds the results of another run ({what}): choose another --out, or remove it")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return folder
+
+
+def _done(folder: Path) -> dict[str, dict[str, Any]]:
+    """The cells that are done. A last line that was cut off by a kill does not count."""
+    out = {}
+    for path in sorted(folder.glob("cells-*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                found = json.loads(line)
+            except ValueError:
+                continue
+            out[found["key"]] = found
+    return out
+
+
+# -- scores ---------------------------------------------------------------------------------------------------------
+
+
+def _results(
+    cells: Sequence[Cell], done: dict[str, dict[str, Any]], setting: dict[str, Any], asked: dict[int, list[Asked]]
+) -> Results:
+    rows = []
+    for cell in cells:
+        found, dense, those = done[cell.key], done[f"dense|1|{cell.seed}"]["said"], asked[cell.seed]
+        whole = next(f["before"] for c in cells if c.seed == cell.seed and "before" in (f := done[c.key]))
+        for kind in [*dict.fromkeys(q.kind for q in those), "all"]:
+            at = [i for i, q in enumerate(those) if kind in (q.kind, "all")]
+            row = {"method": cell.label, "keep": cell.keep, "tokens": found.get("tokens", whole), "kind": kind}
+            row |= {"seed": cell.seed, "n": len(at)}
+            row |= {"accuracy": mean(float(found["said"][i] == those[i].answer) for i in at)}
+            row |= {"loyalty": mean(float(found["said"][i] == dense[i]) for i in at)}
+            rows.append(row | {"seconds": found["seconds"] * len(at) / len(those)})
+    about = (
+        f"Accuracy of {setting['model']} on {setting['seeds']} x {setting['limit']} "
+        f"{'clips' if setting['frames'] > 1 else 'scenes'} of the {setting['split']} split, mean of the seeds with its "
+        f"95 % interval (Student's t); loyalty: answers that are the dense model's. {common.environment()}."
+    )
+    return Scored("scenes", rows, {}, about, notes={"draw": draw})
+
+
+class Scored(Results):
+    """One row per method, budget, kind and seed; the table has one per method and budget."""
+
+    def table(self, rows: Any = None) -> str:
+        summary = summarise(self.rows if rows is None else list(rows))
+        kinds = [k for k in dict.fromkeys(r["kind"] for r in self.rows) if k != "all"]
+        head = ["method", "keep", "accuracy", *kinds, "loyalty", "seconds"]
+        lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+        for (method, keep), found in summary.items():
+            middle, half = found["all"]["accuracy"]
+            each = [f"{found[k]['accuracy'][0]:.2f}" if k in found else "" for k in kinds]
+            tail = [f"{found['all']['loyalty'][0]:.3f}", f"{found['all']['seconds'][0]:.1f}"]
+            lines.append("| " + " | ".join([method, f"{keep:g}", f"{middle:.3f} ± {half:.3f}", *each, *tail]) + " |")
+        return "\n".join(lines)
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, float], dict[str, dict[str, tuple[float, float]]]]:
+    """(method, keep) -> kind -> accuracy, loyalty, seconds -> mean over the seeds and half its 95 % interval."""
+    out: dict[tuple[str, float], dict[str, dict[str, tuple[float, float]]]] = {}
+    for method, keep in dict.fromkeys((r["method"], r["keep"]) for r in rows):
+        mine = [r for r in rows if (r["method"], r["keep"]) == (method, keep)]
+        for kind in dict.fromkeys(r["kind"] for r in mine):
+            here = [r for r in mine if r["kind"] == kind]
+            out.setdefault((method, keep), {})[kind] = {
+                name: spread([r[name] for r in here]) for name in ("accuracy", "loyalty", "seconds")
+            }
+    return out
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and half its 95 % interval by Student's t; infinite for a single value."""
+    if len(values) < 2:
+        return mean(values), math.inf
+    return mean(values), _T.get(len(values) - 1, 2.0) * stdev(values) / math.sqrt(len(values))
+
+
+def draw(rows: Sequence[dict[str, Any]]) -> Any:
+    """Accuracy against the tokens that stay, a line per method, the dense model's as a level."""
+    with common.needs("matplotlib"):
+        from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5))
+    axis = figure.subplots()
+    summary = summarise(rows)
+    flat: list[dict[str, Any]] = [
+        {"method": method, "keep": keep, "accuracy": found["all"]["accuracy"][0]}
+        for (method, keep), found in summary.items()
+        if method != "dense"
+    ]
+    common.lines(axis, flat, "accuracy", "keep")
+    axis.axhline(summary["dense", 1.0]["all"]["accuracy"][0], color="#000000", linewidth=1, label="dense")
+    axis.set_xscale("log")
+    ticks = sorted({keep for _, keep in summary if keep < 1})
+    axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel("image tokens that stay")
+    axis.set_ylabel("accuracy")
+    axis.legend(fontsize=8, ncols=2)
+    return figure

@@ -1,0 +1,291 @@
+"""Pictures whose contents are known, and questions about them: what, where, how many, and reading.
+
+Every scene is drawn from its number alone: coloured shapes and digits of several sizes at free places, on a plain, a
+textured or a photographic background. What is in a scene decides its split, so that no picture is in two of them.
+
+    scene = vtc.eval.scenes.scene("test", 7)
+    scene.image, scene.questions[0].text, scene.questions[0].answer
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib.resources import files
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from vtc.errors import OptionError
+
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 170, 50),
+    "blue": (35, 60, 220),
+    "yellow": (245, 220, 40),
+    "cyan": (60, 215, 225),
+    "magenta": (215, 50, 200),
+    "white": (250, 250, 250),
+    "black": (10, 10, 10),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+PLURAL = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPES}
+DIGITS = tuple("0123456789")
+PLACES = tuple(" ".join(filter(None, (v, h))) or "middle" for v in ("top", "", "bottom") for h in ("left", "", "right"))
+TIMES = ("first", "second", "third", "last")
+KINDS = ("colour", "shape", "position", "count", "digit", "relation")
+SPLITS = {"train": range(8), "validation": range(8, 9), "test": range(9, 10)}
+BACKGROUNDS = ("plain", "texture", "photo")
+SIDE = 256  # pixels
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A shape or a digit; its centre and its side in parts of the picture's side."""
+
+    name: str
+    colour: str
+    x: float
+    y: float
+    side: float
+
+    @property
+    def digit(self) -> bool:
+        return self.name in DIGITS
+
+    @property
+    def noun(self) -> str:
+        return "digit" if self.digit else self.name
+
+    @property
+    def place(self) -> str:
+        return PLACES[3 * min(2, int(3 * self.y)) + min(2, int(3 * self.x))]
+
+
+@dataclass(frozen=True)
+class Question:
+    kind: str
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Level:
+    """How hard scenes are: how many things, how many of them digits (at most), their sides, and what is behind."""
+
+    things: tuple[int, int] = (2, 5)
+    digits: int = 2
+    sides: tuple[float, float] = (0.11, 0.22)
+    backgrounds: tuple[str, ...] = ("plain", "texture")
+    kinds: tuple[str, ...] = KINDS
+
+    def __post_init__(self) -> None:
+        low, high = self.things
+        if not 1 <= low <= high <= 7:
+            raise OptionError(f"things={self.things}: it takes two numbers from 1 to 7, the smaller first")
+        for name, given, known in (("kinds", self.kinds, KINDS), ("backgrounds", self.backgrounds, BACKGROUNDS)):
+            if not given or any(one not in known for one in given):
+                raise OptionError(f"{name}={given!r}: choose from {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Things on a background. `image` is drawn when asked for: [SIDE, SIDE] RGB."""
+
+    split: str
+    number: int
+    things: tuple[Thing, ...]
+    background: str
+    seed: int = field(repr=False)
+    questions: tuple[Question, ...] = field(repr=False)
+
+    @property
+    def image(self) -> Image.Image:
+        rng = np.random.default_rng(self.seed)
+        return draw(self.things, _background(self.background, rng))
+
+
+def scene(split: str, number: int, level: Level | None = None) -> Scene:
+    """Scene `number` of a split; always the same one.
+
+    Raises:
+        OptionError: an unknown split, a number below 0.
+    """
+    if split not in SPLITS:
+        raise OptionError(f"split={split!r} is unknown; choose one of {', '.join(SPLITS)}")
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise OptionError(f"number={number!r}: scenes are numbered from 0")
+    level = level or Level()
+    rng = np.random.default_rng([list(SPLITS).index(split), number])
+    things = _things(rng, level)
+    while _bucket(things) not in SPLITS[split]:
+        things = _things(rng, level)
+    background, seed = str(rng.choice(level.backgrounds)), int(rng.integers(1 << 32))
+    asked = [q for q in ask(things, rng) if q.kind in level.kinds]
+    return Scene(split, number, things, background, seed, tuple(asked))
+
+
+def scenes(split: str, count: int, level: Level | None = None, start: int = 0) -> Iterator[Scene]:
+    """Scenes `start` to `start + count` of a split."""
+    return (scene(split, number, level) for number in range(start, start + count))
+
+
+def _bucket(things: Sequence[Thing]) -> int:
+    """One of ten, by what is where."""
+    content = sorted((t.name, t.colour, round(16 * t.x), round(16 * t.y)) for t in things)
+    return hashlib.sha256(repr(content).encode()).digest()[0] % 10
+
+
+# -- things ---------------------------------------------------------------------------------------------------------
+
+
+def _things(rng: np.random.Generator, level: Level) -> tuple[Thing, ...]:
+    """So many things that do not touch one another, the picture's border, or the border of two places."""
+    count = int(rng.integers(level.things[0], level.things[1] + 1))
+    digits = int(rng.integers(0, min(level.digits, count) + 1))
+    made: list[Thing] = []
+    while len(made) < count:
+        name = str(rng.choice(DIGITS)) if len(made) < digits else str(rng.choice(SHAPES))
+        side = float(rng.uniform(*level.sides))
+        for _ in range(50):
+            x, y = (float(v) for v in rng.uniform(side / 2, 1 - side / 2, 2))
+            inside = min(abs(v - border / 3) for v in (x, y) for border in (1, 2)) > 0.03
+            if inside and all(math.hypot(x - t.x, y - t.y) > 0.7 * (side + t.side) for t in made):
+                made.append(Thing(name, str(rng.choice(list(COLOURS))), x, y, side))
+                break
+        else:
+            made.clear()
+    return tuple(made)
+
+
+def ask(things: Sequence[Thing], rng: np.random.Generator) -> list[Question]:
+    """Every question that has one answer, in a random order."""
+    found = []
+
+    def only(**what: str) -> bool:
+        return sum(all(getattr(t, k) == v for k, v in what.items()) for t in things) == 1
+
+    for t in things:
+        if only(noun=t.noun):
+            found.append(Question("colour", f"What colour is the {t.noun}?", t.colour))
+        if only(colour=t.colour) and not t.digit:
+            found.append(Question("shape", f"What shape is the {t.colour} thing?", t.name))
+        if only(colour=t.colour, noun=t.noun):
+            found.append(Question("position", f"Where is the {t.colour} {t.noun}?", t.place))
+            if t.digit:
+                text = "Which digit is there?" if only(noun="digit") else f"Which digit is {t.colour}?"
+                found.append(Question("digit", text, t.name))
+    for noun in (*SHAPES, "digit"):
+        number = sum(t.noun == noun for t in things)
+        if number or rng.random() < 0.2:
+            found.append(Question("count", f"How many {PLURAL.get(noun, 'digits')} are there?", str(number)))
+    found.append(Question("count", "How many things are there?", str(len(things))))
+    named = [t for t in things if only(colour=t.colour, noun=t.noun)]
+    for a in named:
+        for b in named:
+            for word, gap in (("left of", b.x - a.x), ("above", b.y - a.y)):
+                if a is not b and abs(gap) > 0.1 and rng.random() < 0.25:
+                    text = f"Is the {a.colour} {a.noun} {word} the {b.colour} {b.noun}?"
+                    found.append(Question("relation", text, "yes" if gap > 0 else "no"))
+    return [found[i] for i in rng.permutation(len(found))]
+
+
+# -- clips ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames in which one thing comes and goes, and the question when it is there."""
+
+    frames: tuple[Image.Image, ...]
+    questions: tuple[Question, ...]
+
+
+def clip(split: str, number: int, frames: int = 8, level: Level | None = None) -> Clip:
+    """Clip `number` of a split: 2 or 8 frames, in halves or quarters; a thing is there in one of them, others always.
+
+    Raises:
+        OptionError: as `scene`; another number of frames.
+    """
+    if frames not in (2, 8):
+        raise OptionError(f"frames={frames!r}: clips have 2 or 8")
+    still = scene(split, number, replace(level or Level(), things=(2, 3)))
+    rng = np.random.default_rng([still.seed, frames])
+    parts = 2 if frames == 2 else 4
+    when, (guest, *rest) = int(rng.integers(parts)), still.things
+    back = _background(still.background, np.random.default_rng(still.seed))
+    without, whole = draw(rest, back), draw(still.things, back)
+    shown = tuple(whole if i * parts // frames == when else without for i in range(frames))
+    answer = TIMES[when] if when < parts - 1 else TIMES[-1]
+    return Clip(shown, (Question("when", f"When is the {guest.colour} {guest.noun} there?", answer),))
+
+
+# -- drawing --------------------------------------------------------------------------------------------------------
+
+
+def draw(things: Sequence[Thing], background: Image.Image) -> Image.Image:
+    """The things on a background of SIDE x SIDE pixels, edges smoothed."""
+    large = background.resize((2 * SIDE, 2 * SIDE), Image.Resampling.BILINEAR)
+    pen = ImageDraw.Draw(large)
+    for t in things:
+        x, y, r = (2 * SIDE * v for v in (t.x, t.y, t.side / 2))
+        _shape(pen, t.name, x, y, r, COLOURS[t.colour])
+    return large.resize((SIDE, SIDE), Image.Resampling.BOX)
+
+
+def _shape(pen: ImageDraw.ImageDraw, name: str, x: float, y: float, r: float, colour: tuple[int, int, int]) -> None:
+    def polygon(corners: int, radii: Sequence[float], turn: float = -math.pi / 2) -> None:
+        angles = [turn + 2 * math.pi * i / corners for i in range(corners)]
+        ends = [radii[i % len(radii)] * r for i in range(corners)]
+        pen.polygon([(x + e * math.cos(a), y + e * math.sin(a)) for a, e in zip(angles, ends, strict=True)], colour)
+
+    if name in DIGITS:
+        pen.text((x, y), name, colour, _font(round(2.4 * r)), anchor="mm")
+    elif name == "circle":
+        pen.ellipse((x - r, y - r, x + r, y + r), colour)
+    elif name == "ring":
+        pen.ellipse((x - r, y - r, x + r, y + r), None, colour, max(2, round(0.45 * r)))
+    elif name == "square":
+        pen.rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), colour)
+    elif name == "triangle":
+        polygon(3, (1.15,))
+    elif name == "star":
+        polygon(10, (1.1, 0.45))
+    else:
+        for across, along in ((r, r / 3), (r / 3, r)):
+            pen.rectangle((x - across, y - along, x + across, y + along), colour)
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+@cache
+def _photo() -> Image.Image:
+    with (files("vtc") / "assets" / "photo.jpg").open("rb") as file:
+        return Image.open(file).convert("RGB")
+
+
+def _background(kind: str, rng: np.random.Generator) -> Image.Image:
+    """Between dark and light, so that every colour stands out; never quite even."""
+    base = rng.uniform(90, 165) + rng.uniform(-12, 12, 3)
+    if kind == "photo":
+        photo, side = _photo(), int(rng.integers(SIDE // 2, min(_photo().size)))
+        left, top = (int(rng.integers(0, whole - side + 1)) for whole in photo.size)
+        crop = photo.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+        values = np.asarray(crop, dtype=np.float64)
+        values = base + 0.35 * (values - values.mean((0, 1)))
+    else:
+        across = np.linspace(-1, 1, SIDE)
+        waves = np.zeros((SIDE, SIDE))
+        for _ in range(3 if kind == "texture" else 0):
+            u, v = rng.uniform(-30, 30, 2)
+            waves += np.sin(u * across[:, None] + v * across + rng.uniform(0, 6.3))
+        slope = rng.uniform(-12, 12, 2)
+        plane = slope[0] * across[:, None] + slope[1] * across + rng.uniform(4, 9) * waves
+        values = base + plane[..., None] + rng.normal(0, 2, (SIDE, SIDE, 1))
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
