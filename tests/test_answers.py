@@ -90,7 +90,7 @@ def test_what_is_unknown(model, tmp_path):
 
 
 def test_two_processes_give_what_one_gives(model, whole, tmp_path):
-    """With Accelerate's launcher, each with its own cells. (On processors too it is --multi_gpu that starts several.)"""
+    """With Accelerate's launcher, each with its own cells. --multi_gpu starts several on processors too."""
     arguments = ["--model", model, "--methods", "tome", "--keep", "1", "0.5", "--limit", "1", "--seeds", "2"]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]

@@ -212,11 +212,13 @@ def _chosen(model: nn.Module, names: Sequence[str], balances: Sequence[float]) -
 
 def _ask(model: nn.Module, processor: Any, cell: Cell, asked: Sequence[Asked], batch: int) -> dict[str, Any]:
     start = time.perf_counter()
+    said: list[str] = []
+    before: list[float] = []
+    after: list[float] = []
     if cell.label == "dense":
-        said, before, after = list(replies(model, processor, asked, batch)), [], []
+        said = list(replies(model, processor, asked, batch))
     else:
         with vtc.compress(model, cell.make()) as handle:
-            said, before, after = [], [], []
             for first in range(0, len(asked), batch):
                 said += replies(model, processor, asked[first : first + batch], batch)
                 before += [float(n) for n in handle.report.before]
