@@ -162,10 +162,9 @@ def selecting(folder: Path, name: str, size: tuple[int, int, int]) -> Pair:
     options = {"ratio": 1 - count / tokens, "layer_idx": 0, "selector_path": ""}
 
     def compare(found: Any, plan: Any) -> str:
-        group = plan.group[0]
         if name == "visionzip":  # weights [slots, tokens], slots in the order of the tokens, as ours
-            return f"groups of {int((found[0][0].argmax(0) == group).sum())}/{tokens} tokens"
-        mask, kept, unit = found[0], group >= 0, ops.normalize(x[0])
+            return f"groups of {int((found[0][0].argmax(0) == plan.group[0]).sum())}/{tokens} tokens"
+        mask, kept, unit = found[0], plan.group[0] >= 0, ops.normalize(x[0])
         cover = [float((unit @ unit[stays].T).amax(1).mean()) for stays in (mask, kept)]
         why = "" if torch.equal(mask, kept) else f" (coverage: theirs {cover[0]:.4f}, vtc {cover[1]:.4f})"
         return f"{int((mask & kept).sum())}/{int(mask.sum())} picks{why}"
@@ -232,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(", ".join(f"{n} {commit(root)}" for n, root in {"vtc": Path(__file__).parents[1], **roots}.items()) + ".\n")
     say(f"| {HEADS} |\n|{'---|' * (HEADS.count('|') + 1)}")
     ran = dict.fromkeys(roots, 0)
+    torch.empty(30 << 20, dtype=torch.uint8)  # malloc keeps what is freed from now on, else small rows time page faults
     for peer, root in roots.items():
         for what, inputs, build in rows(peer, root / PEERS[peer][0]):
             found = cells(build, args.repeats)

@@ -49,19 +49,23 @@ def tiny_llava() -> tuple[LlavaForConditionalGeneration, ProcessorMixin]:
     return _load("tiny_llava")  # type: ignore[return-value]
 
 
+def place(name: str) -> Path:
+    """Where a checkpoint's files lie. name: one of `TINY`."""
+    return Path(str(files("vtc.checkpoints"))) / name
+
+
 def folder(name: str) -> Path:
-    """Where a checkpoint's files lie, their checksums compared. name: one of `TINY`."""
-    place = Path(str(files("vtc.checkpoints"))) / name
+    """`place`, once every file there has the checksum it was shipped with."""
     try:
-        sums = json.loads((place / "SHA256.json").read_text())
+        sums = json.loads((place(name) / "SHA256.json").read_text())
         for file, wanted in sums.items():
-            if hashlib.sha256((place / file).read_bytes()).hexdigest() != wanted:
+            if hashlib.sha256((place(name) / file).read_bytes()).hexdigest() != wanted:
                 raise CheckpointError(
-                    f"{place / file} is damaged (its SHA-256 is not {wanted[:12]}…): install vtc again"
+                    f"{place(name) / file} is damaged (its SHA-256 is not {wanted[:12]}…): install vtc again"
                 )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the checkpoint {name} is incomplete ({error}): install vtc again") from error
-    return place
+    return place(name)
 
 
 def _load(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -69,11 +73,11 @@ def _load(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
         import transformers
         from safetensors.torch import load_file
     except ImportError as error:
-        raise MissingPackageError(f"{name} needs transformers: pip install 'vtc-torch[transformers]'") from error
-    place = folder(name)
-    config = transformers.AutoConfig.from_pretrained(place)
+        raise MissingPackageError(f"{name} needs transformers: pip install 'vtc-torch[hf]'") from error
+    where = folder(name)
+    config = transformers.AutoConfig.from_pretrained(where)
     model = transformers.AutoModelForImageTextToText.from_config(config)
-    weights = load_file(place / "model.safetensors")
+    weights = load_file(where / "model.safetensors")
     if name == "tiny_llava":
         tower = dinov2_small().state_dict()
         weights |= {f"model.vision_tower.{key}": value for key, value in tower.items()}
@@ -82,5 +86,5 @@ def _load(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     if missing or unknown:
         raise CheckpointError(f"{name} does not fit this transformers: missing {missing[:3]}, unknown {unknown[:3]}")
     model.tie_weights()
-    model.generation_config = transformers.GenerationConfig.from_pretrained(place)
-    return model.eval(), transformers.AutoProcessor.from_pretrained(place)
+    model.generation_config = transformers.GenerationConfig.from_pretrained(where)
+    return model.eval(), transformers.AutoProcessor.from_pretrained(where)

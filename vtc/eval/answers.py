@@ -138,7 +138,7 @@ def run(
 
     Args:
         model: tiny_qwen, tiny_llava, or the folder or id of any multimodal LLM.
-        methods: names, or "all" that the model takes; random and downsample are always among them.
+        methods: names, with +ppe for PPE's positions, or "all" that the model takes; random and downsample always.
         keep: fractions of the image tokens that stay; dense, 1, is always there.
         limit: scenes per seed. seeds: how many sets of scenes, each also the seed of methods that draw.
         out: folder of the results, and of what is done of them: the same call goes on where it was stopped.
@@ -198,15 +198,24 @@ def load(name: str) -> tuple[nn.Module, Any]:
 
 
 def _chosen(model: nn.Module, names: Sequence[str], balances: Sequence[float]) -> list[tuple[str, str, tuple]]:
-    """(label, name, options) of every method to ask, the baselines first."""
-    wanted = list(METHODS) if "all" in names else list(names)
+    """(label, name, options) of every method to ask, the baselines first. "tome+ppe": with PPE's positions."""
+    every = [*METHODS, *(f"{name}+ppe" for name in METHODS)]
     out = []
-    for name in dict.fromkeys([*ALWAYS, *wanted]):
-        plan = vtc.explain(model, make(name, keep=0.5))
-        if not plan.ok and name in names:
-            raise OptionError(f"{name} cannot reduce this model: {plan}")
+    for label in dict.fromkeys([*ALWAYS, *(every if "all" in names else names)]):
+        name, plus, ppe = label.partition("+")
+        options: tuple[tuple[str, Any], ...] = (("positions", "ppe"),) if plus else ()
+        if plus and ppe != "ppe":
+            raise OptionError(f"unknown method {label!r}: what may be added to a name is +ppe")
+        try:
+            plan: Any = vtc.explain(model, make(name, keep=0.5, **dict(options)))
+        except OptionError:
+            if label in names:
+                raise
+            continue  # a method that merges nothing has no positions to carry
+        if not plan.ok and label in names:
+            raise OptionError(f"{label} cannot reduce this model: {plan}")
         if plan.ok:
-            out.append((name, name, ()))
+            out.append((label, name, options))
     return out + [(f"idpruner {b:g}", "idpruner", (("balance", float(b)),)) for b in balances]
 
 
