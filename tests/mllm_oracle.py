@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mllm_zoo import placeholders, text_model
+from mllm_zoo import CACHE, placeholders, text_model
 from torch import Tensor, nn
 
 Inputs = dict[str, Tensor]
@@ -228,11 +228,11 @@ def _row(
             inputs_embeds=rows,
             attention_mask=_part(masks, start, start + rows.shape[1]),
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
             **more,
         )
-        assert out.past_key_values.get_seq_length() == start + rows.shape[1]
+        assert out[CACHE].get_seq_length() == start + rows.shape[1]
         return head(out.last_hidden_state)[0]
 
     positions = dense.positions[..., row : row + 1, :][..., columns]
@@ -306,8 +306,7 @@ def forward_logits(
                 given = {"attention_mask": None}
             out = model(
                 input_ids=tokens[:, step : step + 1],
-                **{"attention_mask": mask, **given},
-                past_key_values=out.past_key_values,
+                **{"attention_mask": mask, **given, CACHE: out[CACHE]},
                 use_cache=True,
             )
             following.append(out.logits[:, -1])

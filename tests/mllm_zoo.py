@@ -10,14 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaModel
 
 VOCAB, PAD, IMAGE, VIDEO, START, END, FAKE = 120, 0, 110, 111, 112, 113, 114
 TEXT_IDS = (5, 100)  # where ordinary text is drawn from; from 110 on everything is special
 SPECIAL = list(range(110, VOCAB))
+
+# What this transformers calls a cache, as an argument and in outputs (`cache` since 5.24).
+CACHE = next(name for name in ("cache", "past_key_values") if name in signature(LlamaModel.forward).parameters)
 
 Spec = tuple[int, ...]  # what a family calls a size: (height, width), (crops,), (frames, height, width)
 

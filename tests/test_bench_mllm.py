@@ -70,7 +70,7 @@ def test_measure(small):
     assert len(turns) == 3 * 5
     assert [(row.method, row.keep) for row in rows] == [(m, k) for m in ("random", "tome") for k in (1.0, 0.25)]
     assert (dense.visual, dense.prompt) == (64, 97)
-    assert dense.kv_bytes == cache_bytes(expected.past_key_values)
+    assert dense.kv_bytes == cache_bytes(expected)
     assert dense.total_seconds > dense.after_seconds > dense.layer_seconds > 0 and dense.tower_seconds > 0
     for row in rows:
         kept = round(64 * row.keep)

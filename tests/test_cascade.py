@@ -96,7 +96,7 @@ def oracle(name, model, inputs, units, keep, steps, slots, proportional, fed):
             if proportional:
                 mask = mask + torch.tensor([float(len(t.members)) for t in tokens]).log()
             table = rotation(text, name, places[:, row], tokens, slots)
-            x = block(x, attention_mask=mask, position_embeddings=table, past_key_values=cache, use_cache=True)
+            x = block(x, attention_mask=mask, position_embeddings=table, use_cache=True, **{zoo.CACHE: cache})
             if index < len(planes):
                 x = x + planes[index][[t.column for t in tokens]]
         out = head(text.norm(x))[0]
@@ -110,7 +110,7 @@ def oracle(name, model, inputs, units, keep, steps, slots, proportional, fed):
                 if proportional:
                     sizes = [float(len(t.members)) for t in held[index]] + [1.0] * (step + 1)
                     mask = mask + torch.tensor(sizes).log()
-                x = block(x, attention_mask=mask, position_embeddings=table, past_key_values=cache, use_cache=True)
+                x = block(x, attention_mask=mask, position_embeddings=table, use_cache=True, **{zoo.CACHE: cache})
             last.append(head(text.norm(x))[0, -1])
         decode.append(torch.stack(last))
         lengths.append([len(level) for level in held])
@@ -140,7 +140,7 @@ def test_oracle_of_a_cascade(name, case, attn, positions, proportional):
         prefill, decode = forward_logits(model, inputs, tokens, given)
         said, columns = generate_logits(model, inputs, tokens), handle._parts[0].record.columns
         report, units = handle.report, units_of(handle)
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = model(**inputs, use_cache=True)[zoo.CACHE]
     want, then, lengths = oracle(name, model, inputs, units, keep, steps, slots, proportional, tokens)
     for row in range(len(tokens)):
         real = columns[row] >= 0
@@ -206,7 +206,7 @@ def test_life_of_a_cascade(name, method):
         kind = {"max_new_tokens": 3, "do_sample": False}
         at_once = model.generate(**ask, **given, **kind)
         later = {k: v for k, v in given.items() if k == "mm_token_type_ids"}
-        assert torch.equal(model.generate(**ask, **later, past_key_values=first.past_key_values, **kind), at_once)
+        assert torch.equal(model.generate(**ask, **later, **{zoo.CACHE: first[zoo.CACHE]}, **kind), at_once)
     with vtc.compress(model, method, keep=1.0, cascade={1: 1.0}, positions="ppe"):
         assert torch.allclose(model(**zoo.inputs(name, "single")).logits, dense, atol=TOLERANCE, rtol=0)
     assert torch.equal(model(**zoo.inputs(name, "single")).logits, dense)
@@ -309,7 +309,7 @@ def test_events(name, case):
     assert report.kept == pytest.approx(len(want) / sum(map(len, frames)))
     assert f"{len(events)} events of {len(video)} frames" in report.notes
     text = inputs["input_ids"].shape[1] - sum(map(len, frames))
-    assert out.past_key_values.layers[0].keys.shape[2] == text + len(want)
+    assert out[zoo.CACHE].layers[0].keys.shape[2] == text + len(want)
 
 
 @torch.no_grad()

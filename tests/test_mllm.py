@@ -123,7 +123,7 @@ def layered_oracle(model, inputs, kept, layer, tokens):
                 marks = torch.cat([dense.block[row, columns], torch.full((step,), -1)])
                 start = 0 if step == 0 else len(columns) + step - 1
                 mask = _part(_masks(text, marks, x.dtype), start, start + x.shape[1])
-                x = block(x, attention_mask=mask, position_embeddings=table, past_key_values=cache, use_cache=True)
+                x = block(x, attention_mask=mask, position_embeddings=table, use_cache=True, **{zoo.CACHE: cache})
                 if step == 0 and index < len(dense.deepstack):
                     x = x + dense.deepstack[index][row, columns]
             out = head(text.norm(x))[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import mllm_zoo as zoo
 import pytest
@@ -70,7 +71,7 @@ def test_cache_holds_what_was_kept(name):
         out = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
         longest = int((handle.kept & inputs["attention_mask"].bool()).sum(1).max())
         kept = handle.report.after
-    cache = out.past_key_values
+    cache = out[zoo.CACHE]
     window = getattr(zoo.text_model(model).config, "sliding_window", None) or 10**6
     sizes = {layer.keys.shape[2] for layer in cache.layers}
     assert sizes <= {longest + 2, min(longest + 2, window - 1)} and max(sizes) == longest + 2
@@ -111,7 +112,7 @@ def test_second_turn_on_the_cache(name):
         second = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=first.past_key_values,
+            **{zoo.CACHE: first[zoo.CACHE]},
             max_new_tokens=4,
             do_sample=False,
             return_dict_in_generate=True,
@@ -147,13 +148,47 @@ def test_second_image_in_a_later_turn(name):
             **second,
             attention_mask=pair["attention_mask"],
             position_ids=positions[..., border:],
-            past_key_values=start.past_key_values,
+            **{zoo.CACHE: start[zoo.CACHE]},
             use_cache=True,
         )
         parts.append(handle.kept)
     assert torch.equal(torch.cat(parts, dim=1), kept)
     both = torch.cat([start.logits, end.logits], dim=1)
     assert torch.allclose(both, whole.logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["random", "fastv"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@torch.no_grad()
+def test_the_cache_by_its_old_name(name, method):
+    """The part without a language head, called by itself: no wrapper of transformers has translated the name."""
+    model, inputs = zoo.build(name), zoo.inputs(name, "single")
+    more = {"input_ids": torch.tensor([[7, 9, 11]])}
+    with vtc.compress(model, method, keep=0.3):
+        turns = []
+        for key in ("past_key_values", zoo.CACHE):
+            cache = model.model(**inputs, use_cache=True)[zoo.CACHE]
+            turns.append(model.model(**more, **{key: cache}, use_cache=True))
+            assert cache.get_seq_length() == inputs["input_ids"].shape[1] + 3
+    assert torch.equal(turns[0].last_hidden_state, turns[1].last_hidden_state)
+
+
+@pytest.mark.parametrize("keep", [0.4, 1.0])
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+@torch.no_grad()
+def test_outputs_hold_no_model(name, keep):
+    """Outputs are saved and sent between processes; since transformers 5.24 those of the encoder are part of them."""
+    model, inputs = zoo.build(name), zoo.inputs(name, "pair")
+    before = len(pickle.dumps(model(**inputs, use_cache=False)))
+    with vtc.compress(model, "random", keep=keep):
+        given = {"image": model.model.get_image_features(inputs["pixel_values"], *_grid(inputs), return_dict=True)}
+        encoded = {k: v for k, v in inputs.items() if k != "pixel_values"} | {"mm_encoder_outputs": given}
+        for call in (inputs, encoded, encoded):  # and what was encoded before is good for several calls
+            assert len(pickle.dumps(model(**call, use_cache=False))) <= before
+
+
+def _grid(inputs):
+    return [inputs["image_grid_thw"]] if "image_grid_thw" in inputs else []
 
 
 def split(name, model, pair, border):
@@ -247,7 +282,7 @@ def test_copies_are_compressed_apart():
     assert torch.equal(said(twin, inputs), short)
     vtc.remove(twin)
     assert torch.equal(said(twin, inputs), dense)
-    cache = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True).past_key_values
+    cache = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)[zoo.CACHE]
     copy.deepcopy(cache)
 
 

@@ -272,7 +272,7 @@ def test_dart_reads_the_decoders_keys(name):
         with vtc.compress(model, "dart", keep=0.4, layer=2) as handle:
             model(**inputs)
     hidden = torch.nn.functional.normalize(out.hidden_states[2][0].double(), dim=-1)
-    norms = out.past_key_values.layers[1].keys[0].double().abs().sum((0, 2))  # [L]
+    norms = out[zoo.CACHE].layers[1].keys[0].double().abs().sum((0, 2))  # [L]
     visual = zoo.placeholders(model, inputs["input_ids"])[0]
     images, words = visual.nonzero().flatten(), (~visual).nonzero().flatten()
     wanted = max(1, round(0.4 * len(images)))

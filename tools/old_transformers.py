@@ -60,7 +60,10 @@ def main() -> int:
             lines.append("import _vtc_dev_torchvision")
         Path(own, "zz_shared.pth").write_text("\n".join(lines) + "\n")
         # pip sees the shared packages, keeps those that fit and installs the others in front of them.
-        pip = [python, "-m", "pip", "install", "-qq", "-c", str(ROOT / "constraints.txt")]
+        pins = (ROOT / "constraints.txt").read_text().splitlines()
+        free = [pin for pin in pins if not pin.startswith(("transformers==", "huggingface_hub=="))]
+        Path(work, "constraints.txt").write_text("\n".join(free) + "\n")
+        pip = [python, "-m", "pip", "install", "-qq", "-c", str(Path(work, "constraints.txt"))]
         if subprocess.run([*pip, f"transformers=={options.version}"], env=env, stdin=subprocess.DEVNULL).returncode:
             print(f"old-transformers: transformers {options.version} does not install", file=sys.stderr)
             return 1

@@ -30,7 +30,7 @@ LLM_HEAD = """
 ## Multimodal LLMs
 
 Where the decoder takes its image tokens in (`fastv`, `dart`: from a layer of the decoder on), on transformers 5.17 and
-5.23, with sdpa and eager attention, in batches, with several images, with video where the family has it.
+5.24, with sdpa and eager attention, in batches, with several images, with video where the family has it.
 `where="tower"` is PiToMe and ToMe inside the vision tower. The last four rows go with the methods that merge
 (`events=` with `dpc_knn`).
 

@@ -182,7 +182,7 @@ def compare(
 
         def first(name: str) -> None:
             output = _generate(sides[name], ready, 1)
-            caches[name] = cache_bytes(output.past_key_values)
+            caches[name] = cache_bytes(output)
             if name == "less":
                 shares.append(watch.read())
 

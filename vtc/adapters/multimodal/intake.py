@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.adapters.multimodal.cache import Entries, Shortened, shorten
+from vtc.adapters.multimodal.cache import Entries, Shortened, cache_name, shorten
 from vtc.adapters.multimodal.events import in_events
 from vtc.adapters.multimodal.evidence import Evidence
 from vtc.adapters.multimodal.family import Family, Kind
@@ -87,6 +87,8 @@ class Intake:
 
     def run(self, patch: IntakeForward, call: dict[str, Any]) -> Any:
         call = {name: value for name, value in call.items() if value is not None}
+        if "past_key_values" in call:  # which newer versions still take
+            call.setdefault(cache_name(), call.pop("past_key_values"))
         given = dict(call.pop("mm_encoder_outputs", None) or {})  # `generate` encodes before it calls
         for kind in self.family.kinds:
             if kind.pixels in call:
@@ -102,10 +104,11 @@ class Intake:
             columns, question = self.reduce(seen, question, call)
         for item in seen:  # the model asks its encoders, which hand out what they have given already, reduced
             call.setdefault(item.kind.pixels, _NO_PIXELS)
-            self.encoders[item.kind.name].output = item.output
+            handed = self.encoders[item.kind.name].output = copy.copy(item.output)
+            handed.__dict__.pop("vtc_encoded", None)  # newer versions make it part of what the model gives
         try:
             more = self.thinning is not None and question is not None  # tokens may go on the way
-            if columns is None and not more and not isinstance(call.get("past_key_values"), Shortened):
+            if columns is None and not more and not isinstance(call.get(cache_name()), Shortened):
                 self.columns = None  # nothing went
                 return patch.original(**call)
             return self.shortened(patch, call, columns, question)
@@ -279,7 +282,7 @@ class Intake:
         given: Tensor = call["inputs_embeds"] if ids is None else ids
         batch, length = given.shape[:2]
         device = given.device
-        cache = call.get("past_key_values")
+        cache = call.get(cache_name())
         if cache is None:
             past = Entries.whole(batch, 0, device)
         elif isinstance(cache, Shortened):
@@ -345,7 +348,7 @@ class Intake:
                 levels = self.thinning.end()
             if isinstance(cache, Shortened):
                 cache.vtc_inside = False
-        new = getattr(output, "past_key_values", None)
+        new = getattr(output, cache_name(), None)
         if new is not None:
             shorten(new, entries, levels)
         if self.thinning is not None and self.thinning.record is not None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtc.adapters.multimodal.cache import cache_name
 from vtc.adapters.multimodal.family import IMAGE, VIDEO, Family, Kind, Layout, Projection, Unit
 
 
@@ -48,7 +49,7 @@ class QwenVL(Family):
         return index.argsort()
 
     def positions(self, inner: Any, call: dict[str, Any], past: int, embeds: Tensor) -> Tensor:
-        names = ("image_grid_thw", "video_grid_thw", "attention_mask", "past_key_values", "mm_token_type_ids")
+        names = ("image_grid_thw", "video_grid_thw", "attention_mask", cache_name(), "mm_token_type_ids")
         given = {name: call.get(name) for name in (*names, "input_ids")}
         if call.get("second_per_grid_ts") is not None:
             given["second_per_grid_ts"] = call["second_per_grid_ts"]
