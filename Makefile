@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint
 quote = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint wheel-check old-transformers eval bench gpu-check
+.PHONY: help setup run test lint wheel-check old-transformers harness-check eval bench gpu-check
 
 help:  ## this list
 	@echo "make TARGET, with TARGET one of"
@@ -50,6 +50,9 @@ wheel-check: setup  ## build the wheel, install it in a clean environment, impor
 
 old-transformers: setup  ## the Hugging Face tests on the oldest supported transformers
 	@$(BIN)/python tools/old_transformers.py
+
+harness-check: setup  ## vtc in clip_benchmark and lmms-eval, by their own code
+	@$(BIN)/python tools/harness_check.py
 
 eval: setup  ## the measurements, into out/: accuracy on ELPV, features of photographs, the spectrum
 	@echo "eval: installing elpv-dataset, 2,624 images of solar cells (90 MB, CC BY-NC-SA)"

@@ -164,11 +164,12 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
         "photos    how near the features of real photographs stay to the dense ones\n"
         "spectral  how much the token graph's spectrum changes, layer by layer\n"
         "positions where things are, asked of merged tokens: PPE against the anchor's position\n"
-        "scenes    whether a multimodal LLM still answers right: questions about drawn scenes",
+        "scenes    whether a multimodal LLM still answers right: questions about drawn scenes\n"
+        "clip      zero-shot accuracy of an open_clip model on a data set of clip_benchmark",
         "vtc eval elpv --images 200 --out results\n"
         "         vtc eval scenes --model tiny_qwen --methods all --keep 0.5 0.25 0.1 --out out/scenes",
     ).add_argument
-    add("task", choices=("elpv", "photos", "spectral", "positions", "scenes"), help="what to measure")
+    add("task", choices=("elpv", "photos", "spectral", "positions", "scenes", "clip"), help="what to measure")
     add("--images", type=count, metavar="N", help="how many images (default: all, or what is enough)")
     add(
         "--levels",
@@ -184,8 +185,17 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
         metavar="FOLDER",
         help="write CSV, table and figure there (scenes: out/scenes, and goes on)",
     )
-    add("--model", metavar="NAME", help="scenes: tiny_qwen (default), tiny_llava, or the folder or id of a model")
-    add("--methods", nargs="+", metavar="NAME", help="scenes: methods, or all (default); random and downsample always")
+    add(
+        "--model",
+        metavar="NAME",
+        help="scenes: tiny_qwen (default), tiny_llava, or the folder or id of a model; clip: as open_clip names it",
+    )
+    add(
+        "--methods",
+        nargs="+",
+        metavar="NAME",
+        help="methods; scenes: or all (default), random and downsample always; clip: default those and tome, pitome",
+    )
     add(
         "--keep", type=fraction, nargs="+", metavar="Q", help="scenes: fractions that stay (default: 0.5 0.25 0.1 0.05)"
     )
@@ -193,5 +203,8 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
     add("--seeds", type=count, metavar="N", help="scenes: how many sets of scenes (default: 5)")
     add("--balances", type=fraction, nargs="+", metavar="B", help="scenes: IDPruner at these balances too")
     add("--frames", type=count, metavar="N", help="scenes: clips of 2 or 8 frames instead of pictures")
-    add("--split", choices=("validation", "test"), help="scenes: to choose by, or to report (default)")
+    add("--split", choices=("validation", "test"), help="scenes, clip: to choose by, or to report (default)")
+    add("--data", metavar="FOLDER", help="clip: the data set, by default a webdataset with the names of its classes")
+    add("--dataset", metavar="NAME", help="clip: as clip_benchmark names it, if FOLDER is no webdataset: cifar10 ...")
+    add("--pretrained", metavar="NAME", help="clip: the weights, as open_clip names them, or a file")
     return top

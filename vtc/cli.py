@@ -298,12 +298,20 @@ def _eval(args: argparse.Namespace) -> int:
         ("images", "levels", "dtype"),
         ("model", "methods", "keep", "limit", "seeds", "balances", "frames", "split"),
     )
+    zero_shot = ("data", "dataset", "pretrained")
+    if args.task == "clip":
+        others = set((*asked, "dtype")) - {"model", "methods", "split"}
+        _not_here(args, *(f"--{name}" for name in sorted(others)), what="the other measurements")
+        args.methods = _names(args.methods, "tome,pitome,random,downsample")
+    else:
+        _not_here(args, *(f"--{name}" for name in zero_shot), what="vtc eval clip")
     if args.task == "scenes":
         _not_here(args, *(f"--{name}" for name in general), what="the other measurements")
         args.methods = _names(args.methods, "all")
-    else:
+    elif args.task != "clip":
         _not_here(args, *(f"--{name}" for name in asked), what="vtc eval scenes")
-    options = {key: value for key in ("out", *general, *asked) if (value := getattr(args, key)) is not None}
+    names = ("out", *general, *asked, *zero_shot)
+    options = {key: value for key in names if (value := getattr(args, key)) is not None}
     task = import_module("vtc.eval.answers" if args.task == "scenes" else f"vtc.eval.{args.task}")
     found = task.run(progress=not args.json and sys.stderr.isatty(), **options)
     if not args.json:
