@@ -10,6 +10,7 @@ import mllm_processor
 import mllm_zoo as zoo
 import pytest
 
+from vtc.checkpoints import CheckpointError, tiny
 from vtc.errors import OptionError
 from vtc.eval import answers, scenes
 
@@ -123,3 +124,9 @@ def test_seeds_have_their_own_scenes_and_seeded_methods():
     assert answers.questions(0, 2) == answers.questions(0, 2) != answers.questions(1, 2)
     assert answers.Cell("random", "random", 0.5, 3).make().seed == 3
     assert answers.Cell("idpruner 0.25", "idpruner", 0.5, 3, (("balance", 0.25),)).make().balance == 0.25
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "place", lambda name: tmp_path / name)
+    with pytest.raises(CheckpointError, match="or the id of another"):
+        answers.load("tiny_qwen")

@@ -1,0 +1,128 @@
+"""The two small multimodal LLMs: whole, usable as any other, able to answer, and to show what is broken."""
+
+import shutil
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+import vtc
+from vtc import checkpoints
+from vtc.adapters.multimodal.rotary import Positions
+from vtc.checkpoints import tiny
+from vtc.eval import answers, scenes
+from vtc.methods import DivPrune
+
+LIMIT = 12
+HERE = [name for name in tiny.TINY if (tiny.place(name) / "SHA256.json").exists()]
+pytestmark = pytest.mark.skipif(not HERE, reason="neither checkpoint is shipped yet: they are still being trained")
+
+
+@pytest.fixture(scope="module", params=HERE)
+def loaded(request):
+    return getattr(checkpoints, request.param)()
+
+
+@pytest.fixture(scope="module")
+def asked():
+    return answers.questions(0, LIMIT, split="validation")
+
+
+def accuracy(loaded, asked):
+    said = list(answers.replies(*loaded, asked, 16))
+    return sum(a == q.answer for a, q in zip(said, asked, strict=True)) / len(asked)
+
+
+@pytest.fixture(scope="module")
+def dense(loaded, asked):
+    return accuracy(loaded, asked)
+
+
+def test_they_are_small_and_whole(loaded):
+    model, processor = loaded
+    assert not model.training and next(model.parameters()).dtype == torch.float32
+    name = "tiny_qwen" if "Qwen" in type(model).__name__ else "tiny_llava"
+    assert sum(f.stat().st_size for f in tiny.folder(name).iterdir()) < 20_000_000
+    inputs = answers.prompts(processor, answers.questions(0, 1))
+    image = getattr(model.config, "image_token_id", None) or model.config.image_token_index
+    assert int((inputs["input_ids"][0] == image).sum()) == 256
+    assert vtc.explain(model, vtc.methods.make("tome", keep=0.5, positions=vtc.PPE(8))).ok
+
+
+def test_a_damaged_file_is_found(tmp_path, monkeypatch):
+    for name in HERE:
+        shutil.copytree(tiny.place(name), tmp_path / name)
+    monkeypatch.setattr(tiny, "place", lambda name: tmp_path / name)
+    for name in HERE:
+        with (tmp_path / name / "model.safetensors").open("r+b") as file:
+            file.seek(5000)
+            file.write(b"\x00\x01\x02")
+        with pytest.raises(checkpoints.CheckpointError, match="is damaged"):
+            tiny.folder(name)
+        (tmp_path / name / "config.json").unlink()
+        with pytest.raises(checkpoints.CheckpointError):
+            tiny.folder(name)
+
+
+def test_pipeline(loaded):
+    import transformers
+
+    scene = scenes.scene("validation", 0)
+    pipe = transformers.pipeline("image-text-to-text", model=loaded[0], processor=loaded[1])
+    content = [{"type": "image", "image": scene.image}, {"type": "text", "text": scene.questions[0].text}]
+    out = pipe(text=[{"role": "user", "content": content}], max_new_tokens=4, return_full_text=False)
+    assert isinstance(out[0]["generated_text"], str)
+
+
+def test_they_answer(dense):
+    assert dense >= 0.85
+
+
+# -- a green page means something: what is broken on purpose answers worse ------------------------------------------
+
+
+@dataclass(frozen=True)
+class Opposite(DivPrune):
+    """Keeps what DivPrune would drop."""
+
+    name: ClassVar[str] = "opposite"
+
+    def pick(self, tokens, count):
+        best = super().pick(tokens, tokens.features.shape[1])
+        return best.flip(1)[:, : int(count if isinstance(count, int) else count.max())]
+
+
+def compressed(loaded, asked, method):
+    with vtc.compress(loaded[0], method):
+        return accuracy(loaded, asked)
+
+
+def test_the_wrong_tokens_answer_worse(loaded, asked):
+    right, wrong = (compressed(loaded, asked, method(keep=0.5)) for method in (DivPrune, Opposite))
+    assert wrong < right - 0.1
+
+
+def test_shuffled_positions_answer_worse(loaded, asked, monkeypatch):
+    """Position and relation questions, whose answers are in no token alone."""
+    where = [q for q in asked if q.kind in ("position", "relation")]
+    right, taken = compressed(loaded, where, DivPrune(keep=0.5)), Positions.taken
+
+    def shuffled(self, positions, at, carried=None):
+        ids = taken(self, positions, at, carried)
+        order = torch.randperm(ids.shape[-1] - 16, generator=torch.Generator().manual_seed(0))
+        return torch.cat([ids[..., order], ids[..., -16:]], -1) if ids.shape[-1] > 16 else ids
+
+    monkeypatch.setattr(Positions, "taken", shuffled)
+    assert compressed(loaded, where, DivPrune(keep=0.5)) < right - 0.1
+
+
+def test_wrong_positions_of_the_answer_answer_worse(loaded, asked, monkeypatch):
+    right, taken = compressed(loaded, asked, DivPrune(keep=0.5)), Positions.taken
+
+    def late(self, positions, at, carried=None):
+        ids = taken(self, positions, at, carried)
+        return ids if ids.shape[-1] > 1 else torch.zeros_like(ids)
+
+    monkeypatch.setattr(Positions, "taken", late)
+    assert compressed(loaded, asked, DivPrune(keep=0.5)) < right - 0.02
