@@ -58,8 +58,8 @@ def folder(name: str) -> Path:
     """`place`, once every file there has the checksum it was shipped with."""
     if not place(name).is_dir():
         raise CheckpointError(
-            f"{name} is not in this version of vtc: tools/train_tiny.py makes it, but has not finished; give the folder "
-            "or the id of another multimodal LLM"
+            f"{name} is not in this version of vtc: tools/train_tiny.py makes it, but has not finished; give the "
+            "folder or the id of another multimodal LLM"
         )
     try:
         sums = json.loads((place(name) / "SHA256.json").read_text())
