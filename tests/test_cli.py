@@ -335,6 +335,14 @@ def test_help_is_readable(vtc_):
         assert f"Example: vtc {command}" in text
 
 
-def test_eval_spectral_takes_no_dtype(capsys):
-    assert cli.main(["eval", "spectral", "--dtype", "bfloat16"]) == 2
-    assert "leave it out" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("task", "option", "why"),
+    [
+        ("spectral", ["--dtype", "bfloat16"], "--dtype is for vtc eval elpv or photos, not spectral"),
+        ("elpv", ["--model", "x"], "--model is for vtc eval scenes or clip, not elpv"),
+        ("scenes", ["--images", "3"], "not scenes"),
+    ],
+)
+def test_eval_says_which_measurement_an_option_is_for(capsys, task, option, why):
+    assert cli.main(["eval", task, *option]) == 2
+    assert why in capsys.readouterr().err

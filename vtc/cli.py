@@ -287,31 +287,28 @@ def _bench_encoder(args: argparse.Namespace) -> int:
     return _json(args, result)
 
 
+# The options that each measurement takes beside --out.
+_MEASURES = {
+    "elpv": ("images", "levels", "dtype"),
+    "photos": ("images", "levels", "dtype"),
+    "spectral": ("images", "levels"),  # always in float32 or better, as the next
+    "positions": ("images", "levels"),
+    "scenes": ("model", "methods", "keep", "limit", "seeds", "balances", "frames", "split"),
+    "clip": ("images", "levels", "model", "methods", "split", "data", "dataset", "pretrained"),
+}
+
+
 def _eval(args: argparse.Namespace) -> int:
     from importlib import import_module
 
-    if args.task in ("spectral", "positions") and args.dtype is not None:
-        from vtc.errors import OptionError
-
-        raise OptionError(f"--dtype {args.dtype}: {args.task} is always computed in float32 or better; leave it out")
-    general, asked = (
-        ("images", "levels", "dtype"),
-        ("model", "methods", "keep", "limit", "seeds", "balances", "frames", "split"),
-    )
-    zero_shot = ("data", "dataset", "pretrained")
-    if args.task == "clip":
-        others = set((*asked, "dtype")) - {"model", "methods", "split"}
-        _not_here(args, *(f"--{name}" for name in sorted(others)), what="the other measurements")
-        args.methods = _names(args.methods, "tome,pitome,random,downsample")
-    else:
-        _not_here(args, *(f"--{name}" for name in zero_shot), what="vtc eval clip")
-    if args.task == "scenes":
-        _not_here(args, *(f"--{name}" for name in general), what="the other measurements")
-        args.methods = _names(args.methods, "all")
-    elif args.task != "clip":
-        _not_here(args, *(f"--{name}" for name in asked), what="vtc eval scenes")
-    names = ("out", *general, *asked, *zero_shot)
+    for name in dict.fromkeys(name for names in _MEASURES.values() for name in names):
+        if name not in _MEASURES[args.task]:
+            takers = " or ".join(task for task, names in _MEASURES.items() if name in names)
+            _not_here(args, f"--{name}", what=f"vtc eval {takers}, not {args.task}")
+    names = ("out", *_MEASURES[args.task])
     options = {key: value for key in names if (value := getattr(args, key)) is not None}
+    if "methods" in options:
+        options["methods"] = _names(options["methods"], "")
     task = import_module("vtc.eval.answers" if args.task == "scenes" else f"vtc.eval.{args.task}")
     found = task.run(progress=not args.json and sys.stderr.isatty(), **options)
     if not args.json:
