@@ -9,14 +9,12 @@ development environment, whose packages are appended to its path. Run it with th
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from throwaway import Environment
+
 OLDEST = "5.17.0"
 TESTS = [
     *("tests/test_huggingface.py", "tests/test_matrix.py", "tests/test_oracle.py"),
@@ -46,35 +44,10 @@ def main() -> int:
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory(prefix="vtc-transformers-") as work:
-        home = Path(work, "venv")
-        python = str(home / ("Scripts" if os.name == "nt" else "bin") / "python")
-        env = {**os.environ, "PYTHONPATH": work, "VIRTUAL_ENV": str(home)}
-        env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-        print(f"old-transformers: installing transformers {options.version} in a throw-away environment", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", home], check=True)
-        code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-        own = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
-        shared = Path(sysconfig.get_path("purelib"))
-        lines = [str(shared)]
-        if (shared / "_vtc_dev_torchvision.py").exists():
-            lines.append("import _vtc_dev_torchvision")
-        Path(own, "zz_shared.pth").write_text("\n".join(lines) + "\n")
-        # pip sees the shared packages, keeps those that fit and installs the others in front of them.
-        pins = (ROOT / "constraints.txt").read_text().splitlines()
-        free = [pin for pin in pins if not pin.startswith(("transformers==", "huggingface_hub=="))]
-        Path(work, "constraints.txt").write_text("\n".join(free) + "\n")
-        pip = [python, "-m", "pip", "install", "-qq", "-c", str(Path(work, "constraints.txt"))]
-        if subprocess.run([*pip, f"transformers=={options.version}"], env=env, stdin=subprocess.DEVNULL).returncode:
-            print(f"old-transformers: transformers {options.version} does not install", file=sys.stderr)
+        environment = Environment("old-transformers", Path(work))
+        if not environment.install(f"transformers=={options.version}", free=("transformers", "huggingface_hub")):
             return 1
-        Path(work, "vtc_old_transformers.py").write_text(PLUGIN.format(version=options.version))
-        pytest = [python, "-m", "pytest", "-p", "vtc_old_transformers", "-p", "no:cacheprovider", "-q", "-n", "2"]
-        status = subprocess.run([*pytest, *options.tests], cwd=ROOT, env=env, stdin=subprocess.DEVNULL).returncode
-    if status:
-        print(f"old-transformers: the tests fail with transformers {options.version}", file=sys.stderr)
-    else:
-        print(f"old-transformers: the tests pass with transformers {options.version}")
-    return status
+        return environment.pytest(PLUGIN.format(version=options.version), "-n", "2", *options.tests)
 
 
 if __name__ == "__main__":
