@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tiny_models import GRID, MARKS, llava, qwen
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -31,132 +32,8 @@ from tqdm.auto import tqdm
 
 from vtc.eval import scenes
 
-SPECIAL = ("<pad>", "<eos>", "<unk>", "<user>", "<bot>")
-MARKS = {  # of pictures and clips, with the names that Transformers' processors know
-    "qwen": ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
-    "llava": ("<vision>", "</vision>", "<image>", "<video>"),
-}
-WORDS = (
-    "what which where when how many is are there the thing things digit digits colour shape "
-    "left right top bottom middle of above yes no ? ."
-)
-TEMPLATE = (
-    "{% for m in messages %}{{ '<bot> ' if m['role'] == 'assistant' else '<user> ' }}"
-    "{% if m['content'] is string %}{{ m['content'] }} {% else %}{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}IMAGE {% elif c['type'] == 'video' %}VIDEO {% else %}{{ c['text'] }} {% endif %}"
-    "{% endfor %}{% endif %}{{ '<eos> ' if m['role'] == 'assistant' else '' }}{% endfor %}"
-    "{{ '<bot> ' if add_generation_prompt else '' }}"
-)
-GRID = 16  # image tokens across and down
 THINGS = (*scenes.SHAPES, *scenes.DIGITS)
 THIRDS = (["top", "middle", "bottom"], ["left", "middle", "right"])
-TEXT = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 6, "num_attention_heads": 4}
-TEXT |= {"num_key_value_heads": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
-TEXT |= {"initializer_range": 0.05}
-
-
-# -- the models -----------------------------------------------------------------------------------------------------
-
-
-def vocabulary(name: str) -> dict[str, int]:
-    """The number of every word."""
-    known = (
-        *SPECIAL,
-        *MARKS[name],
-        *WORDS.split(),
-        *scenes.COLOURS,
-        *scenes.SHAPES,
-        *scenes.PLURAL.values(),
-        *scenes.DIGITS,
-        *scenes.TIMES,
-    )
-    return {word: i for i, word in enumerate(dict.fromkeys(known))}
-
-
-def tokenizer(name: str) -> Any:
-    """One token per word, without regard to case."""
-    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    inside = Tokenizer(models.WordLevel(vocabulary(name), unk_token="<unk>"))
-    inside.normalizer = normalizers.Lowercase()
-    inside.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    inside.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*SPECIAL, *MARKS[name])])
-    named = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=inside, padding_side="left", **named)
-
-
-def text_config() -> dict[str, Any]:
-    ids = vocabulary("qwen")
-    return {**TEXT, "vocab_size": 128, "pad_token_id": ids["<pad>"], "eos_token_id": ids["<eos>"], "bos_token_id": None}
-
-
-def qwen() -> tuple[nn.Module, Any]:
-    """Patches of 8 pixels: a scene is 32 x 32 of them and 16 x 16 tokens. Sections of 8 pairs: PPE takes K = 8."""
-    import transformers
-
-    start, end, image, clip = MARKS["qwen"]
-    ids = vocabulary("qwen")
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 8, 8]}
-    vision = {"depth": 4, "hidden_size": 96, "num_heads": 3, "intermediate_size": 256, "out_hidden_size": 192}
-    vision |= {"patch_size": 8, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 64}
-    vision |= {"fullatt_block_indexes": [2], "tokens_per_second": 2}
-    config = transformers.Qwen2_5_VLConfig(
-        text_config={**text_config(), "rope_parameters": rope},
-        vision_config=vision,
-        vision_start_token_id=ids[start],
-        vision_end_token_id=ids[end],
-        image_token_id=ids[image],
-        video_token_id=ids[clip],
-        tie_word_embeddings=True,
-    )
-    side = scenes.SIDE
-    size = {"shortest_edge": side * side // 4, "longest_edge": 4 * side * side}
-    parts = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
-    pictures = transformers.Qwen2VLImageProcessor(**parts, size=size)
-    video = transformers.Qwen2VLVideoProcessor(**parts, size=size)
-    words = tokenizer("qwen")
-    template = TEMPLATE.replace("IMAGE", f"{start} {image} {end}").replace("VIDEO", f"{start} {clip} {end}")
-    return transformers.Qwen2_5_VLForConditionalGeneration(config), transformers.Qwen2_5_VLProcessor(
-        pictures, words, video, chat_template=template
-    )
-
-
-def llava() -> tuple[nn.Module, Any]:
-    """The real DINOv2-S at 224 pixels, 16 x 16 tokens of 14; a projector of two layers; a Llama."""
-    import transformers
-
-    from vtc.checkpoints import dinov2_small
-
-    ids = vocabulary("llava")
-    tower = dinov2_small()
-    config = transformers.LlavaConfig(
-        text_config=transformers.LlamaConfig(**text_config(), head_dim=48, rope_theta=1e4),
-        vision_config=tower.config,
-        image_token_index=ids["<image>"],
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        image_seq_length=GRID * GRID,
-        tie_word_embeddings=True,
-    )
-    model = transformers.LlavaForConditionalGeneration(config)
-    model.model.vision_tower.load_state_dict(tower.state_dict())
-    model.model.vision_tower.requires_grad_(False)
-    pictures = transformers.BitImageProcessor(
-        size={"height": 224, "width": 224},
-        do_center_crop=False,
-        image_mean=[0.485, 0.456, 0.406],
-        image_std=[0.229, 0.224, 0.225],
-    )
-    return model, transformers.LlavaProcessor(
-        pictures,
-        tokenizer("llava"),
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
-        chat_template=TEMPLATE.replace("IMAGE", "<image>"),
-    )
 
 
 # -- sequences ------------------------------------------------------------------------------------------------------
@@ -211,13 +88,19 @@ class Learner(nn.Module):
         many = " ".join([image] * GRID * GRID)
         text = f"<user> {start} {many} {end}" if name == "qwen" else f"<user> {many}"
         self.prefix = torch.tensor(self.processor.tokenizer(text).input_ids)
-        self.image = self.prefix == self.processor.tokenizer.convert_tokens_to_ids(image)
+        self.image = self.prefix == ids(image)
         if name == "qwen":
-            ids, kinds = self.prefix[None], self.image[None].int()
-            self.places = self.model.model.get_rope_index(ids, kinds, torch.tensor([[1, 2 * GRID, 2 * GRID]]))[0]
+            given, kinds = self.prefix[None], self.image[None].int()
+            self.places = self.model.model.get_rope_index(given, kinds, torch.tensor([[1, 2 * GRID, 2 * GRID]]))[0]
         else:
             self.places = torch.arange(len(self.prefix))[None]
         self.name = name
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """What `see` takes: of the LLaVA the tower's last layer, before its norm, as the model itself takes it."""
+        if self.name == "qwen":
+            return pixels
+        return self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
 
     def see(self, pixels: Tensor) -> Tensor:
         """Pixels [B, patches, values], or features of DINOv2 [B, tokens, 384] -> image tokens [B, tokens, width]."""
@@ -243,14 +126,9 @@ class Learner(nn.Module):
         embed = self.model.get_input_embeddings()
         prefix = embed(self.prefix)[None].repeat(len(tokens), 1, 1).to(tokens.dtype)
         prefix[:, self.image] = tokens
-        start = int(self.places.max()) + 1
-        places = torch.cat(
-            [
-                self.places.expand(-1, len(tokens), -1) if self.name == "qwen" else self.places.expand(len(tokens), -1),
-                (start + text.offset).expand(*([3] if self.name == "qwen" else []), -1, -1),
-            ],
-            -1,
-        )
+        axes = self.places.shape[:-2]  # (3,) for Qwen's, none for a Llama's
+        behind = (int(self.places.max()) + 1 + text.offset).expand(*axes, -1, -1)
+        places = torch.cat([self.places.expand(*axes, len(tokens), -1), behind], -1)
         mask = visible(len(self.prefix), text.block)
         out = self.model.model.language_model(
             inputs_embeds=torch.cat([prefix, embed(text.ids).to(tokens.dtype)], 1),
@@ -263,7 +141,6 @@ class Learner(nn.Module):
 
 
 # -- data -----------------------------------------------------------------------------------------------------------
-
 
 EASY, FAIR = 6_000, 16_000  # pictures, after which scenes get harder
 
@@ -333,15 +210,15 @@ class Features:
     def __init__(self, learner: Learner, folder: Path, count: int, pictures: Pictures) -> None:
         self.pictures, self.count = pictures, count
         folder.mkdir(parents=True, exist_ok=True)
-        path, note = folder / f"features-{count}.f16", folder / f"features-{count}.txt"
+        path, note = folder / f"last-{count}.f16", folder / f"last-{count}.txt"
         done = int(note.read_text()) if path.exists() and note.exists() else 0
         self.values = np.memmap(path, np.float16, "r+" if done else "w+", shape=(count, GRID * GRID, 384))
-        tower, size = learner.model.model.vision_tower, 16
+        size = 16
         for at in tqdm(range(done, count, size), "DINOv2", initial=done // size, total=-(-count // size)):
             drawn = [self.scene(n).image for n in range(at, min(at + size, count))]
             with torch.inference_mode():
-                seen = tower(learner.processor.image_processor(drawn, return_tensors="pt")["pixel_values"])
-            self.values[at : at + size] = seen.last_hidden_state[:, 1:].half().numpy()
+                seen = learner.features(learner.processor.image_processor(drawn, return_tensors="pt")["pixel_values"])
+            self.values[at : at + size] = seen.half().numpy()
             if at // size % 50 == 49:
                 self.values.flush()
                 note.write_text(str(at + size))
@@ -373,9 +250,7 @@ def check(learner: Learner, count: int, batch: int = 16, level: scenes.Level | N
         for at in range(0, count, batch):
             found = list(scenes.scenes("validation", batch, level, at))
             values, _, text = make(found)
-            if learner.name == "llava":
-                values = learner.model.model.vision_tower(values).last_hidden_state[:, 1:]
-            logits, target = learner.answers(learner.see(values), text)
+            logits, target = learner.answers(learner.see(learner.features(values)), text)
             asked = text.target >= 0
             owner = (torch.arange(len(found))[:, None] * 100 + text.block)[asked]
             for number in owner.unique().tolist():
@@ -384,9 +259,8 @@ def check(learner: Learner, count: int, batch: int = 16, level: scenes.Level | N
                 right.setdefault(kind, []).append(bool((logits[words].argmax(-1) == target[words]).all()))
     learner.train()
     found_all = [x for xs in right.values() for x in xs]
-    return {kind: float(np.mean(right[kind])) for kind in scenes.KINDS if kind in right} | {
-        "all": float(np.mean(found_all))
-    }
+    by_kind = {kind: float(np.mean(right[kind])) for kind in scenes.KINDS if kind in right}
+    return by_kind | {"all": float(np.mean(found_all))}
 
 
 def save(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer, run: dict[str, Any], done: int) -> None:
@@ -495,10 +369,8 @@ def main() -> None:
             save(args.out, learner, optimizer, run, done)
             found = check(learner, 64, level=stage(done))
             with (args.out / "log.jsonl").open("a") as log:
-                log.write(
-                    json.dumps({"pictures": done, "loss": loss.item(), **{k: round(v, 3) for k, v in found.items()}})
-                    + "\n"
-                )
+                scores = {kind: round(value, 3) for kind, value in found.items()}
+                log.write(json.dumps({"pictures": done, "loss": loss.item(), **scores}) + "\n")
     export(args.out, learner)
 
 

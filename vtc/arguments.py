@@ -167,7 +167,7 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
         "scenes    whether a multimodal LLM still answers right: questions about drawn scenes\n"
         "clip      zero-shot accuracy of an open_clip model on a data set of clip_benchmark",
         "vtc eval elpv --images 200 --out results\n"
-        "         vtc eval scenes --model tiny_qwen --methods all --keep 0.5 0.25 0.1 --out out/scenes",
+        "         vtc eval scenes --model FOLDER --methods all --keep 0.5 0.25 0.1 --out out/scenes",
     ).add_argument
     add("task", choices=("elpv", "photos", "spectral", "positions", "scenes", "clip"), help="what to measure")
     add("--images", type=count, metavar="N", help="how many images (default: all, or what is enough)")
@@ -188,7 +188,7 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
     add(
         "--model",
         metavar="NAME",
-        help="scenes: tiny_qwen (default), tiny_llava, or the folder or id of a model; clip: as open_clip names it",
+        help="scenes: the folder or id of a model; clip: as open_clip names it",
     )
     add(
         "--methods",

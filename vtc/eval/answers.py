@@ -13,6 +13,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -30,19 +31,16 @@ from vtc.methods import METHODS, Method, make
 
 KEEP = (0.5, 0.25, 0.1, 0.05)
 ALWAYS = ("random", "downsample")  # what every method has to beat
-# Student's t, two-sided 95 %, by degrees of freedom
-_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One question with its pictures (one, or the frames of a clip)."""
+    """One question and what it is about. Nothing is drawn before it is asked."""
 
     kind: str
     text: str
     answer: str
-    frames: tuple[Any, ...]
-    video: bool = False
+    about: scenes.Scene | scenes.Clip
 
 
 @dataclass(frozen=True)
@@ -71,50 +69,37 @@ def questions(seed: int, limit: int, frames: int = 1, split: str = "test") -> li
     rng = np.random.default_rng(seed)
     out = []
     for number in range(seed * limit, (seed + 1) * limit):
-        if frames > 1:
-            clip = scenes.clip(split, number, frames)
-            out += [Asked(q.kind, q.text, q.answer, clip.frames, True) for q in clip.questions]
-            continue
-        scene = scenes.scene(split, number)
-        image = scene.image
-        for kind in scenes.KINDS:
-            some = [q for q in scene.questions if q.kind == kind]
+        about = scenes.scene(split, number) if frames == 1 else scenes.clip(split, number, frames)
+        for kind in dict.fromkeys((*scenes.KINDS, "when")):
+            some = [q for q in about.questions if q.kind == kind]
             if some:
                 q = some[int(rng.integers(len(some)))]
-                out.append(Asked(q.kind, q.text, q.answer, (image,)))
+                out.append(Asked(q.kind, q.text, q.answer, about))
     return out
 
 
-def replies(model: nn.Module, processor: Any, asked: Sequence[Asked], batch: int, tick: Any = None) -> Iterator[str]:
-    """The model's answers, greedy, in batches. `tick` is called with the number of questions answered."""
+def replies(model: nn.Module, processor: Any, asked: Sequence[Asked], batch: int) -> Iterator[str]:
+    """The model's answers, greedy, in batches."""
     weights = next(model.parameters())
     for start in range(0, len(asked), batch):
         some = asked[start : start + batch]
         inputs = prompts(processor, some).to(weights.device, weights.dtype)
         with torch.inference_mode():
-            ids = model.generate(
-                **inputs,  # type: ignore[operator]
-                do_sample=False,
-                max_new_tokens=6,
-            )
+            ids = model.generate(**inputs, do_sample=False, max_new_tokens=6)  # type: ignore[operator]
         for text in processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True):
             yield text.strip().strip(".").lower()
-        if tick is not None:
-            tick(len(some))
 
 
 def prompts(processor: Any, asked: Sequence[Asked]) -> Any:
     """The inputs of a batch, padded on the left."""
     texts = []
     for q in asked:
-        content = [{"type": "video" if q.video else "image"}, {"type": "text", "text": q.text}]
+        content = [{"type": "video" if isinstance(q.about, scenes.Clip) else "image"}, {"type": "text", "text": q.text}]
         turn = [{"role": "user", "content": content}]
         texts.append(processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
-    if asked[0].video:
-        clips = [np.stack([np.asarray(frame) for frame in q.frames]) for q in asked]
-        seen: dict[str, Any] = {"videos": clips, "do_sample_frames": False}
-    else:
-        seen = {"images": [list(q.frames) for q in asked]}
+    images = [[q.about.image] for q in asked if isinstance(q.about, scenes.Scene)]
+    clips = [np.stack([np.asarray(f) for f in q.about.frames]) for q in asked if isinstance(q.about, scenes.Clip)]
+    seen: dict[str, Any] = {"videos": clips, "do_sample_frames": False} if clips else {"images": images}
     return processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **seen)
 
 
@@ -166,14 +151,13 @@ def run(
     cells += [Cell(label, name, k, s, o) for s in range(seeds) for k in keep for label, name, o in chosen]
     done = _done(folder)
     mine = [c for i, c in enumerate(cells) if i % world == rank and c.key not in done]
-    cache: dict[int, list[Asked]] = {}
-    with common.bar(sum(1 for _ in mine), "cells", progress and lead) as bar:
+    drawn: dict[int, list[Asked]] = {}  # of one seed at a time: its pictures stay until the next
+    with common.bar(len(mine), "cells", progress and lead) as bar:
         for cell in mine:
-            asked = cache.get(cell.seed) or questions(cell.seed, limit, frames, split)
-            cache = {cell.seed: asked}
-            found = _ask(network, processor, cell, asked, batch)
-            path = folder / f"cells-{rank}.jsonl"
-            with path.open("a", encoding="utf-8") as file:
+            if cell.seed not in drawn:
+                drawn = {cell.seed: questions(cell.seed, limit, frames, split)}
+            found = _ask(network, processor, cell, drawn[cell.seed], batch)
+            with (folder / f"cells-{rank}.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": cell.key, **found}) + "\n")
             bar.update()
     _wait(world)
@@ -224,12 +208,10 @@ def _ask(model: nn.Module, processor: Any, cell: Cell, asked: Sequence[Asked], b
     said: list[str] = []
     before: list[float] = []
     after: list[float] = []
-    if cell.label == "dense":
-        said = list(replies(model, processor, asked, batch))
-    else:
-        with vtc.compress(model, cell.make()) as handle:
-            for first in range(0, len(asked), batch):
-                said += replies(model, processor, asked[first : first + batch], batch)
+    with nullcontext() if cell.label == "dense" else vtc.compress(model, cell.make()) as handle:
+        for first in range(0, len(asked), batch):
+            said += replies(model, processor, asked[first : first + batch], batch)
+            if handle is not None:
                 before += [float(n) for n in handle.report.before]
                 after += [float(n) for n in handle.report.after]
     seconds = time.perf_counter() - start
@@ -254,7 +236,7 @@ def _wait(world: int) -> None:
     if world > 1:
         from accelerate import PartialState
 
-        PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+        PartialState().wait_for_everyone()
 
 
 def _fingerprint(model: nn.Module) -> str:
@@ -352,7 +334,9 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
     """The mean and half its 95 % interval by Student's t; infinite for a single value."""
     if len(values) < 2:
         return mean(values), math.inf
-    return mean(values), _T.get(len(values) - 1, 2.0) * stdev(values) / math.sqrt(len(values))
+    with common.needs("scikit-learn"):
+        from scipy.stats import t
+    return mean(values), float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
 
 
 def draw(rows: Sequence[dict[str, Any]]) -> Any:

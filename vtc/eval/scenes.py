@@ -13,7 +13,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 
 import numpy as np
@@ -93,7 +93,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things on a background. `image` is drawn when asked for: [SIDE, SIDE] RGB."""
+    """Things on a background. `image` is drawn when first asked for: [SIDE, SIDE] RGB."""
 
     split: str
     number: int
@@ -102,7 +102,7 @@ class Scene:
     seed: int = field(repr=False)
     questions: tuple[Question, ...] = field(repr=False)
 
-    @property
+    @cached_property
     def image(self) -> Image.Image:
         rng = np.random.default_rng(self.seed)
         return draw(self.things, _background(self.background, rng))

@@ -1,0 +1,50 @@
+"""The training of the small models sees what the models see when they are asked."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vtc.eval import answers, scenes
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+import train_tiny  # noqa: E402
+
+
+@pytest.mark.parametrize("name", ["qwen", "llava"])
+def test_training_and_asking_are_one(name):
+    """Several questions behind one picture, each under the block mask, have the logits that each has alone."""
+    torch.manual_seed(0)
+    learner = train_tiny.Learner(name).eval()
+    scene = scenes.scene("validation", 3)
+    asked = list(scene.questions[:4])
+    pictures = train_tiny.Pictures(learner, 0, 0, 1, len(asked))
+    values = pictures.make([scene])[0]
+    text = train_tiny.Text.of([asked], learner.processor.tokenizer)
+    with torch.inference_mode():
+        logits, target = learner.answers(learner.see(learner.features(values)), text)
+        place = 0
+        for q in asked:
+            inputs = answers.prompts(learner.processor, [answers.Asked(q.kind, q.text, q.answer, scene)])
+            alone = learner.model(**inputs).logits[0, -1]
+            torch.testing.assert_close(logits[place], alone, atol=2e-4, rtol=1e-4)
+            words = learner.processor.tokenizer(f"{q.answer} <eos>").input_ids
+            assert target[place : place + len(words)].tolist() == words
+            place += len(words)
+    assert place == len(target)
+
+
+def test_a_run_goes_on(tmp_path):
+    learner = train_tiny.Learner("qwen")
+    optimizer = torch.optim.AdamW(learner.parameters())
+    learner.sharp.grad = torch.ones(())
+    optimizer.step()
+    train_tiny.save(tmp_path, learner, optimizer, {"seed": 0}, 48)
+    other = train_tiny.Learner("qwen")
+    again = torch.optim.AdamW(other.parameters())
+    assert train_tiny.resume(tmp_path, other, again, {"seed": 0}) == 48
+    assert all(torch.equal(a, b) for a, b in zip(learner.parameters(), other.parameters(), strict=True))
+    assert len(again.state) == 1 and again.state[other.sharp]["exp_avg"] == optimizer.state[learner.sharp]["exp_avg"]
+    with pytest.raises(SystemExit, match="another run"):
+        train_tiny.resume(tmp_path, other, again, {"seed": 1})

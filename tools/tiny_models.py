@@ -1,0 +1,131 @@
+"""The two small multimodal LLMs that tools/train_tiny.py trains: their words, sizes and processors; weights drawn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from vtc.eval import scenes
+
+SPECIAL = ("<pad>", "<eos>", "<unk>", "<user>", "<bot>")
+MARKS = {  # of pictures and clips, with the names that Transformers' processors know
+    "qwen": ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+    "llava": ("<vision>", "</vision>", "<image>", "<video>"),
+}
+WORDS = (
+    "what which where when how many is are there the thing things digit digits colour shape "
+    "left right top bottom middle of above yes no ? ."
+)
+TEMPLATE = (
+    "{% for m in messages %}{{ '<bot> ' if m['role'] == 'assistant' else '<user> ' }}"
+    "{% if m['content'] is string %}{{ m['content'] }} {% else %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}IMAGE {% elif c['type'] == 'video' %}VIDEO {% else %}{{ c['text'] }} {% endif %}"
+    "{% endfor %}{% endif %}{{ '<eos> ' if m['role'] == 'assistant' else '' }}{% endfor %}"
+    "{{ '<bot> ' if add_generation_prompt else '' }}"
+)
+GRID = 16  # image tokens across and down
+TEXT = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 6, "num_attention_heads": 4}
+TEXT |= {"num_key_value_heads": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
+TEXT |= {"initializer_range": 0.05}
+
+
+def vocabulary(name: str) -> dict[str, int]:
+    """The number of every word."""
+    known = (
+        *SPECIAL,
+        *MARKS[name],
+        *WORDS.split(),
+        *scenes.COLOURS,
+        *scenes.SHAPES,
+        *scenes.PLURAL.values(),
+        *scenes.DIGITS,
+        *scenes.TIMES,
+    )
+    return {word: i for i, word in enumerate(dict.fromkeys(known))}
+
+
+def tokenizer(name: str) -> Any:
+    """One token per word, without regard to case."""
+    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inside = Tokenizer(models.WordLevel(vocabulary(name), unk_token="<unk>"))
+    inside.normalizer = normalizers.Lowercase()
+    inside.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    inside.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*SPECIAL, *MARKS[name])])
+    named = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inside, padding_side="left", **named)
+
+
+def text_config() -> dict[str, Any]:
+    ids = vocabulary("qwen")
+    return {**TEXT, "vocab_size": 128, "pad_token_id": ids["<pad>"], "eos_token_id": ids["<eos>"], "bos_token_id": None}
+
+
+def qwen() -> tuple[nn.Module, Any]:
+    """Patches of 8 pixels: a scene is 32 x 32 of them and 16 x 16 tokens. Sections of 8 pairs: PPE takes K = 8."""
+    import transformers
+
+    start, end, image, clip = MARKS["qwen"]
+    ids = vocabulary("qwen")
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 8, 8]}
+    vision = {"depth": 4, "hidden_size": 96, "num_heads": 3, "intermediate_size": 256, "out_hidden_size": 192}
+    vision |= {"patch_size": 8, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 64}
+    vision |= {"fullatt_block_indexes": [2], "tokens_per_second": 2}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={**text_config(), "rope_parameters": rope},
+        vision_config=vision,
+        vision_start_token_id=ids[start],
+        vision_end_token_id=ids[end],
+        image_token_id=ids[image],
+        video_token_id=ids[clip],
+        tie_word_embeddings=True,
+    )
+    side = scenes.SIDE
+    size = {"shortest_edge": side * side // 4, "longest_edge": 4 * side * side}
+    parts = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
+    pictures = transformers.Qwen2VLImageProcessor(**parts, size=size)
+    video = transformers.Qwen2VLVideoProcessor(**parts, size=size)
+    words = tokenizer("qwen")
+    template = TEMPLATE.replace("IMAGE", f"{start} {image} {end}").replace("VIDEO", f"{start} {clip} {end}")
+    return transformers.Qwen2_5_VLForConditionalGeneration(config), transformers.Qwen2_5_VLProcessor(
+        pictures, words, video, chat_template=template
+    )
+
+
+def llava() -> tuple[nn.Module, Any]:
+    """The real DINOv2-S at 224 pixels, 16 x 16 tokens of 14; a projector of two layers; a Llama."""
+    import transformers
+
+    from vtc.checkpoints import dinov2_small
+
+    ids = vocabulary("llava")
+    tower = dinov2_small()
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**text_config(), head_dim=48, rope_theta=1e4),
+        vision_config=tower.config,
+        image_token_index=ids["<image>"],
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        image_seq_length=GRID * GRID,
+        tie_word_embeddings=True,
+    )
+    model = transformers.LlavaForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.model.vision_tower.requires_grad_(False)
+    pictures = transformers.BitImageProcessor(
+        size={"height": 224, "width": 224},
+        do_center_crop=False,
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    )
+    return model, transformers.LlavaProcessor(
+        pictures,
+        tokenizer("llava"),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        chat_template=TEMPLATE.replace("IMAGE", "<image>"),
+    )
