@@ -79,9 +79,10 @@ def test_an_unknown_level_is_left_aside() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("level", LEVELS[:-1])  # the last one is what test_kernels_cpu.py runs anyway
+@pytest.mark.parametrize("level", LEVELS[:-1])  # the last one is what these files run anyway
 def test_against_the_definitions(level: str) -> None:
-    ran = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels_cpu.py", VTC_CPU=level)
+    tests = ("tests/test_kernels_cpu.py", "tests/test_kernels_ops.py")
+    ran = python("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, VTC_CPU=level)
     assert ran.returncode == 0 and re.search(r"\d+ passed", ran.stdout), ran.stdout[-4000:]
 
 
