@@ -76,17 +76,25 @@ def test_things_are_drawn_where_they_are_and_do_not_touch():
 
 @pytest.mark.parametrize("frames", [2, 8])
 def test_clips(frames):
-    answers = set()
+    """A thing's colour is at its centre in the frames that the answer names, and in no other."""
+    answers, count = set(), 2 if frames == 2 else 4
+    times = (*scenes.TIMES[: count - 1], "last")
     for number in range(20):
         clip = scenes.clip("test", number, frames)
-        assert len(clip.frames) == frames and clip.questions[0].kind == "when"
-        parts, looks = (2 if frames == 2 else 4), [f.tobytes() for f in clip.frames]
-        odd = [i for i, look in enumerate(looks) if looks.count(look) == frames // parts]
-        when = scenes.TIMES.index(clip.questions[0].answer)
-        when = parts - 1 if when == len(scenes.TIMES) - 1 else when
-        assert [i * parts // frames for i in odd] == ([when] * (frames // parts) if frames > 2 else [0, 1])
-        answers.add(clip.questions[0].answer)
-    assert answers == set(("first", "last") if frames == 2 else scenes.TIMES)
+        assert len(clip.frames) == frames and {q.kind for q in clip.questions} == {"when"}
+        assert len({(t.colour, t.noun) for t in clip.things}) == len(clip.things)
+        pixels = np.stack([np.asarray(f) for f in clip.frames]).astype(int)
+        asked = {q.text: q.answer for q in clip.questions}
+        for t, part in zip(clip.things, clip.parts, strict=True):
+            if t.noun in ("circle", "square", "cross"):
+                at = pixels[:, int(t.y * scenes.SIDE), int(t.x * scenes.SIDE)]
+                there = np.abs(at - scenes.COLOURS[t.colour]).max(1) < 12
+                assert there.tolist() == [part in (None, i * count // frames) for i in range(frames)]
+            text = f"When is the {t.colour} {t.noun} there?"
+            assert asked.pop(text, None) == (None if part is None else times[part])
+            answers.add(None if part is None else times[part])
+        assert not asked
+    assert answers == {None, *times}
 
 
 @pytest.mark.parametrize(

@@ -12,27 +12,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 import train_tiny  # noqa: E402
 
 
-@pytest.mark.parametrize("name", ["qwen", "llava"])
-def test_training_and_asking_are_one(name):
+@pytest.mark.parametrize(("name", "frames"), [("qwen", 1), ("llava", 1), ("qwen", 2), ("qwen", 8)])
+def test_training_and_asking_are_one(name, frames):
     """Several questions behind one picture, each under the block mask, have the logits that each has alone."""
     torch.manual_seed(0)
     learner = train_tiny.Learner(name).eval()
-    scene = scenes.scene("validation", 3)
-    asked = list(scene.questions[:4])
-    pictures = train_tiny.Pictures(learner, 0, 0, 1, len(asked))
-    values = pictures.make([scene])[0]
+    about = scenes.scene("validation", 3) if frames == 1 else scenes.clip("validation", 2, frames)
+    pictures = train_tiny.Pictures(learner, 0, 0, 1, 4)
+    asked = list(about.questions[:4])
+    values, *_, steps = pictures.make([about]) if frames == 1 else pictures.film([about])
     text = train_tiny.Text.of([asked], learner.processor.tokenizer)
     with torch.inference_mode():
-        logits, target = learner.answers(learner.see(learner.features(values)), text)
+        logits, target = learner.answers(learner.see(learner.features(values), steps), text, steps)
         place = 0
         for q in asked:
-            inputs = answers.prompts(learner.processor, [answers.Asked(q.kind, q.text, q.answer, scene)])
+            inputs = answers.prompts(learner.processor, [answers.Asked(q.kind, q.text, q.answer, about)])
             alone = learner.model(**inputs).logits[0, -1]
             torch.testing.assert_close(logits[place], alone, atol=2e-4, rtol=1e-4)
             words = learner.processor.tokenizer(f"{q.answer} <eos>").input_ids
             assert target[place : place + len(words)].tolist() == words
             place += len(words)
-    assert place == len(target)
+    assert len(asked) > 1 and place == len(target)
 
 
 def test_a_run_goes_on(tmp_path):

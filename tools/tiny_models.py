@@ -25,6 +25,7 @@ TEMPLATE = (
     "{{ '<bot> ' if add_generation_prompt else '' }}"
 )
 GRID = 16  # image tokens across and down
+CLIP = 128  # pixels of a frame's side
 TEXT = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 6, "num_attention_heads": 4}
 TEXT |= {"num_key_value_heads": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
 TEXT |= {"initializer_range": 0.05}
@@ -64,7 +65,8 @@ def text_config() -> dict[str, Any]:
 
 
 def qwen() -> tuple[nn.Module, Any]:
-    """Patches of 8 pixels: a scene is 32 x 32 of them and 16 x 16 tokens. Sections of 8 pairs: PPE takes K = 8."""
+    """Patches of 8 pixels: a scene is 32 x 32 of them and 16 x 16 tokens, a frame of a clip a quarter of that, two
+    frames one step of time. Sections of 8 pairs: PPE takes K = 8."""
     import transformers
 
     start, end, image, clip = MARKS["qwen"]
@@ -72,7 +74,7 @@ def qwen() -> tuple[nn.Module, Any]:
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 8, 8]}
     vision = {"depth": 4, "hidden_size": 96, "num_heads": 3, "intermediate_size": 256, "out_hidden_size": 192}
     vision |= {"patch_size": 8, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 64}
-    vision |= {"fullatt_block_indexes": [2], "tokens_per_second": 2}
+    vision |= {"fullatt_block_indexes": [1, 3], "tokens_per_second": 25}  # steps 2 apart
     config = transformers.Qwen2_5_VLConfig(
         text_config={**text_config(), "rope_parameters": rope},
         vision_config=vision,
@@ -86,7 +88,9 @@ def qwen() -> tuple[nn.Module, Any]:
     size = {"shortest_edge": side * side // 4, "longest_edge": 4 * side * side}
     parts = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
     pictures = transformers.Qwen2VLImageProcessor(**parts, size=size)
-    video = transformers.Qwen2VLVideoProcessor(**parts, size=size)
+    video = transformers.Qwen2VLVideoProcessor(
+        **parts, size={k: n // 4 for k, n in size.items()} | {"longest_edge": CLIP**2}
+    )
     words = tokenizer("qwen")
     template = TEMPLATE.replace("IMAGE", f"{start} {image} {end}").replace("VIDEO", f"{start} {clip} {end}")
     return transformers.Qwen2_5_VLForConditionalGeneration(config), transformers.Qwen2_5_VLProcessor(

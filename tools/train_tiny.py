@@ -17,14 +17,14 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tiny_models import GRID, MARKS, llava, qwen
+from tiny_models import CLIP, GRID, MARKS, llava, qwen
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -66,13 +66,25 @@ class Text:
         return cls(full[..., 0], full[..., 1], full[..., 2], full[..., 3] - 100, kinds)
 
 
-def visible(prefix: int, block: Tensor) -> Tensor:
-    """[B, 1, P + L, P + L]: a word sees the picture and what its own question says before it; padding itself."""
+def unseen(prefix: int, block: Tensor) -> Tensor:
+    """[B, 1, P + L, P + L], 0 or -inf: a word sees the picture and what its own question says before it; padding
+    itself."""
     block = functional.pad(block, (prefix, 0), value=-1)
     total = block.shape[1]
     causal = torch.ones(total, total, dtype=torch.bool).tril()
     seen = (block[:, None, :] == -1) | (block[:, None, :] == block[:, :, None]) & (block[:, None, :] > 0)
-    return (seen & causal | torch.eye(total, dtype=torch.bool))[:, None]
+    hidden = ~(seen & causal | torch.eye(total, dtype=torch.bool))[:, None]
+    return torch.zeros(hidden.shape).masked_fill_(hidden, -math.inf)  # of booleans every layer would make this anew
+
+
+@dataclass
+class Front:
+    """What stands before the questions: words, which of them are image tokens, positions, the grid of patches."""
+
+    ids: Tensor
+    marks: Tensor
+    places: Tensor
+    grid: Tensor
 
 
 class Learner(nn.Module):
@@ -84,17 +96,26 @@ class Learner(nn.Module):
         ids = self.processor.tokenizer.convert_tokens_to_ids
         self.says = [ids([".", *THINGS]), ids([".", *scenes.COLOURS]), ids(THIRDS[0]), ids(THIRDS[1])]
         self.sharp = nn.Parameter(torch.tensor(10.0))
-        start, end, image, _ = MARKS[name]
-        many = " ".join([image] * GRID * GRID)
-        text = f"<user> {start} {many} {end}" if name == "qwen" else f"<user> {many}"
-        self.prefix = torch.tensor(self.processor.tokenizer(text).input_ids)
-        self.image = self.prefix == ids(image)
+        self.before = {0: self.front(name, 0)}
         if name == "qwen":
-            given, kinds = self.prefix[None], self.image[None].int()
-            self.places = self.model.model.get_rope_index(given, kinds, torch.tensor([[1, 2 * GRID, 2 * GRID]]))[0]
-        else:
-            self.places = torch.arange(len(self.prefix))[None]
+            self.before |= {steps: self.front(name, steps) for steps in (1, 4)}
         self.name = name
+
+    def front(self, name: str, steps: int) -> Front:
+        """What stands before the questions: a picture, or a clip of so many steps of time."""
+        start, end, image, clip = MARKS[name]
+        mark, side = (clip, CLIP // 16) if steps else (image, GRID)
+        many = " ".join([mark] * side * side * max(1, steps))
+        given = self.processor.tokenizer(f"<user> {start} {many} {end}" if name == "qwen" else f"<user> {many}")
+        ids = torch.tensor(given.input_ids)
+        marks = ids == self.processor.tokenizer.convert_tokens_to_ids(mark)
+        grid = torch.tensor([[max(1, steps), 2 * side, 2 * side]])
+        if name == "llava":
+            return Front(ids, marks, torch.arange(len(ids))[None], grid)
+        kinds, which = (marks * (2 if steps else 1))[None], {f"{'video' if steps else 'image'}_grid_thw": grid}
+        seconds = torch.tensor([2 / 24])  # what the processor says of frames without times
+        places = self.model.model.get_rope_index(ids[None], kinds, second_per_grid_ts=seconds, **which)[0]
+        return Front(ids, marks, places, grid)
 
     def features(self, pixels: Tensor) -> Tensor:
         """What `see` takes: of the LLaVA the tower's last layer, before its norm, as the model itself takes it."""
@@ -102,13 +123,14 @@ class Learner(nn.Module):
             return pixels
         return self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
 
-    def see(self, pixels: Tensor) -> Tensor:
+    def see(self, pixels: Tensor, steps: int = 0) -> Tensor:
         """Pixels [B, patches, values], or features of DINOv2 [B, tokens, 384] -> image tokens [B, tokens, width]."""
         if self.name == "llava":
             return self.model.model.multi_modal_projector(pixels)
-        grid = torch.tensor([[1, 2 * GRID, 2 * GRID]]).expand(len(pixels), -1)
-        out = self.model.model.visual(pixels.flatten(0, 1), grid_thw=grid).pooler_output
-        return out.view(len(pixels), GRID * GRID, -1)
+        grid = self.before[steps].grid.expand(len(pixels), -1)
+        return self.model.model.visual(pixels.flatten(0, 1), grid_thw=grid).pooler_output.unflatten(
+            0, (len(pixels), -1)
+        )
 
     def shown(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """How far the image tokens are from saying what they show in the language of the words: by cosine to these.
@@ -121,23 +143,22 @@ class Learner(nn.Module):
             total = total + each[there].mean() + 0.5 * each[~there].mean()
         return total
 
-    def answers(self, tokens: Tensor, text: Text) -> tuple[Tensor, Tensor]:
+    def answers(self, tokens: Tensor, text: Text, steps: int = 0) -> tuple[Tensor, Tensor]:
         """Logits of the words that have a target, and these: [words, vocabulary], [words]."""
-        embed = self.model.get_input_embeddings()
-        prefix = embed(self.prefix)[None].repeat(len(tokens), 1, 1).to(tokens.dtype)
-        prefix[:, self.image] = tokens
-        axes = self.places.shape[:-2]  # (3,) for Qwen's, none for a Llama's
-        behind = (int(self.places.max()) + 1 + text.offset).expand(*axes, -1, -1)
-        places = torch.cat([self.places.expand(*axes, len(tokens), -1), behind], -1)
-        mask = visible(len(self.prefix), text.block)
+        embed, front = self.model.get_input_embeddings(), self.before[steps]
+        before = embed(front.ids)[None].repeat(len(tokens), 1, 1)
+        before[:, front.marks] = tokens
+        axes = front.places.shape[:-2]  # (3,) for Qwen's, none for a Llama's
+        behind = (int(front.places.max()) + 1 + text.offset).expand(*axes, -1, -1)
+        mask = unseen(len(front.ids), text.block)
         out = self.model.model.language_model(
-            inputs_embeds=torch.cat([prefix, embed(text.ids).to(tokens.dtype)], 1),
+            inputs_embeds=torch.cat([before, embed(text.ids)], 1),
             attention_mask={"full_attention": mask} if self.name == "qwen" else mask,
-            position_ids=places,
+            position_ids=torch.cat([front.places.expand(*axes, len(tokens), -1), behind], -1),
             use_cache=False,
-        ).last_hidden_state[:, len(self.prefix) :]
+        ).last_hidden_state[:, len(front.ids) :]
         asked = text.target >= 0
-        return self.model.lm_head(out[asked]).float(), text.target[asked]
+        return self.model.lm_head(out[asked]), text.target[asked]
 
 
 # -- data -----------------------------------------------------------------------------------------------------------
@@ -155,10 +176,10 @@ def stage(done: int) -> scenes.Level:
     return scenes.Level()
 
 
-def choose(scene: scenes.Scene, most: int) -> list[scenes.Question]:
+def choose(questions: Sequence[scenes.Question], most: int) -> list[scenes.Question]:
     """Up to `most` questions, of all kinds in turn: those that are rare are not left out."""
     by: dict[str, list[scenes.Question]] = {}
-    for q in scene.questions:
+    for q in questions:
         by.setdefault(q.kind, []).append(q)
     queue, out = list(by.values()), []
     while queue and len(out) < most:
@@ -182,26 +203,38 @@ def labels(scene: scenes.Scene) -> Tensor:
     return torch.stack([thing, colour, *(third.long() for third in thirds)], -1).flatten(0, 1)
 
 
+Batch = tuple[Tensor, Tensor | None, Text, int]  # what is seen, labels of pictures, questions, steps of time
+
+
 class Pictures(IterableDataset):
-    """Batches of (pixels, labels, text): scene after scene of the training split from number `start` on."""
+    """Batches of scene after scene of the training split from number `start` on; for the Qwen also clips, late."""
 
     def __init__(self, learner: Learner, start: int, total: int, batch: int, questions: int) -> None:
         self.processor, self.name = learner.processor, learner.name
         self.start, self.total, self.batch, self.questions = start, total, batch, questions
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Text]]:
+    def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         torch.set_num_threads(1)
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for at in range(self.start + first * self.batch, self.total, step * self.batch):
-            level = stage(at)
-            yield self.make([scenes.scene("train", n, level) for n in range(at, at + self.batch)])
+            level, numbers, turn = stage(at), range(at, at + self.batch), at // self.batch % 12
+            if self.name == "qwen" and at >= FAIR and turn in (5, 11):
+                yield self.film([scenes.clip("train", n, 2 if turn == 5 else 8, level) for n in numbers])
+            else:
+                yield self.make([scenes.scene("train", n, level) for n in numbers])
 
-    def make(self, batch: list[scenes.Scene]) -> tuple[Tensor, Tensor, Text]:
+    def make(self, batch: list[scenes.Scene]) -> Batch:
         values = self.processor.image_processor([s.image for s in batch], return_tensors="pt")["pixel_values"]
         values = values.view(len(batch), -1, values.shape[-1]) if self.name == "qwen" else values
-        text = Text.of([choose(s, self.questions) for s in batch], self.processor.tokenizer)
-        return values, torch.stack([labels(s) for s in batch]), text
+        text = Text.of([choose(s.questions, self.questions) for s in batch], self.processor.tokenizer)
+        return values, torch.stack([labels(s) for s in batch]), text, 0
+
+    def film(self, batch: list[scenes.Clip]) -> Batch:
+        frames = [np.stack([np.asarray(f) for f in clip.frames]) for clip in batch]
+        seen = self.processor.video_processor(frames, do_sample_frames=False, return_tensors="pt")
+        text = Text.of([choose(clip.questions, self.questions) for clip in batch], self.processor.tokenizer)
+        return seen["pixel_values_videos"].unflatten(0, (len(batch), -1)), None, text, int(seen["video_grid_thw"][0, 0])
 
 
 class Features:
@@ -227,14 +260,14 @@ class Features:
     def scene(self, number: int) -> scenes.Scene:
         return scenes.scene("train", number, stage(number * 10 * EASY // self.count))  # a tenth of them easy
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Text]]:
+    def __iter__(self) -> Iterator[Batch]:
         p = self.pictures
         for at in range(p.start, p.total, p.batch):
             low, high = (0.0, 0.1) if at < EASY else (0.0, 0.25) if at < FAIR else (0.1, 1.0)
             chosen = np.random.default_rng(at).integers(int(low * self.count), int(high * self.count), p.batch)
             batch = [self.scene(int(n)) for n in chosen]
-            text = Text.of([choose(s, p.questions) for s in batch], p.processor.tokenizer)
-            yield torch.from_numpy(self.values[chosen]).float(), torch.stack([labels(s) for s in batch]), text
+            text = Text.of([choose(s.questions, p.questions) for s in batch], p.processor.tokenizer)
+            yield torch.from_numpy(self.values[chosen]).float(), torch.stack([labels(s) for s in batch]), text, 0
 
 
 # -- the run --------------------------------------------------------------------------------------------------------
@@ -244,23 +277,25 @@ def check(learner: Learner, count: int, batch: int = 16, level: scenes.Level | N
     """Accuracy on the validation split, by question kind; an answer is right if all its words are, each after the
     right ones before it."""
     right: dict[str, list[bool]] = {}
-    make = Pictures(learner, 0, 0, batch, 12).make
+    pictures = Pictures(learner, 0, 0, batch, 12)
     learner.eval()
     with torch.inference_mode():
         for at in range(0, count, batch):
-            found = list(scenes.scenes("validation", batch, level, at))
-            values, _, text = make(found)
-            logits, target = learner.answers(learner.see(learner.features(values)), text)
-            asked = text.target >= 0
-            owner = (torch.arange(len(found))[:, None] * 100 + text.block)[asked]
-            for number in owner.unique().tolist():
-                words = owner == number
-                kind = text.kinds[number // 100][number % 100 - 1]
-                right.setdefault(kind, []).append(bool((logits[words].argmax(-1) == target[words]).all()))
+            asked = [pictures.make(list(scenes.scenes("validation", batch, level, at)))]
+            if learner.name == "qwen":
+                numbers, frames = range(at, at + batch), 2 if at // batch % 2 else 8
+                asked.append(pictures.film([scenes.clip("validation", n, frames, level) for n in numbers]))
+            for values, _, text, steps in asked:
+                logits, target = learner.answers(learner.see(learner.features(values), steps), text, steps)
+                owner = (torch.arange(len(values))[:, None] * 100 + text.block)[text.target >= 0]
+                for number in owner.unique().tolist():
+                    words = owner == number
+                    kind = text.kinds[number // 100][number % 100 - 1]
+                    right.setdefault(kind, []).append(bool((logits[words].argmax(-1) == target[words]).all()))
     learner.train()
-    found_all = [x for xs in right.values() for x in xs]
-    by_kind = {kind: float(np.mean(right[kind])) for kind in scenes.KINDS if kind in right}
-    return by_kind | {"all": float(np.mean(found_all))}
+    by_kind = {kind: float(np.mean(right[kind])) for kind in (*scenes.KINDS, "when") if kind in right}
+    pictures_alone = [x for kind in scenes.KINDS for x in right.get(kind, [])]
+    return by_kind | {"all": float(np.mean(pictures_alone))}
 
 
 def save(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer, run: dict[str, Any], done: int) -> None:
@@ -325,9 +360,9 @@ def main() -> None:
     parse.add_argument("--pictures", type=int, default=200_000, help="how many to learn from, in all")
     parse.add_argument("--features", type=int, default=20_000, help="llava: how many different ones")
     parse.add_argument("--cache", type=Path, default=Path("out/dinov2"), help="llava: where their features are kept")
-    parse.add_argument("--batch", type=int, default=16)
-    parse.add_argument("--questions", type=int, default=8, help="per picture, at most")
-    parse.add_argument("--rate", type=float, default=1e-3)
+    parse.add_argument("--batch", type=int, default=4)
+    parse.add_argument("--questions", type=int, default=16, help="per picture, at most")
+    parse.add_argument("--rate", type=float, default=6e-4)
     parse.add_argument("--see", type=int, default=5_000, help="qwen: pictures from which only the tower learns")
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument("--threads", type=int, help="of torch")
@@ -338,7 +373,7 @@ def main() -> None:
     learner = Learner(args.model).train()
     run = {k: v for k, v in vars(args).items() if k in ("model", "batch", "questions", "rate", "see", "seed")}
     trained = [p for p in learner.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, args.rate, (0.9, 0.98), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(trained, args.rate, (0.9, 0.99), weight_decay=0.05)
     args.out.mkdir(parents=True, exist_ok=True)
     done = resume(args.out, learner, optimizer, run)
     pictures = Pictures(learner, done, args.pictures, args.batch, args.questions)
@@ -347,16 +382,16 @@ def main() -> None:
     else:
         data = DataLoader(pictures, batch_size=None, num_workers=1, prefetch_factor=4)
     bar, noted = tqdm(total=args.pictures, initial=done, unit="picture"), time.time()
-    for values, shown, text in data:
+    for values, shown, text, steps in data:
         alone = args.model == "qwen" and done < args.see
         for group in optimizer.param_groups:
             left = (args.pictures - done) / (0.2 * args.pictures)  # the rate falls over the last fifth
             group["lr"] = args.rate * min(1.0, (done + args.batch) / (200 * args.batch), max(0.02, left))
-        tokens = learner.see(values)
-        loss = (1.0 if alone else 0.2 if done < 40_000 else 0.05) * learner.shown(tokens, shown)
+        tokens, loss = learner.see(values, steps), torch.zeros(())
+        if shown is not None:
+            loss = (1.0 if alone else 0.2 if done < 40_000 else 0.05) * learner.shown(tokens, shown)
         if not alone:
-            logits, target = learner.answers(tokens, text)
-            loss = loss + functional.cross_entropy(logits, target)
+            loss = loss + functional.cross_entropy(*learner.answers(tokens, text, steps))
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

@@ -198,29 +198,37 @@ def ask(things: Sequence[Thing], rng: np.random.Generator) -> list[Question]:
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames in which one thing comes and goes, and the question when it is there."""
+    """Frames in which things come and go, and the questions when they are there. `parts`: the half or quarter in which
+    each thing is there; None = in all of them."""
 
     frames: tuple[Image.Image, ...]
+    things: tuple[Thing, ...]
+    parts: tuple[int | None, ...]
     questions: tuple[Question, ...]
 
 
 def clip(split: str, number: int, frames: int = 8, level: Level | None = None) -> Clip:
-    """Clip `number` of a split: 2 or 8 frames, in halves or quarters; a thing is there in one of them, others always.
+    """Clip `number` of a split: 2 or 8 frames, in halves or quarters. Most things are there in one of these.
 
     Raises:
         OptionError: as `scene`; another number of frames.
     """
     if frames not in (2, 8):
         raise OptionError(f"frames={frames!r}: clips have 2 or 8")
-    still = scene(split, number, replace(level or Level(), things=(2, 3)))
+    still = scene(split, number, replace(level or Level(), things=(2, 4)))
     rng = np.random.default_rng([still.seed, frames])
-    parts = 2 if frames == 2 else 4
-    when, (guest, *rest) = int(rng.integers(parts)), still.things
+    things = tuple({(t.colour, t.noun): t for t in still.things}.values())  # of what looks alike, the last one
+    count = 2 if frames == 2 else 4
+    parts = tuple(None if i and rng.random() < 0.25 else int(rng.integers(count)) for i in range(len(things)))
     back = _background(still.background, np.random.default_rng(still.seed))
-    without, whole = draw(rest, back), draw(still.things, back)
-    shown = tuple(whole if i * parts // frames == when else without for i in range(frames))
-    answer = TIMES[when] if when < parts - 1 else TIMES[-1]
-    return Clip(shown, (Question("when", f"When is the {guest.colour} {guest.noun} there?", answer),))
+    looks = [draw([t for t, p in zip(things, parts, strict=True) if p in (None, now)], back) for now in range(count)]
+    times = (*TIMES[: count - 1], TIMES[-1])
+    asked = [
+        Question("when", f"When is the {t.colour} {t.noun} there?", times[p])
+        for t, p in zip(things, parts, strict=True)
+        if p is not None
+    ]
+    return Clip(tuple(looks[i * count // frames] for i in range(frames)), things, parts, tuple(asked))
 
 
 # -- drawing --------------------------------------------------------------------------------------------------------
