@@ -9,7 +9,9 @@ import sys
 import mllm_processor
 import mllm_zoo as zoo
 import pytest
+import torch
 
+from vtc import scores
 from vtc.checkpoints import CheckpointError, tiny
 from vtc.errors import OptionError
 from vtc.eval import answers, scenes
@@ -83,6 +85,11 @@ def test_another_run_is_refused_and_stays(model, whole):
 def test_what_is_unknown(model, tmp_path):
     with pytest.raises(OptionError, match="unknown method 'tomato'"):
         answers.run(model, out=tmp_path / "a", **(SMALL | {"methods": ("tomato",)}))
+    for label, why in (("tome+tea", r"\+ppe may be added"), ("idpruner+scorer", r"\+scorer if there is one")):
+        with pytest.raises(OptionError, match=why):
+            answers.run(model, out=tmp_path / "a", **(SMALL | {"methods": (label,)}))
+    with pytest.raises(OptionError, match="cannot be read"):
+        answers.run(model, out=tmp_path / "a", scorer=str(tmp_path / "none"), **SMALL)
     with pytest.raises(OptionError, match="limit=0"):
         answers.run(model, out=tmp_path / "a", **(SMALL | {"limit": 0}))
     with pytest.raises(ValueError, match="no_such_model"):
@@ -101,6 +108,18 @@ def test_two_processes_give_what_one_gives(model, whole, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert {p.name for p in (tmp_path / "two").glob("cells-*")} == {"cells-0.jsonl", "cells-1.jsonl"}
     assert table(tmp_path / "two") == table(whole)
+
+
+def test_positions_and_scorers_are_methods_of_their_own(model, tmp_path):
+    path, network = str(tmp_path / "scorer.safetensors"), zoo.build("llava")
+    torch.manual_seed(0)
+    scores.save_selector(scores.Selector(network.config.text_config.hidden_size, 4), path)
+    run = SMALL | {"methods": ("tome+ppe", "idpruner+scorer"), "seeds": 1}
+    found = answers.run(model, out=tmp_path / "a", scorer=path, **run)
+    assert {r["method"] for r in found.rows} == {"dense", "random", "downsample", "tome+ppe", "idpruner+scorer"}
+    every = [label for label, *_ in answers._chosen(network, ("all",), (0.5,), path)]
+    assert {"pitome", "pitome+ppe", "idpruner", "idpruner+scorer", "idpruner 0.5"} <= set(every)
+    assert "random+ppe" not in every
 
 
 def test_scores():

@@ -35,6 +35,16 @@ def test_training_and_asking_are_one(name, frames):
     assert len(asked) > 1 and place == len(target)
 
 
+def test_the_features_spread_goes_into_the_weights():
+    torch.manual_seed(0)
+    learner, x = train_tiny.Learner("llava"), 40 + 3 * torch.randn(2, 256, 384)
+    learner.mean, learner.spread = x.mean((0, 1)), x.std((0, 1))
+    before = learner.see(x)
+    learner.fold()
+    assert not learner.mean.any()
+    torch.testing.assert_close(learner.see(x), before, atol=1e-4, rtol=1e-4)
+
+
 def test_a_run_goes_on(tmp_path):
     learner = train_tiny.Learner("qwen")
     optimizer = torch.optim.AdamW(learner.parameters())

@@ -93,9 +93,11 @@ def qwen() -> tuple[nn.Module, Any]:
     )
     words = tokenizer("qwen")
     template = TEMPLATE.replace("IMAGE", f"{start} {image} {end}").replace("VIDEO", f"{start} {clip} {end}")
-    return transformers.Qwen2_5_VLForConditionalGeneration(config), transformers.Qwen2_5_VLProcessor(
-        pictures, words, video, chat_template=template
-    )
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    for p in model.model.visual.parameters():
+        if p.ndim > 1:  # Transformers draws them so small that a tower this narrow says nothing for a long time
+            nn.init.normal_(p, std=p[0].numel() ** -0.5)
+    return model, transformers.Qwen2_5_VLProcessor(pictures, words, video, chat_template=template)
 
 
 def llava() -> tuple[nn.Module, Any]:

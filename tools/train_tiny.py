@@ -99,6 +99,7 @@ class Learner(nn.Module):
         self.before = {0: self.front(name, 0)}
         if name == "qwen":
             self.before |= {steps: self.front(name, steps) for steps in (1, 4)}
+        self.mean, self.spread = torch.zeros(()), torch.ones(())  # of DINOv2's features
         self.name = name
 
     def front(self, name: str, steps: int) -> Front:
@@ -126,11 +127,21 @@ class Learner(nn.Module):
     def see(self, pixels: Tensor, steps: int = 0) -> Tensor:
         """Pixels [B, patches, values], or features of DINOv2 [B, tokens, 384] -> image tokens [B, tokens, width]."""
         if self.name == "llava":
-            return self.model.model.multi_modal_projector(pixels)
+            return self.model.model.multi_modal_projector((pixels - self.mean) / self.spread)
         grid = self.before[steps].grid.expand(len(pixels), -1)
         return self.model.model.visual(pixels.flatten(0, 1), grid_thw=grid).pooler_output.unflatten(
             0, (len(pixels), -1)
         )
+
+    def fold(self) -> None:
+        """Into the projector's first layer what it is trained without: the features' mean, 43 of their 46 in length,
+        and their spread."""
+        if self.name == "llava":
+            first = self.model.model.multi_modal_projector.linear_1
+            with torch.no_grad():
+                first.weight.copy_(first.weight / self.spread)
+                first.bias.copy_(first.bias - first.weight @ self.mean.expand(first.in_features))
+            self.mean, self.spread = torch.zeros(()), torch.ones(())
 
     def shown(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """How far the image tokens are from saying what they show in the language of the words: by cosine to these.
@@ -164,6 +175,7 @@ class Learner(nn.Module):
 # -- data -----------------------------------------------------------------------------------------------------------
 
 EASY, FAIR = 6_000, 16_000  # pictures, after which scenes get harder
+CROWD = scenes.Level(things=(5, 7), digits=4)  # a tower learns most from what is full
 
 
 def stage(done: int) -> scenes.Level:
@@ -209,8 +221,8 @@ Batch = tuple[Tensor, Tensor | None, Text, int]  # what is seen, labels of pictu
 class Pictures(IterableDataset):
     """Batches of scene after scene of the training split from number `start` on; for the Qwen also clips, late."""
 
-    def __init__(self, learner: Learner, start: int, total: int, batch: int, questions: int) -> None:
-        self.processor, self.name = learner.processor, learner.name
+    def __init__(self, learner: Learner, start: int, total: int, batch: int, questions: int, crowded: int = 0) -> None:
+        self.processor, self.name, self.crowded = learner.processor, learner.name, crowded
         self.start, self.total, self.batch, self.questions = start, total, batch, questions
 
     def __iter__(self) -> Iterator[Batch]:
@@ -219,6 +231,7 @@ class Pictures(IterableDataset):
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for at in range(self.start + first * self.batch, self.total, step * self.batch):
             level, numbers, turn = stage(at), range(at, at + self.batch), at // self.batch % 12
+            level = CROWD if at < self.crowded else level
             if self.name == "qwen" and at >= FAIR and turn in (5, 11):
                 yield self.film([scenes.clip("train", n, 2 if turn == 5 else 8, level) for n in numbers])
             else:
@@ -256,6 +269,8 @@ class Features:
                 self.values.flush()
                 note.write_text(str(at + size))
         note.write_text(str(count))
+        some = torch.from_numpy(self.values[:: max(1, count // 100)]).float().flatten(0, 1)
+        learner.mean, learner.spread = some.mean(0), some.std(0)
 
     def scene(self, number: int) -> scenes.Scene:
         return scenes.scene("train", number, stage(number * 10 * EASY // self.count))  # a tenth of them easy
@@ -342,6 +357,7 @@ def export(folder: Path, learner: Learner) -> None:
     """The model and its processor as Transformers reads them, in bfloat16, without DINOv2."""
     from safetensors.torch import save_file
 
+    learner.fold()
     learner.processor.save_pretrained(folder)
     learner.model.config.save_pretrained(folder)
     learner.model.generation_config.save_pretrained(folder)
@@ -362,8 +378,8 @@ def main() -> None:
     parse.add_argument("--cache", type=Path, default=Path("out/dinov2"), help="llava: where their features are kept")
     parse.add_argument("--batch", type=int, default=4)
     parse.add_argument("--questions", type=int, default=16, help="per picture, at most")
-    parse.add_argument("--rate", type=float, default=6e-4)
-    parse.add_argument("--see", type=int, default=5_000, help="qwen: pictures from which only the tower learns")
+    parse.add_argument("--rate", type=float, default=1.5e-3)
+    parse.add_argument("--see", type=int, default=12_000, help="qwen: pictures from which only the tower learns")
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument("--threads", type=int, help="of torch")
     args = parse.parse_args()
@@ -371,26 +387,26 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     learner = Learner(args.model).train()
-    run = {k: v for k, v in vars(args).items() if k in ("model", "batch", "questions", "rate", "see", "seed")}
+    run = {k: v for k, v in vars(args).items() if k in ("model", "batch", "questions", "seed")}
     trained = [p for p in learner.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, args.rate, (0.9, 0.99), weight_decay=0.05)
     args.out.mkdir(parents=True, exist_ok=True)
     done = resume(args.out, learner, optimizer, run)
-    pictures = Pictures(learner, done, args.pictures, args.batch, args.questions)
+    alone = args.see if args.model == "qwen" else 0
+    pictures = Pictures(learner, done, args.pictures, args.batch, args.questions, alone)
     if args.model == "llava":
         data: Any = Features(learner, args.cache, args.features, pictures)
     else:
         data = DataLoader(pictures, batch_size=None, num_workers=1, prefetch_factor=4)
     bar, noted = tqdm(total=args.pictures, initial=done, unit="picture"), time.time()
     for values, shown, text, steps in data:
-        alone = args.model == "qwen" and done < args.see
         for group in optimizer.param_groups:
             left = (args.pictures - done) / (0.2 * args.pictures)  # the rate falls over the last fifth
             group["lr"] = args.rate * min(1.0, (done + args.batch) / (200 * args.batch), max(0.02, left))
         tokens, loss = learner.see(values, steps), torch.zeros(())
         if shown is not None:
-            loss = (1.0 if alone else 0.2 if done < 40_000 else 0.05) * learner.shown(tokens, shown)
-        if not alone:
+            loss = (1.0 if done < alone else 0.2 if done < 40_000 else 0.05) * learner.shown(tokens, shown)
+        if done >= alone:
             loss = loss + functional.cross_entropy(*learner.answers(tokens, text, steps))
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -405,7 +421,7 @@ def main() -> None:
             found = check(learner, 64, level=stage(done))
             with (args.out / "log.jsonl").open("a") as log:
                 scores = {kind: round(value, 3) for kind, value in found.items()}
-                log.write(json.dumps({"pictures": done, "loss": loss.item(), **scores}) + "\n")
+                log.write(json.dumps({"pictures": done, "rate": args.rate, "loss": loss.item(), **scores}) + "\n")
     export(args.out, learner)
 
 

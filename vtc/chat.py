@@ -14,12 +14,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from vtc import checkpoints
 from vtc.adapters.multimodal.intake import Intake
 from vtc.api import Report, compress, explain
 from vtc.bench.models import first_line, quiet
 from vtc.bench.multimodal import find_config, sketch
 from vtc.bench.prefill import cache_bytes, watched
 from vtc.bench.timing import Tick, interleave, settle, shared_copy
+from vtc.checkpoints import tiny
 from vtc.errors import OptionError, UnsupportedModelError, VTCError
 from vtc.methods import Method
 from vtc.token_map import TokenMap
@@ -83,7 +85,8 @@ class Comparison:
 def load(
     name: str, method: Method, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False
 ) -> tuple[Any, Callable[[], Any]]:
-    """The processor of a folder or of a model of the Hub, and a function that loads the model (which takes long).
+    """The processor of tiny_qwen, tiny_llava, a folder or a model of the Hub, and a function that loads the model
+    (which takes long).
 
     Raises:
         UnsupportedModelError: `method` cannot reduce this model, as far as its configuration tells.
@@ -100,6 +103,10 @@ def load(
         plan = explain(sketch(config), method)
         if not plan.ok:
             raise UnsupportedModelError(f"{name}: {plan}")
+    if name in tiny.TINY:
+        small, processor = getattr(checkpoints, name)()
+        small = small if dtype == "auto" else small.to(getattr(torch, dtype))
+        return processor, lambda: small.to(place)
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     path = name.removeprefix("hf:")

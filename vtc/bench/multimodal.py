@@ -11,6 +11,7 @@ from torch import nn
 
 from vtc.bench.models import ModelError, first_line, quiet
 from vtc.bench.prompts import Picture, picture
+from vtc.checkpoints import tiny
 
 PRESETS = ("llava-0.5b", "qwen2.5-vl-0.5b")
 _LARGE = 4_000_000_000  # parameters above which a model is not filled with random weights
@@ -35,9 +36,9 @@ def find_config(name: str, *, download: bool = False, trust_remote_code: bool = 
     """
     if name in PRESETS:
         return preset(name)
-    path = name.removeprefix("hf:")
+    path = str(tiny.folder(name)) if name in tiny.TINY else name.removeprefix("hf:")
     folder = Path(path)
-    if name == path and not folder.is_dir():
+    if not name.startswith("hf:") and not folder.is_dir():
         if path.startswith((".", "/", "~")):
             raise ModelError(f"{path}: no such folder; give a folder with a config.json, or an id such as owner/name")
         if ":" in path or path.count("/") != 1:

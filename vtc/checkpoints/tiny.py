@@ -54,6 +54,13 @@ def place(name: str) -> Path:
     return Path(str(files("vtc.checkpoints"))) / name
 
 
+def scorer(name: str) -> str | None:
+    """The path of IDPruner's scorer for a tiny model: `IDPruner(keep=0.1, scorer=vtc.checkpoints.scorer("tiny_qwen"))`.
+    None if it was not trained yet."""
+    path = folder(name) / "selector.safetensors"
+    return str(path) if path.exists() else None
+
+
 def folder(name: str) -> Path:
     """`place`, once every file there has the checksum it was shipped with."""
     if not place(name).is_dir():

@@ -8,6 +8,7 @@ folder, so that a run that was stopped goes on, and several processes of `accele
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import torch
 from torch import nn
 
 import vtc
+from vtc.checkpoints import tiny
 from vtc.errors import OptionError
 from vtc.eval import common, scenes
 from vtc.eval.common import Results
@@ -90,13 +92,15 @@ def replies(model: nn.Module, processor: Any, asked: Sequence[Asked], batch: int
             yield text.strip().strip(".").lower()
 
 
-def prompts(processor: Any, asked: Sequence[Asked]) -> Any:
-    """The inputs of a batch, padded on the left."""
+def prompts(processor: Any, asked: Sequence[Asked], closed: bool = False) -> Any:
+    """The inputs of a batch, padded on the left; closed: with the answers."""
     texts = []
     for q in asked:
         content = [{"type": "video" if isinstance(q.about, scenes.Clip) else "image"}, {"type": "text", "text": q.text}]
-        turn = [{"role": "user", "content": content}]
-        texts.append(processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+        turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if closed:
+            turns.append({"role": "assistant", "content": [{"type": "text", "text": q.answer}]})
+        texts.append(processor.apply_chat_template(turns, add_generation_prompt=not closed, tokenize=False))
     images = [[q.about.image] for q in asked if isinstance(q.about, scenes.Scene)]
     clips = [np.stack([np.asarray(f) for f in q.about.frames]) for q in asked if isinstance(q.about, scenes.Clip)]
     seen: dict[str, Any] = {"videos": clips, "do_sample_frames": False} if clips else {"images": images}
@@ -114,6 +118,7 @@ def run(
     seeds: int = 5,
     out: str | Path = "out/scenes",
     balances: Sequence[float] = (),
+    scorer: str | None = None,
     frames: int = 1,
     batch: int = 16,
     split: str = "test",
@@ -128,6 +133,7 @@ def run(
         limit: scenes per seed. seeds: how many sets of scenes, each also the seed of methods that draw.
         out: folder of the results, and of what is done of them: the same call goes on where it was stopped.
         balances: IDPruner at these balances too (importance against diversity).
+        scorer: the path of IDPruner's trained scorer (`vtc.train`), which is asked too; tiny models bring their own.
         frames: 1 = pictures; 2 or 8 = clips, with the question when something is there.
         split: "validation" to choose by, "test" to report.
 
@@ -140,9 +146,10 @@ def run(
             raise OptionError(f"{name}={number!r}: it takes a whole number >= 1")
     lead, rank, world = _processes()
     network, processor = load(model)
-    chosen = _chosen(network, methods, balances)
+    scorer = scorer or (tiny.scorer(model) if model in tiny.TINY else None)
+    chosen = _chosen(network, methods, balances, scorer)
     setting = {"model": model, "keep": keep, "limit": limit, "seeds": seeds, "frames": frames, "split": split}
-    setting |= {"weights": _fingerprint(network)}
+    setting |= {"weights": _fingerprint(network), "scorer": scorer and _digest(scorer)}
     if lead:
         _folder(Path(out), setting)
     _wait(world)
@@ -168,12 +175,7 @@ def run(
 
 
 def load(name: str) -> tuple[nn.Module, Any]:
-    """A model and its processor: a tiny one of `vtc.checkpoints`, or a folder or id of Transformers."""
-    from vtc import checkpoints
-    from vtc.checkpoints.tiny import TINY
-
-    if name in TINY:
-        return getattr(checkpoints, name)()
+    """A model and its processor, as `vtc.chat.load` finds them."""
     from vtc.chat import load as find
 
     processor, model = find(name, make("random", keep=0.5))
@@ -181,15 +183,19 @@ def load(name: str) -> tuple[nn.Module, Any]:
     return model(), processor
 
 
-def _chosen(model: nn.Module, names: Sequence[str], balances: Sequence[float]) -> list[tuple[str, str, tuple]]:
-    """(label, name, options) of every method to ask, the baselines first. "tome+ppe": with PPE's positions."""
-    every = [*METHODS, *(f"{name}+ppe" for name in METHODS)]
+def _chosen(
+    model: nn.Module, names: Sequence[str], balances: Sequence[float], scorer: str | None
+) -> list[tuple[str, str, tuple]]:
+    """(label, name, options) of every method to ask, the baselines first. "tome+ppe": with PPE's positions;
+    "idpruner+scorer": with the trained scorer."""
+    every = [*METHODS, *(f"{name}+ppe" for name in METHODS), *(["idpruner+scorer"] if scorer else [])]
+    more = {"": {}, "ppe": {"positions": "ppe"}} | ({"scorer": {"scorer": scorer}} if scorer else {})
     out = []
     for label in dict.fromkeys([*ALWAYS, *(every if "all" in names else names)]):
-        name, plus, ppe = label.partition("+")
-        options: tuple[tuple[str, Any], ...] = (("positions", "ppe"),) if plus else ()
-        if plus and ppe != "ppe":
-            raise OptionError(f"unknown method {label!r}: what may be added to a name is +ppe")
+        name, _, plus = label.partition("+")
+        if plus not in more:
+            raise OptionError(f"unknown method {label!r}: +ppe may be added to a name, and +scorer if there is one")
+        options = tuple(more[plus].items())
         try:
             plan: Any = vtc.explain(model, make(name, keep=0.5, **dict(options)))
         except OptionError:
@@ -237,6 +243,13 @@ def _wait(world: int) -> None:
         from accelerate import PartialState
 
         PartialState().wait_for_everyone()
+
+
+def _digest(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    except OSError as error:
+        raise OptionError(f"scorer={path!r} cannot be read: {error.strerror}") from None
 
 
 def _fingerprint(model: nn.Module) -> str:

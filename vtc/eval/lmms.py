@@ -18,10 +18,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from vtc import checkpoints
 from vtc.api import Handle, compress
 from vtc.chat import load
-from vtc.checkpoints.tiny import TINY
 from vtc.errors import OptionError
 from vtc.methods import make
 
@@ -74,15 +72,11 @@ class Chat(Base):
         chosen = None if method is None else make(method, **options)
         rank = os.environ.get("LOCAL_RANK", "0")
         self.device = torch.device(device or (f"cuda:{rank}" if torch.cuda.is_available() else "cpu"))
-        if pretrained in TINY:
-            model, self.processor = getattr(checkpoints, pretrained)()
-            self.model = model.to(self.device)
-        else:
-            plan = chosen or make("random", keep=1.0)
-            self.processor, weights = load(
-                pretrained, plan, dtype=dtype, device=str(self.device), trust_remote_code=trust_remote_code
-            )
-            self.model = weights()
+        plan = chosen or make("random", keep=1.0)
+        self.processor, weights = load(
+            pretrained, plan, dtype=dtype, device=str(self.device), trust_remote_code=trust_remote_code
+        )
+        self.model = weights()
         self.handle: Handle | None = None if chosen is None else compress(self.model, chosen)
         self.batch_size, self.frames = int(batch_size), num_frames
 
