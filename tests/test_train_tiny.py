@@ -47,14 +47,19 @@ def test_the_features_spread_goes_into_the_weights():
 
 def test_a_run_goes_on(tmp_path):
     learner = train_tiny.Learner("qwen")
-    optimizer = torch.optim.AdamW(learner.parameters())
-    learner.sharp.grad = torch.ones(())
-    optimizer.step()
-    train_tiny.save(tmp_path, learner, optimizer, {"seed": 0}, 48)
+    both = train_tiny.optimizers(learner, 1e-3)
+    matrix = learner.model.model.visual.merger.mlp[0].weight
+    learner.sharp.grad, matrix.grad = torch.ones(()), torch.ones_like(matrix)
+    for optimizer in both:
+        optimizer.step()
+    train_tiny.save(tmp_path, learner, both, {"seed": 0}, 48)
     other = train_tiny.Learner("qwen")
-    again = torch.optim.AdamW(other.parameters())
+    again = train_tiny.optimizers(other, 1e-3)
     assert train_tiny.resume(tmp_path, other, again, {"seed": 0}) == 48
     assert all(torch.equal(a, b) for a, b in zip(learner.parameters(), other.parameters(), strict=True))
-    assert len(again.state) == 1 and again.state[other.sharp]["exp_avg"] == optimizer.state[learner.sharp]["exp_avg"]
+    same = other.model.model.visual.merger.mlp[0].weight
+    assert [len(optimizer.state) for optimizer in again] == [1, 1]
+    assert torch.equal(again[0].state[same]["momentum_buffer"], both[0].state[matrix]["momentum_buffer"])
+    assert again[1].state[other.sharp]["exp_avg"] == both[1].state[learner.sharp]["exp_avg"]
     with pytest.raises(SystemExit, match="another run"):
         train_tiny.resume(tmp_path, other, again, {"seed": 1})

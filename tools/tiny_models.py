@@ -109,7 +109,9 @@ def llava() -> tuple[nn.Module, Any]:
     ids = vocabulary("llava")
     tower = dinov2_small()
     config = transformers.LlavaConfig(
-        text_config=transformers.LlamaConfig(**text_config(), head_dim=48, rope_theta=1e4),
+        text_config=transformers.LlamaConfig(
+            **text_config(), head_dim=48, rope_parameters={"rope_type": "default", "rope_theta": 1e6}
+        ),
         vision_config=tower.config,
         image_token_index=ids["<image>"],
         vision_feature_layer=-1,

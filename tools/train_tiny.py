@@ -5,8 +5,9 @@ real DINOv2-S and stays as it is.
     python tools/train_tiny.py llava --out out/tiny_llava --cache out/dinov2
 
 A sequence holds one picture and several questions, each of which sees the picture and itself alone: a block mask, and
-positions that go on behind the picture for each of them. In the beginning a second loss asks the image tokens what they
-show, which is learned in minutes and without which nothing else is learned for hours. Scenes get harder along the way.
+positions that go on behind the picture for each of them. Two more losses, without which nothing is learned for hours:
+the image tokens are asked what they show, the Qwen's tower alone and on crowded scenes at first; a question is to be
+answered as soon as it has named its thing. Scenes get harder along the way.
 """
 
 from __future__ import annotations
@@ -17,53 +18,25 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tiny_data import THINGS, Features, Pictures, Text, stage
 from tiny_models import CLIP, GRID, MARKS, llava, qwen
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from vtc.eval import scenes
 
-THINGS = (*scenes.SHAPES, *scenes.DIGITS)
 THIRDS = (["top", "middle", "bottom"], ["left", "middle", "right"])
 
 
-# -- sequences ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Text:
-    """The words of a batch behind the pictures: [B, L] each. `block`: which question a word is of, from 1; 0 = none."""
-
-    ids: Tensor
-    block: Tensor
-    offset: Tensor  # from the question's first word
-    target: Tensor  # the next word where it is of the answer, else -100
-    kinds: list[list[str]]
-
-    @classmethod
-    def of(cls, batch: list[list[scenes.Question]], words: Any) -> Text:
-        rows = []
-        for questions in batch:
-            row: list[tuple[int, int, int, int]] = []
-            for number, q in enumerate(questions, 1):
-                ask, answer = (
-                    words(t, add_special_tokens=False).input_ids for t in (f"{q.text} <bot>", f"{q.answer} <eos>")
-                )
-                following = [-100] * (len(ask) - 1) + answer
-                row += [(i, number, at, t) for at, (i, t) in enumerate(zip(ask + answer[:-1], following, strict=True))]
-            rows.append(torch.tensor(row, dtype=torch.long).view(-1, 4))
-        full = nn.utils.rnn.pad_sequence([r + torch.tensor([0, 0, 0, 100]) for r in rows], True, 0)
-        kinds = [[q.kind for q in questions] for questions in batch]
-        return cls(full[..., 0], full[..., 1], full[..., 2], full[..., 3] - 100, kinds)
+# -- the learner ----------------------------------------------------------------------------------------------------
 
 
 def unseen(prefix: int, block: Tensor) -> Tensor:
@@ -154,135 +127,35 @@ class Learner(nn.Module):
             total = total + each[there].mean() + 0.5 * each[~there].mean()
         return total
 
-    def answers(self, tokens: Tensor, text: Text, steps: int = 0) -> tuple[Tensor, Tensor]:
-        """Logits of the words that have a target, and these: [words, vocabulary], [words]."""
+    def read(self, tokens: Tensor, text: Text, steps: int = 0) -> Tensor:
+        """The decoder's output for the words behind the pictures: [B, L, width]."""
         embed, front = self.model.get_input_embeddings(), self.before[steps]
         before = embed(front.ids)[None].repeat(len(tokens), 1, 1)
         before[:, front.marks] = tokens
         axes = front.places.shape[:-2]  # (3,) for Qwen's, none for a Llama's
         behind = (int(front.places.max()) + 1 + text.offset).expand(*axes, -1, -1)
         mask = unseen(len(front.ids), text.block)
-        out = self.model.model.language_model(
+        return self.model.model.language_model(
             inputs_embeds=torch.cat([before, embed(text.ids)], 1),
             attention_mask={"full_attention": mask} if self.name == "qwen" else mask,
             position_ids=torch.cat([front.places.expand(*axes, len(tokens), -1), behind], -1),
             use_cache=False,
         ).last_hidden_state[:, len(front.ids) :]
+
+    def answers(self, tokens: Tensor, text: Text, steps: int = 0) -> tuple[Tensor, Tensor]:
+        """Logits of the words that have a target, and these: [words, vocabulary], [words]."""
         asked = text.target >= 0
-        return self.model.lm_head(out[asked]), text.target[asked]
+        return self.model.lm_head(self.read(tokens, text, steps)[asked]), text.target[asked]
 
-
-# -- data -----------------------------------------------------------------------------------------------------------
-
-EASY, FAIR = 6_000, 16_000  # pictures, after which scenes get harder
-CROWD = scenes.Level(things=(5, 7), digits=4)  # a tower learns most from what is full
-
-
-def stage(done: int) -> scenes.Level:
-    """What a scene holds, by how many were learned from."""
-    if done < EASY:
-        kinds = ("colour", "shape", "position", "digit")
-        return scenes.Level((1, 2), 1, (0.15, 0.25), ("plain",), kinds)
-    if done < FAIR:
-        return scenes.Level((1, 4), 2, (0.12, 0.25), ("plain", "texture"), scenes.KINDS[:-1])
-    return scenes.Level()
-
-
-def choose(questions: Sequence[scenes.Question], most: int) -> list[scenes.Question]:
-    """Up to `most` questions, of all kinds in turn: those that are rare are not left out."""
-    by: dict[str, list[scenes.Question]] = {}
-    for q in questions:
-        by.setdefault(q.kind, []).append(q)
-    queue, out = list(by.values()), []
-    while queue and len(out) < most:
-        out += [group.pop() for group in queue][: most - len(out)]
-        queue = [group for group in queue if group]
-    return out
-
-
-def labels(scene: scenes.Scene) -> Tensor:
-    """What every image token shows: [GRID * GRID, 4] thing, colour (0 = none), third from above, from the left."""
-    row, column = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
-    thing, colour = torch.zeros(GRID, GRID, dtype=torch.long), torch.zeros(GRID, GRID, dtype=torch.long)
-    nearest = torch.full((GRID, GRID), math.inf)
-    for t in scene.things:
-        away = torch.maximum((column + 0.5 - GRID * t.x).abs(), (row + 0.5 - GRID * t.y).abs())
-        mine = (away < GRID * t.side / 2 + 0.1) & (away < nearest)
-        nearest = torch.where(mine, away, nearest)
-        thing[mine] = 1 + THINGS.index(t.name)
-        colour[mine] = 1 + list(scenes.COLOURS).index(t.colour)
-    thirds = ((at + 0.5) * 3 / GRID for at in (row, column))
-    return torch.stack([thing, colour, *(third.long() for third in thirds)], -1).flatten(0, 1)
-
-
-Batch = tuple[Tensor, Tensor | None, Text, int]  # what is seen, labels of pictures, questions, steps of time
-
-
-class Pictures(IterableDataset):
-    """Batches of scene after scene of the training split from number `start` on; for the Qwen also clips, late."""
-
-    def __init__(self, learner: Learner, start: int, total: int, batch: int, questions: int, crowded: int = 0) -> None:
-        self.processor, self.name, self.crowded = learner.processor, learner.name, crowded
-        self.start, self.total, self.batch, self.questions = start, total, batch, questions
-
-    def __iter__(self) -> Iterator[Batch]:
-        worker = get_worker_info()
-        torch.set_num_threads(1)
-        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for at in range(self.start + first * self.batch, self.total, step * self.batch):
-            level, numbers, turn = stage(at), range(at, at + self.batch), at // self.batch % 12
-            level = CROWD if at < self.crowded else level
-            if self.name == "qwen" and at >= FAIR and turn in (5, 11):
-                yield self.film([scenes.clip("train", n, 2 if turn == 5 else 8, level) for n in numbers])
-            else:
-                yield self.make([scenes.scene("train", n, level) for n in numbers])
-
-    def make(self, batch: list[scenes.Scene]) -> Batch:
-        values = self.processor.image_processor([s.image for s in batch], return_tensors="pt")["pixel_values"]
-        values = values.view(len(batch), -1, values.shape[-1]) if self.name == "qwen" else values
-        text = Text.of([choose(s.questions, self.questions) for s in batch], self.processor.tokenizer)
-        return values, torch.stack([labels(s) for s in batch]), text, 0
-
-    def film(self, batch: list[scenes.Clip]) -> Batch:
-        frames = [np.stack([np.asarray(f) for f in clip.frames]) for clip in batch]
-        seen = self.processor.video_processor(frames, do_sample_frames=False, return_tensors="pt")
-        text = Text.of([choose(clip.questions, self.questions) for clip in batch], self.processor.tokenizer)
-        return seen["pixel_values_videos"].unflatten(0, (len(batch), -1)), None, text, int(seen["video_grid_thw"][0, 0])
-
-
-class Features:
-    """As `Pictures`, but a fixed number of scenes over and over, seen by DINOv2 once: 200 KB each, kept in a file."""
-
-    def __init__(self, learner: Learner, folder: Path, count: int, pictures: Pictures) -> None:
-        self.pictures, self.count = pictures, count
-        folder.mkdir(parents=True, exist_ok=True)
-        path, note = folder / f"last-{count}.f16", folder / f"last-{count}.txt"
-        done = int(note.read_text()) if path.exists() and note.exists() else 0
-        self.values = np.memmap(path, np.float16, "r+" if done else "w+", shape=(count, GRID * GRID, 384))
-        size = 16
-        for at in tqdm(range(done, count, size), "DINOv2", initial=done // size, total=-(-count // size)):
-            drawn = [self.scene(n).image for n in range(at, min(at + size, count))]
-            with torch.inference_mode():
-                seen = learner.features(learner.processor.image_processor(drawn, return_tensors="pt")["pixel_values"])
-            self.values[at : at + size] = seen.half().numpy()
-            if at // size % 50 == 49:
-                self.values.flush()
-                note.write_text(str(at + size))
-        note.write_text(str(count))
-        some = torch.from_numpy(self.values[:: max(1, count // 100)]).float().flatten(0, 1)
-        learner.mean, learner.spread = some.mean(0), some.std(0)
-
-    def scene(self, number: int) -> scenes.Scene:
-        return scenes.scene("train", number, stage(number * 10 * EASY // self.count))  # a tenth of them easy
-
-    def __iter__(self) -> Iterator[Batch]:
-        p = self.pictures
-        for at in range(p.start, p.total, p.batch):
-            low, high = (0.0, 0.1) if at < EASY else (0.0, 0.25) if at < FAIR else (0.1, 1.0)
-            chosen = np.random.default_rng(at).integers(int(low * self.count), int(high * self.count), p.batch)
-            batch = [self.scene(int(n)) for n in chosen]
-            text = Text.of([choose(s.questions, p.questions) for s in batch], p.processor.tokenizer)
-            yield torch.from_numpy(self.values[chosen]).float(), torch.stack([labels(s) for s in batch]), text, 0
+    def loss(self, tokens: Tensor, text: Text, steps: int = 0) -> Tensor:
+        """Of the answers, and of saying them as soon as the question names its thing: to find that thing in the picture
+        is then one step of attention, not two of which neither learns without the other."""
+        out = self.read(tokens, text, steps)
+        parts = [
+            functional.cross_entropy(self.model.lm_head(out[wanted >= 0]), wanted[wanted >= 0])
+            for wanted in (text.target, text.hint)
+        ]
+        return parts[0] + 0.5 * parts[1]
 
 
 # -- the run --------------------------------------------------------------------------------------------------------
@@ -313,14 +186,26 @@ def check(learner: Learner, count: int, batch: int = 16, level: scenes.Level | N
     return by_kind | {"all": float(np.mean(pictures_alone))}
 
 
-def save(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer, run: dict[str, Any], done: int) -> None:
+def optimizers(learner: Learner, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices, AdamW for embeddings and vectors."""
+    trained = [(n, p) for n, p in learner.named_parameters() if p.requires_grad]
+    matrices = [p for n, p in trained if p.ndim == 2 and "embed" not in n]
+    rest = [p for n, p in trained if p.ndim != 2 or "embed" in n]
+    muon = torch.optim.Muon(matrices, rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(rest, rate, (0.9, 0.98), weight_decay=0.05)]
+
+
+def save(
+    folder: Path, learner: Learner, optimizers: list[torch.optim.Optimizer], run: dict[str, Any], done: int
+) -> None:
     """All that is needed to go on, in one file without pickle."""
     from safetensors.torch import save_file
 
-    names = [n for n, p in learner.named_parameters() if p.requires_grad]
-    state = {f"weight/{n}": p for n, p in learner.named_parameters() if p.requires_grad}
-    for i, entry in optimizer.state_dict()["state"].items():  # none yet of what has not learned
-        state |= {f"{key}/{names[i]}": value for key, value in entry.items()}
+    names = {p: n for n, p in learner.named_parameters() if p.requires_grad}
+    state = {f"weight/{n}": p for p, n in names.items()}
+    for optimizer in optimizers:
+        for p, entry in optimizer.state.items():  # none yet of what has not learned
+            state |= {f"{key}/{names[p]}": value for key, value in entry.items()}
     partial = folder / "state.partial"
     save_file(
         {k: v.detach().contiguous() for k, v in state.items()}, partial, {"run": json.dumps(run), "done": str(done)}
@@ -328,7 +213,7 @@ def save(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer, run: 
     os.replace(partial, folder / "state.safetensors")
 
 
-def resume(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer, run: dict[str, Any]) -> int:
+def resume(folder: Path, learner: Learner, optimizers: list[torch.optim.Optimizer], run: dict[str, Any]) -> int:
     """How many pictures were done. Another run's state is refused."""
     from safetensors import safe_open
 
@@ -340,16 +225,14 @@ def resume(folder: Path, learner: Learner, optimizer: torch.optim.Optimizer, run
         if json.loads(about["run"]) != run:
             raise SystemExit(f"{path} is of another run: {about['run']}, not {json.dumps(run)}; choose another --out")
         state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    named = {n: p for n, p in learner.named_parameters() if p.requires_grad}
+    names = {p: n for n, p in learner.named_parameters() if p.requires_grad}
     with torch.no_grad():
-        for name, p in named.items():
+        for p, name in names.items():
             p.copy_(state[f"weight/{name}"])
-    moments = {
-        i: {key: state[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        for i, name in enumerate(named)
-        if f"step/{name}" in state
-    }
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    for optimizer, keys in zip(optimizers, (("momentum_buffer",), ("step", "exp_avg", "exp_avg_sq")), strict=True):
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            if f"{keys[0]}/{names[p]}" in state:
+                optimizer.state[p] = {key: state[f"{key}/{names[p]}"] for key in keys}
     return int(about["done"])
 
 
@@ -373,13 +256,13 @@ def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parse.add_argument("model", choices=("qwen", "llava"))
     parse.add_argument("--out", type=Path, required=True, help="folder; a run that stopped there goes on")
-    parse.add_argument("--pictures", type=int, default=200_000, help="how many to learn from, in all")
-    parse.add_argument("--features", type=int, default=20_000, help="llava: how many different ones")
+    parse.add_argument("--pictures", type=int, default=60_000, help="how many to learn from, in all")
+    parse.add_argument("--features", type=int, default=10_000, help="llava: how many different ones")
     parse.add_argument("--cache", type=Path, default=Path("out/dinov2"), help="llava: where their features are kept")
-    parse.add_argument("--batch", type=int, default=4)
+    parse.add_argument("--batch", type=int, default=16)
     parse.add_argument("--questions", type=int, default=16, help="per picture, at most")
-    parse.add_argument("--rate", type=float, default=1.5e-3)
-    parse.add_argument("--see", type=int, default=12_000, help="qwen: pictures from which only the tower learns")
+    parse.add_argument("--rate", type=float, default=2e-3)
+    parse.add_argument("--see", type=int, default=16_000, help="qwen: pictures from which only the tower learns")
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument("--threads", type=int, help="of torch")
     args = parse.parse_args()
@@ -387,11 +270,11 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     learner = Learner(args.model).train()
-    run = {k: v for k, v in vars(args).items() if k in ("model", "batch", "questions", "seed")}
+    run = {k: v for k, v in vars(args).items() if k in ("model", "questions", "seed")}
     trained = [p for p in learner.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, args.rate, (0.9, 0.99), weight_decay=0.05)
+    both = optimizers(learner, args.rate)
     args.out.mkdir(parents=True, exist_ok=True)
-    done = resume(args.out, learner, optimizer, run)
+    done = resume(args.out, learner, both, run)
     alone = args.see if args.model == "qwen" else 0
     pictures = Pictures(learner, done, args.pictures, args.batch, args.questions, alone)
     if args.model == "llava":
@@ -400,24 +283,24 @@ def main() -> None:
         data = DataLoader(pictures, batch_size=None, num_workers=1, prefetch_factor=4)
     bar, noted = tqdm(total=args.pictures, initial=done, unit="picture"), time.time()
     for values, shown, text, steps in data:
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in both for group in optimizer.param_groups):
             left = (args.pictures - done) / (0.2 * args.pictures)  # the rate falls over the last fifth
             group["lr"] = args.rate * min(1.0, (done + args.batch) / (200 * args.batch), max(0.02, left))
-        tokens, loss = learner.see(values, steps), torch.zeros(())
-        if shown is not None:
-            loss = (1.0 if done < alone else 0.2 if done < 40_000 else 0.05) * learner.shown(tokens, shown)
+        tokens = learner.see(values, steps)
+        loss = (1.0 if done < alone else 0.2 if done < 40_000 else 0.05) * learner.shown(tokens, shown)
         if done >= alone:
-            loss = loss + functional.cross_entropy(*learner.answers(tokens, text, steps))
+            loss = loss + learner.loss(tokens, text, steps)
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in both:
+            optimizer.step()
+            optimizer.zero_grad()
         done += args.batch
         bar.update(args.batch)
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if time.time() - noted > 240 or done >= args.pictures:
             noted = time.time()
-            save(args.out, learner, optimizer, run, done)
+            save(args.out, learner, both, run, done)
             found = check(learner, 64, level=stage(done))
             with (args.out / "log.jsonl").open("a") as log:
                 scores = {kind: round(value, 3) for kind, value in found.items()}

@@ -1,7 +1,8 @@
 """vtc: fewer visual tokens for the vision encoders and multimodal LLMs people already run."""
 
 from vtc import functional
-from vtc.api import Explanation, Handle, Report, compress, explain, list_adapters, list_methods, remove
+from vtc.api import Handle, Report, list_methods, remove
+from vtc.auto import Choice, choose, compress
 from vtc.config import load_config, save_config
 from vtc.errors import InputError, OptionError, UnsupportedModelError, VTCError
 from vtc.methods import (
@@ -22,6 +23,7 @@ from vtc.methods import (
     VisPruner,
     ZOOPrune,
 )
+from vtc.plan import Explanation, explain, list_adapters
 from vtc.positions import PPE
 from vtc.token_map import TokenMap
 
@@ -33,6 +35,7 @@ __all__ = [
     "PPE",
     "SCOPE",
     "CDPruner",
+    "Choice",
     "DivPrune",
     "Downsample",
     "Explanation",
@@ -53,6 +56,7 @@ __all__ = [
     "VisPruner",
     "VisionZip",
     "ZOOPrune",
+    "choose",
     "compress",
     "explain",
     "functional",

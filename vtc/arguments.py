@@ -66,7 +66,7 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
         words: dict[str, Any] = {"help": brief, "description": text, "epilog": f"Example: {example}"}
         added = commands.add_parser(name, **words, formatter_class=argparse.RawDescriptionHelpFormatter)
         added.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
-        if name in ("run", "bench"):
+        if name in ("run", "bench", "demo"):
             added.add_argument("--threads", type=count, metavar="N", help="processor threads (default: as torch says)")
         added.set_defaults(run=runs[name])
         return added
@@ -137,6 +137,7 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
         "Also measures what a patched model costs that keeps all its tokens.\n"
         "A multimodal LLM is timed from the pixels to its first token, part by part.",
         "vtc bench --methods tome pitome --batch 16 --size 224\n"
+        "         vtc bench --self-check --images FOLDER --model FOLDER_OR_ID --keep 0.5 0.25\n"
         "         vtc bench --model llava-0.5b --method idpruner zoo_prune --keep 1 0.5 0.25 0.1",
     ).add_argument
     add(
@@ -155,7 +156,10 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
     add("--size", type=count, metavar="PX", help="side of the images (default: the model's own; 224 for dinov2-small)")
     add("--repeats", type=count, metavar="N", help="rounds that count (default: 9; LLM: 3)")
     add("--warmup", type=count, metavar="N", help="rounds before that (default: 2; LLM: 1)")
-    add("--download", action="store_true", help="let Hugging Face fetch a configuration that is not here yet")
+    add("--self-check", action="store_true", help="tokens, time and loyalty of your model on your own pictures instead")
+    add("--images", metavar="FOLDER", help="self-check: the pictures")
+    add("--prompt", metavar="TEXT", help="self-check, LLM: the question (default: Describe this image.)")
+    add("--download", action="store_true", help="let Hugging Face fetch what is not here yet (self-check: weights too)")
 
     add = command(
         "eval",
@@ -208,4 +212,16 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
     add("--data", metavar="FOLDER", help="clip: the data set, by default a webdataset with the names of its classes")
     add("--dataset", metavar="NAME", help="clip: as clip_benchmark names it, if FOLDER is no webdataset: cifar10 ...")
     add("--pretrained", metavar="NAME", help="clip: the weights, as open_clip names them, or a file")
+
+    add = command(
+        "demo",
+        "see and ask in a browser",
+        "Serves a page, which needs no network: a photograph through a real encoder, layer by layer, and questions to\n"
+        "a multimodal LLM, as it is and with fewer visual tokens.",
+        "vtc demo --port 7860",
+    ).add_argument
+    add(
+        "--host", metavar="ADDRESS", help="where to listen (default: 127.0.0.1, this machine alone; 0.0.0.0: everybody)"
+    )
+    add("--port", type=count, metavar="N", help="default: the first free one from 7860 on")
     return top

@@ -1,4 +1,4 @@
-"""The command `vtc`: run, list, explain, bench, eval. Nothing heavy is imported before the arguments are understood."""
+"""The command `vtc`. Nothing heavy is imported before the arguments are understood."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vtc.arguments import fail, parser
 
 EXTRAS = dict.fromkeys(("rich", "tqdm", "PIL", "matplotlib", "numpy"), "cli")
 EXTRAS |= {"timm": "timm", "open_clip": "open-clip", "transformers": "hf", "sklearn": "eval", "skimage": "eval"}
+EXTRAS |= {"gradio": "demo"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -232,8 +233,43 @@ def _explain_llm(args: argparse.Namespace, config: Any, positions: dict[str, Any
 def _bench(args: argparse.Namespace) -> int:
     from vtc.bench.multimodal import find_config
 
+    if args.self_check:
+        return _self_check(args)
+    _not_here(args, "--images", "--prompt", what="vtc bench --self-check")
     config = find_config(args.model, download=args.download)
     return _bench_encoder(args) if config is None else _bench_prefill(args, config)
+
+
+def _self_check(args: argparse.Namespace) -> int:
+    from vtc.bench import environment
+    from vtc.bench.check import check, opened
+    from vtc.errors import OptionError
+    from vtc.methods import make
+
+    _not_here(args, "--batch", what="vtc bench without --self-check, where one picture is a batch")
+    if args.images is None:
+        raise OptionError("--self-check needs --images, a folder of your own pictures")
+    repeats = args.repeats or 3
+    with _bar(args, 1, "loading the model") as bar:
+        found = opened(args.model, args.images, args.prompt, args.size, download=args.download)
+        if found.budget == "keep":
+            _not_here(args, "--flops", what="an encoder alone; here --keep or --tokens say what stays")
+        else:
+            _not_here(args, "--keep", what="a multimodal LLM; here --flops or --tokens say what stays")
+        budgets = [args.flops] if args.flops else args.keep or found.budgets
+        given = [{"keep": args.tokens}] if args.tokens else [{found.budget: budget} for budget in budgets]
+        names = dict.fromkeys(["random", "downsample", *_names(args.methods, found.methods)])
+        methods = [make(name, **budget) for budget in given for name in names]
+        bar.reset((1 + len(methods)) * (repeats + 1))
+        bar.set_description("dense and compressed in turns")
+        rows = check(found.model, found.inputs, methods, repeats, call=found.call, tick=bar.update)
+    result = {"model": args.model, "images": len(found.inputs), "rows": [row.to_dict() for row in rows]}
+    result["environment"] = environment(batch=1, dtype="float32", repeats=repeats)
+    if not args.json:
+        from vtc.bench.tables import show_check
+
+        show_check(rows, result)
+    return _json(args, result)
 
 
 def _bench_prefill(args: argparse.Namespace, config: Any) -> int:
@@ -316,6 +352,23 @@ def _eval(args: argparse.Namespace) -> int:
     return _json(args, {"task": args.task, **found.to_dict()})
 
 
+def _demo(args: argparse.Namespace) -> int:
+    from vtc.demo import LAUNCH, create_demo
+    from vtc.errors import OptionError
+
+    demo, host = create_demo(), args.host or "127.0.0.1"
+    try:
+        _, url, _ = demo.launch(server_name=host, server_port=args.port, prevent_thread_lock=True, **LAUNCH)
+    except (OSError, OverflowError, ValueError) as error:
+        raise OptionError(f"--host {host}, --port {args.port or 'any'}: cannot be opened; choose others") from error
+    if not args.json:
+        sys.stdout.write(f"The demo is at {url} (Ctrl+C ends it)\n")
+    code = _json(args, {"url": url})
+    sys.stdout.flush()
+    demo.block_thread()
+    return code
+
+
 def _names(given: list[str] | None, default: str) -> list[str]:
     """Names given with spaces or commas between them."""
     return [name.strip() for part in given or [default] for name in part.split(",") if name.strip()]
@@ -346,7 +399,7 @@ def _json(args: argparse.Namespace, data: dict[str, Any]) -> int:
     return 0
 
 
-_COMMANDS = {"run": _run, "list": _list, "explain": _explain, "bench": _bench, "eval": _eval}
+_COMMANDS = {"run": _run, "list": _list, "explain": _explain, "bench": _bench, "eval": _eval, "demo": _demo}
 
 if __name__ == "__main__":
     sys.exit(main())

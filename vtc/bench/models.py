@@ -37,13 +37,14 @@ class Named:
         return any(parameter.is_meta for parameter in self.model.parameters())
 
 
-def named(name: str, size: int | None = None, *, download: bool = False) -> Named:
+def named(name: str, size: int | None = None, *, download: bool = False, weights: bool = False) -> Named:
     """The model that `name` stands for, in eval mode, on the CPU.
 
     Args:
         name: dinov2-small (with its real weights), timm:NAME, open_clip:NAME or hf:FOLDER_OR_ID (random weights).
         size: side of the images, where the model can be made for another than its own.
         download: let Hugging Face fetch the configuration of a model that is not here.
+        weights: the trained ones, not random ones: of a folder, or with `download` of the Hub.
     """
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise OptionError(f"size={size!r}: it takes a positive number of pixels")
@@ -58,7 +59,7 @@ def named(name: str, size: int | None = None, *, download: bool = False) -> Name
     if library not in makers or not rest:
         raise ModelError(f"unknown model {name!r}: give {FORMS}")
     with quiet(), torch.random.fork_rng(devices=[]):
-        return makers[library](rest, size, download)
+        return _trained(library, rest, size, download) if weights else makers[library](rest, size, download)
 
 
 @contextmanager
@@ -110,6 +111,26 @@ def _hf(name: str, size: int | None, download: bool) -> Named:
     model = _make(lambda: AutoModel.from_config(config), f"hf:{name}", size)
     own = getattr(vision, "image_size", None) or 224
     return Named(model, size or (own if isinstance(own, int) else own[0]), _hf_call)
+
+
+def _trained(library: str, name: str, size: int | None, download: bool) -> Named:
+    if library == "open_clip":
+        raise ModelError(
+            f"open_clip:{name}: which weights is not said here; in Python, vtc.bench.check takes your own model"
+        )
+    if library == "timm":
+        if not download:
+            raise ModelError(f"timm:{name}: its trained weights come from the network: add --download")
+        sketch = _timm(name, size, download)
+        import timm
+
+        model = _make(lambda: timm.create_model(name, pretrained=True), f"timm:{name}", size)
+        return Named(model, sketch.size, _plain)
+    sketch = _hf(name, size, download)
+    from transformers import AutoModel
+
+    model = _make(lambda: AutoModel.from_pretrained(name, local_files_only=not download), f"hf:{name}", size)
+    return Named(model, sketch.size, _hf_call)
 
 
 def _hf_call(model: Any, pixels: Tensor) -> Any:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vtc.bench.check import Checked
 from vtc.bench.photo import Comparison
 from vtc.bench.prefill import Dense, Prefill
 from vtc.bench.timing import Row
@@ -135,6 +136,29 @@ def show_prefill(dense: Dense, rows: Sequence[Prefill], result: Mapping[str, Any
     )
     for note in dict.fromkeys(f"{row.method}: {row.notes}" for row in rows if row.notes):
         console.print(f"[dim]{escape(note)}[/dim]")
+    _stamp(console, result["environment"])
+    console.print()
+
+
+def show_check(rows: Sequence[Checked], result: Mapping[str, Any]) -> None:
+    """The table of `vtc bench --self-check`."""
+    console = Console(highlight=False)
+    console.print(f"\n[bold]{escape(result['model'])}[/bold], {result['images']} pictures, one at a time")
+    heads = ("method", "budget", "image tokens", "ms", "times as fast", "loyalty")
+    table = _table("Dense and compressed in turns, medians over rounds", *heads, left=(0,), gap=(0, 0))
+    for row in rows:
+        method, budget = "dense", ""
+        if row.method is not None:
+            options = row.method.options()
+            method, budget = row.method.name, next(f"{k} {options[k]:g}" for k in ("keep", "flops") if options.get(k))
+        found = (f"{1e3 * row.seconds:.0f}", f"{row.faster:.2f}", f"{row.loyalty:.3f}")
+        table.add_row(method, budget, str(row.tokens[1]), *found)
+    console.print(table)
+    console.print(
+        "[dim]ms: to the first token of every answer, or an encoder's calls, all pictures together. loyalty: how much "
+        "of the dense answer is repeated before another word comes; of an encoder, the cosine to the dense features."
+        "[/dim]"
+    )
     _stamp(console, result["environment"])
     console.print()
 

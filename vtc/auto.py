@@ -1,0 +1,159 @@
+"""keep="auto": measure methods and budgets on this machine, on the user's own inputs, and say which to take and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from vtc import api
+from vtc.errors import OptionError
+from vtc.methods import Method, make
+
+if TYPE_CHECKING:
+    from vtc.bench.check import Checked
+
+LLM = ("idpruner", "divprune", "tome")  # tried where no method is named
+ENCODER = ("tome", "pitome")
+FASTER = 1.02  # below this a speed-up is noise, and compression not worth it
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen and why; prints as a sentence. `method` None: the model is best left as it is. `rows`: all that
+    was measured, the dense model first."""
+
+    method: Method | None
+    why: str
+    rows: tuple[Checked, ...]
+
+    def __str__(self) -> str:
+        return self.why
+
+
+def choose(
+    model: nn.Module,
+    inputs: Any,
+    methods: str | Method | Sequence[str | Method] = "auto",
+    *,
+    ttft: float | None = None,
+    tokens: int | None = None,
+    loyalty: float | None = None,
+    call: Callable[[nn.Module, Any], Any] | None = None,
+    repeats: int = 3,
+    **options: Any,
+) -> Choice:
+    """Measure, and choose method and budget for one target. Nothing needs labels; the model is not changed.
+
+    Args:
+        inputs: what the model is called with, a tensor or keyword arguments; or a list of some: the user's own images.
+        methods: names, or methods whose budgets are ignored; "auto" = some that need no choice.
+        ttft: seconds to the first token (an encoder: of one call) at most, all inputs together; the most loyal of those
+            that keep to it is taken.
+        tokens: image tokens that stay of every image; the most loyal method is taken.
+        loyalty: the least agreement with the dense model, 0 to 1 (see `vtc.bench.check`); the fastest is taken.
+        call: how an encoder is run, (model, inputs); default: calling it.
+        options: of the methods.
+
+    Raises:
+        OptionError: not exactly one target, or one out of range. UnsupportedModelError: nothing that can be reduced.
+    """
+    from vtc.bench.check import check, is_llm
+
+    given = {"ttft": ttft, "tokens": tokens, "loyalty": loyalty}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise OptionError(
+            f"keep='auto' takes one target: ttft=, tokens= or loyalty=, not {' and '.join(named) or 'none'}"
+        )
+    if ttft is not None and not ttft > 0:
+        raise OptionError(f"ttft={ttft!r}: it takes seconds, above 0")
+    if loyalty is not None and not 0 < loyalty <= 1:
+        raise OptionError(f"loyalty={loyalty!r}: it takes a share above 0 and at most 1")
+    llm = is_llm(model)
+    wanted: Sequence[str | Method] = [methods] if isinstance(methods, (str, Method)) else methods
+    if "auto" in wanted:
+        wanted = LLM if llm else ENCODER
+    budgets: list[dict[str, Any]] = [{"keep": k} for k in (0.75, 0.5, 0.25, 0.1)]
+    if tokens is not None:
+        budgets = [{"keep": tokens}]
+    elif not llm:
+        budgets = [{"flops": f} for f in (0.8, 0.65, 0.5)]
+    tried = []
+    for each in wanted:
+        for budget in budgets:
+            if isinstance(each, Method):
+                tried.append(replace(each, **({"keep": None, "r": None, "flops": None} | budget)))
+            else:
+                tried.append(make(each, **budget, **options))
+    rows = check(model, inputs, tried, repeats, call=call)
+    return _choice(rows, named[0], ttft, loyalty)
+
+
+def _choice(rows: Sequence[Checked], target: str, ttft: float | None, loyalty: float | None) -> Choice:
+    dense, *tried = rows
+    faster = [row for row in tried if row.faster > FASTER]
+    if not faster:
+        best = max(tried, key=lambda row: row.faster)
+        why = f"nothing is faster than the dense model here (the best, {best}), so it stays as it is"
+        return Choice(None, why, tuple(rows))
+    if target == "loyalty":
+        fit = [row for row in faster if row.loyalty >= loyalty]  # type: ignore[operator]
+        if not fit:
+            best = max(faster, key=lambda row: row.loyalty)
+            why = (
+                f"nothing that is faster reaches a loyalty of {loyalty:g} (the best, {best}), so the model stays dense"
+            )
+            return Choice(None, why, tuple(rows))
+        row = max(fit, key=lambda row: row.faster)
+        return Choice(row.method, f"{row}: the fastest whose loyalty is at least {loyalty:g}", tuple(rows))
+    if target == "ttft":
+        assert ttft is not None
+        if dense.seconds <= ttft:
+            return Choice(None, f"the dense model takes {dense.seconds:.3f} s, within {ttft:g} s", tuple(rows))
+        fit = [row for row in faster if row.seconds <= ttft]
+        if not fit:
+            row = min(faster, key=lambda row: row.seconds)
+            return Choice(row.method, f"{row}: nothing keeps to {ttft:g} s; this is the fastest", tuple(rows))
+        row = max(fit, key=lambda row: (row.loyalty, -row.seconds))
+        return Choice(row.method, f"{row}: the most loyal within {ttft:g} s", tuple(rows))
+    row = max(faster, key=lambda row: (row.loyalty, row.faster))
+    return Choice(row.method, f"{row}: the most loyal at this number of tokens", tuple(rows))
+
+
+def compress(model: nn.Module, method: str | Method, **options: Any) -> api.Handle:
+    """Patch `model` in place so that it works on fewer visual tokens. Takes itself off with `handle.remove()`,
+    `vtc.remove(model)` or at the end of a `with` block.
+
+    Args:
+        model: a vision encoder of timm, open_clip or transformers, or a model that contains one; or a multimodal LLM of
+            transformers.
+        method: a name (`vtc.list_methods()`) with its options, or a ready method: `vtc.PiToMe(keep=0.9)`. With
+            keep="auto" the budget is measured as `vtc.choose` does, and takes its arguments: inputs= and one of ttft=,
+            tokens=, loyalty=; method "auto" chooses that too. Where nothing is faster, the model keeps all its tokens.
+
+    Returns:
+        A `Handle`. An encoder's outputs keep their shape: merged tokens are copied back to the places they came from
+        after the last block. A multimodal LLM takes its own calls (`generate`, `forward`, `pipeline`); its decoder and
+        cache hold fewer tokens. A model that is compressed already gets the new method instead of the old one.
+        After keep="auto", `handle.choice` says why.
+
+    Raises:
+        OptionError: unknown method or option, a value out of range.
+        UnsupportedModelError: nothing that can be reduced, and why. The model is unchanged.
+    """
+    if options.get("keep") != "auto":
+        return api.compress(model, method, **options)
+    del options["keep"]
+    if "inputs" not in options:
+        raise OptionError("keep='auto' measures on your own inputs: give inputs=, and ttft=, tokens= or loyalty=")
+    choice = choose(model, options.pop("inputs"), method, **options)
+    if choice.method is None:
+        tried = next(row.method for row in choice.rows if row.method is not None)
+        handle = api.compress(model, replace(tried, keep=1.0, r=None, flops=None))
+    else:
+        handle = api.compress(model, choice.method)
+    handle.choice = choice
+    return handle

