@@ -67,7 +67,9 @@ class Learner(nn.Module):
         super().__init__()
         self.model, self.processor = {"qwen": qwen, "llava": llava}[name]()
         ids = self.processor.tokenizer.convert_tokens_to_ids
-        self.says = [ids([".", *THINGS]), ids([".", *scenes.COLOURS]), ids(THIRDS[0]), ids(THIRDS[1])]
+        self.says = [ids([".", *THINGS]), ids([".", *scenes.COLOURS])]
+        if name == "llava":  # DINOv2 knows where its patches are; of the Qwen, positions alone are to say it
+            self.says += [ids(THIRDS[0]), ids(THIRDS[1])]
         self.sharp = nn.Parameter(torch.tensor(10.0))
         self.before = {0: self.front(name, 0)}
         if name == "qwen":
