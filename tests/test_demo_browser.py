@@ -32,14 +32,16 @@ SLOW = 120_000  # ms; what takes a second on an idle machine
 
 
 @pytest.fixture(scope="module")
-def url():
-    """`vtc demo` as people start it; it ends as people end it."""
+def url(tmp_path_factory):
+    """`vtc demo` as people start it; it ends as people end it. Its files lie apart: beside tests/test_demo.py, in the
+    folder that Gradio shares between processes, a page once got 403 for one of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     code = "import sys; from vtc.cli import main; sys.exit(main())"
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "GRADIO_TEMP_DIR": str(tmp_path_factory.mktemp("gradio"))}
     command = [sys.executable, "-c", code, "demo", "--json", "--threads", "1", "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}) as run:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as run:
         try:
             said = ""
             while not said.endswith("}\n"):
