@@ -28,6 +28,9 @@ QUIET = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 )
+WIDER = """() => [...document.querySelectorAll('.vtc-card')].flatMap(card => [...card.querySelectorAll('*')].filter(
+    part => part.getBoundingClientRect().right > card.getBoundingClientRect().right || part.tagName == 'STRONG'
+        && part.scrollWidth > part.clientWidth).map(part => part.outerHTML))"""
 SLOW = 120_000  # ms; what takes a second on an idle machine
 
 
@@ -167,3 +170,4 @@ def test_nothing_overflows(page):
             page.get_by_role("tab", name=tab).click()
             page.locator(f"#{tab.lower()}-run").wait_for()
             assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.evaluate(WIDER) == []

@@ -253,7 +253,7 @@ def build(gpu: Callable[..., Any]) -> None:
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     job: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model"}
     scene = [image, truth, shown, ready, prompt]
-    upload.upload(take, upload, scene, api_visibility="private")
+    upload.upload(take, upload, scene, **quiet)
     following.click(draw, number, [*scene, number], **quiet)
     ready.input(lambda text: text, ready, prompt, **quiet)
     method.change(

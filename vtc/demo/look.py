@@ -35,14 +35,14 @@ CSS = """
 .vtc-head { display: flex; align-items: baseline; gap: 4px 18px; flex-wrap: wrap; padding: 8px 0 4px; }
 .vtc-head h1 { font-size: 30px; font-weight: 700; letter-spacing: -0.02em; margin: 0; color: var(--body-text-color); }
 .vtc-head p { flex: 1 1 300px; margin: 0; color: var(--body-text-color-subdued); line-height: 1.45; }
-.vtc-tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(138px, 1fr)); gap: var(--layout-gap); }
+.vtc-tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: var(--layout-gap); }
 .vtc-tiles.two { grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); }
 .vtc-card { background: var(--block-background-fill); border: 1px solid var(--border-color-primary);
   border-radius: var(--block-radius); padding: 14px 16px; color: var(--body-text-color); min-width: 0; }
 .vtc-card h3, .vtc-card dt, .vtc-card small { color: var(--body-text-color-subdued); font-size: 13px; font-weight: 400;
   line-height: 1.4; margin: 0; }
 .vtc-card strong { display: block; font-size: 20px; font-weight: 650; letter-spacing: -0.02em; margin: 3px 0;
-  white-space: nowrap; font-variant-numeric: tabular-nums; color: var(--body-text-color); }
+  font-variant-numeric: tabular-nums; color: var(--body-text-color); }
 .vtc-card .answer { font-size: 20px; font-weight: 650; line-height: 1.35; margin: 4px 0 12px; overflow-wrap: anywhere;
   max-height: 190px; overflow-y: auto; color: var(--body-text-color); }
 .vtc-card dl { display: grid; grid-template-columns: 1fr auto; gap: 5px 14px; margin: 0; align-items: baseline; }
@@ -60,6 +60,7 @@ CSS = """
 .vtc-card td p { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden;
   overflow-wrap: anywhere; }
 .vtc-card svg { display: block; width: 100%; height: auto; max-width: 460px; margin: 4px auto 0; }
+@media (max-width: 640px) { .vtc-card { padding: 12px; } .vtc-card strong { font-size: 16px; } }
 .vtc-hint { color: var(--body-text-color-subdued); }
 .vtc-hint.vtc-card { padding: 48px 24px; text-align: center; }
 .vtc-chips label { padding: 5px 11px !important; }

@@ -233,7 +233,7 @@ def build(gpu: Callable[..., Any]) -> dict[str, Any]:
         return [gr.skip(), gr.skip()] if seen is None else drawn(seen, at, kind)
 
     private: dict[str, Any] = {"api_visibility": "private"}
-    upload.upload(take, upload, [image, shown], **private)
+    upload.upload(take, upload, [image, shown], show_progress="hidden", **private)
     again.click(lambda: (example, example), None, [image, shown], **private)
     schedule.change(
         lambda plan: [gr.update(visible=key == plan) for key in SCHEDULES],
