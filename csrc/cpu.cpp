@@ -69,7 +69,7 @@ Tensor energy(Tensor unit, std::string form, double margin, double alpha, Maybe 
   else STD_TORCH_CHECK(form == "elu", "unknown energy ", form, "; choose one of elu, paper, gaussian, nearest");
   const auto images = [&](int64_t from, int64_t to) {
     for (int64_t b = from; b < to; ++b)  // in a thread of its own, an image takes no others
-      vtc::energy(data<float>(unit) + b * n * d, n, d, row(mask, b, n), kind, float(margin), float(alpha),
+      vtc::energy(data<float>(unit) + b * n * d, n, d, row(mask, b, n), kind, margin, float(alpha),
                   data<float>(out) + b * n);
   };
   torch::stable::parallel_for(0, batch, 1, images);

@@ -47,7 +47,7 @@ VTC_INLINE typename V::F value(typename V::F s, Form form, float margin, float a
 // whose values are added in other orders, have equal ones.
 template <class V>
 VTC_INLINE void energy_block_body(const float* unit, const Columns& columns, const bool* mask, int64_t block, Form form,
-                                  float margin, float alpha, double* own, double* others) {
+                                  double margin, float alpha, double* own, double* others) {
   using D = typename V::D;
   using F = typename V::F;
   using I = typename V::I;
@@ -55,7 +55,7 @@ VTC_INLINE void energy_block_body(const float* unit, const Columns& columns, con
   const int64_t n = columns.count, d = columns.width, i0 = block * ROWS;
   const int m = int(std::min(ROWS, n - i0));
   const bool nearest = form == Form::nearest;
-  const float sigma = 1.0f - margin;
+  const float sigma = float(1.0 - margin), edge = float(margin);  // of the rounded margin, sigma would lose its last digits
   const double nothing = nearest ? -2.0 : 0.0;
   float tile[ROWS * NR], weight[NR];
   double sums[ROWS * L];
@@ -96,7 +96,7 @@ VTC_INLINE void energy_block_body(const float* unit, const Columns& columns, con
           most = a > most ? a : most;
           top[j / L] = b > top[j / L] ? b : top[j / L];
         } else {
-          s = value<V>(s, form, margin, alpha, sigma);
+          s = value<V>(s, form, edge, alpha, sigma);
           const D v = __builtin_convertvector(plain ? s : mine * s, D);
           sum += v;
           column[j / L] += plain ? v : __builtin_convertvector(theirs * s, D);
@@ -118,12 +118,12 @@ VTC_INLINE void energy_block_body(const float* unit, const Columns& columns, con
   }
 }
 VTC_KERNEL(energy_block,
-           (const float* unit, const Columns& columns, const bool* mask, int64_t block, Form form, float margin, float alpha,
+           (const float* unit, const Columns& columns, const bool* mask, int64_t block, Form form, double margin, float alpha,
             double* own, double* others),
            (unit, columns, mask, block, form, margin, alpha, own, others))
 
 // One image: unit [n, d] -> out [n]. The parts of all blocks are added in their order, whoever computed them.
-inline void energy(const float* unit, int64_t n, int64_t d, const bool* mask, Form form, float margin, float alpha,
+inline void energy(const float* unit, int64_t n, int64_t d, const bool* mask, Form form, double margin, float alpha,
                    float* out) {
   const Columns columns(pointers(unit, n, d).data(), n, d);
   const int64_t blocks = (n + ROWS - 1) / ROWS, half = (blocks + 1) / 2;
