@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import mllm_zoo as zoo
@@ -59,6 +60,13 @@ def qwen() -> Any:
 
 
 PROCESSORS = {"llava": llava, "qwen2_5_vl": qwen}
+
+
+def save(name: str, folder: Path) -> str:
+    """A model of the zoo with its processor, as a folder that commands take."""
+    zoo.build(name).save_pretrained(folder)
+    PROCESSORS[name]().save_pretrained(folder)
+    return str(folder)
 
 
 def picture(seed: int, width: int = 60, height: int = 48) -> Image.Image:

@@ -23,10 +23,7 @@ SMALL = {"methods": ("tome",), "keep": (1.0, 0.5), "limit": 1, "seeds": 2}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A LLaVA with random weights, saved: it answers, never right."""
-    folder = tmp_path_factory.mktemp("llava")
-    zoo.build("llava").save_pretrained(folder)
-    mllm_processor.llava().save_pretrained(folder)
-    return str(folder)
+    return mllm_processor.save("llava", tmp_path_factory.mktemp("llava"))
 
 
 def table(folder):

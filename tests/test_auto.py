@@ -86,8 +86,7 @@ def test_refusals(llava):
 def test_self_check(tmp_path, capsys):
     """Of a multimodal LLM in a folder and the pictures in another, random and downsample always beside."""
     folder, pictures = tmp_path / "llava", tmp_path / "pictures"
-    mllm_zoo.build("llava").save_pretrained(folder)
-    mllm_processor.llava().save_pretrained(folder)
+    mllm_processor.save("llava", folder)
     pictures.mkdir()
     for i in range(2):
         scenes.scene("test", i).image.save(pictures / f"{i}.png")
@@ -98,7 +97,13 @@ def test_self_check(tmp_path, capsys):
     assert found["images"] == 2 and found["rows"][0]["tokens_after"] == 50 and found["rows"][3]["tokens_after"] <= 26
     assert main([*command, "--keep", "0.5", "--repeats", "1"]) == 0
     assert re.search(r"downsample +keep 0.5", capsys.readouterr().out)
-    for more, why in [(["--flops", "0.5"], "an encoder alone"), (["--batch", "2"], "one picture is a batch")]:
+    for more, why in [
+        (["--flops", "0.5"], "an encoder alone"),
+        (["--batch", "2"], "one picture is a batch"),
+        (["--warmup", "1"], "--warmup"),
+        (["--positions", "ppe"], "--positions"),
+        (["--size", "64"], "for encoders"),
+    ]:
         assert main([*command, *more]) == 2 and why in capsys.readouterr().err
     assert main([*command[:3], str(tmp_path / "none")]) == 2 and "no such folder" in capsys.readouterr().err
     assert main([*command[:3], str(folder)]) == 2 and "no picture in it" in capsys.readouterr().err

@@ -10,13 +10,12 @@ from html import unescape
 from pathlib import Path
 
 import mllm_processor
-import mllm_zoo as zoo
 import pytest
 import torch
 from PIL import Image
 
 import vtc
-from vtc import cli
+from vtc import chat, cli
 from vtc.errors import OptionError, UnsupportedModelError, VTCError
 from vtc.eval import scenes
 from vtc.images import ImageError, example_photo, load_image
@@ -33,10 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A Qwen2.5-VL with random weights, saved."""
-    path = tmp_path_factory.mktemp("qwen")
-    zoo.build("qwen2_5_vl").save_pretrained(path)
-    mllm_processor.qwen().save_pretrained(path)
-    return str(path)
+    return mllm_processor.save("qwen2_5_vl", tmp_path_factory.mktemp("qwen"))
 
 
 @pytest.fixture(scope="module")
@@ -97,14 +93,14 @@ def test_ask(folder):
     image = scenes.scene("test", 0).image
     found = ask.run(folder, image, "what is this ?", ask.budget("tome", 0.25, "ppe"), 1)
     assert found.slots > 1 and found.less.visual == round(found.dense.visual / 4)
-    assert ask.drawn(image, found).width >= 512
+    assert chat.remains(image, found, 512)[-1].width >= 512
     shown = unescape(ask.answers(found))
     assert f"{found.dense.visual:,}" in shown and found.dense.answer in shown and found.less.answer in shown
     assert "right" not in shown
     marked = ask.answers(replace(found, less=replace(found.less, answer="<b>Blue.</b>")), found.dense.answer)
     assert marked.count('"vtc-card right"') == marked.count('"vtc-card wrong"') == 1
     assert "<b>" not in marked and "&lt;b&gt;Blue.&lt;/b&gt;" in marked
-    assert ask.drawn(image, replace(found, grids=(None,))) is None
+    assert chat.remains(image, replace(found, grids=(None,)), 512) is None
 
 
 def test_ask_over_keep(folder):

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import mllm_processor
-import mllm_zoo as zoo
 import pytest
 from PIL import Image
 
@@ -119,8 +118,7 @@ def test_see(page):
 
 def test_ask(page, tmp_path):
     """A question of the scene's, both answers, the picture with positions, other budgets."""
-    zoo.build("qwen2_5_vl").save_pretrained(tmp_path)
-    mllm_processor.qwen().save_pretrained(tmp_path)
+    mllm_processor.save("qwen2_5_vl", tmp_path)
     page.get_by_role("tab", name="Ask").click()
     page.locator("#ask-next").click()
     page.locator("label", has_text="Scene 1").wait_for()

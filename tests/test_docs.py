@@ -63,7 +63,7 @@ def test_python_examples_run(page):
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=600,  # seconds where nothing else runs
+        timeout=180,
     )
     assert run.returncode == 0, run.stderr
 

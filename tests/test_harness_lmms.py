@@ -63,8 +63,7 @@ def llm(tmp_path_factory):
     folders = {}
     for name in ("llava", "qwen2_5_vl"):
         folders[name] = tmp_path_factory.mktemp(name)
-        mllm_zoo.build(name).save_pretrained(folders[name])
-        mllm_processor.PROCESSORS[name]().save_pretrained(folders[name])
+        mllm_processor.save(name, folders[name])
     return folders
 
 

@@ -339,9 +339,8 @@ def test_bad_models():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("train")
-    for name, processor in mllm_processor.PROCESSORS.items():
-        zoo.build(name).save_pretrained(root / name)
-        processor().save_pretrained(root / name)
+    for name in mllm_processor.PROCESSORS:
+        mllm_processor.save(name, root / name)
     for number in range(2):
         mllm_processor.picture(number).save(root / f"{number}.png")
     rows = [{"image": "0.png", "prompt": "what is this ?", "answer": "w5 w6"}]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -29,6 +32,13 @@ CLIP = 128  # pixels of a frame's side
 TEXT = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 6, "num_attention_heads": 4}
 TEXT |= {"num_key_value_heads": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
 TEXT |= {"initializer_range": 0.05}
+
+
+def seal(folder: Path) -> None:
+    """Write the checksums that `vtc.checkpoints` checks, of every file that is shipped."""
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".jinja", ".safetensors")]
+    sums = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.stem not in ("state", "SHA256")}
+    (folder / "SHA256.json").write_text(json.dumps(sums, indent=1))
 
 
 def vocabulary(name: str) -> dict[str, int]:

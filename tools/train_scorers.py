@@ -8,13 +8,12 @@ The data are those of tools/train_tiny.py, the training is `vtc.train.train_sele
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tiny_models import seal
 from torch.utils.data import Dataset
 
 from vtc import scores, train
@@ -66,9 +65,7 @@ def main() -> None:
     found = train.train_selector(model, data, keep=args.keep, steps=args.steps, lr=args.rate, checkpoint=state)
     found.model = args.model
     scores.save_selector(found, folder / "selector.safetensors")
-    sums = json.loads((folder / "SHA256.json").read_text())
-    sums["selector.safetensors"] = hashlib.sha256((folder / "selector.safetensors").read_bytes()).hexdigest()
-    (folder / "SHA256.json").write_text(json.dumps(sums, indent=1))
+    seal(folder)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ answered as soon as it has named its thing. Scenes get harder along the way.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from tiny_data import THINGS, Features, Pictures, Text, stage
-from tiny_models import CLIP, GRID, MARKS, llava, qwen
+from tiny_models import CLIP, GRID, MARKS, llava, qwen, seal
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
@@ -249,9 +248,7 @@ def export(folder: Path, learner: Learner) -> None:
     state = {k: v.bfloat16().contiguous() for k, v in learner.model.state_dict().items() if "vision_tower" not in k}
     state.pop("lm_head.weight")  # the embedding's
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".jinja", ".safetensors")]
-    sums = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.stem not in ("state", "SHA256")}
-    (folder / "SHA256.json").write_text(json.dumps(sums, indent=1))
+    seal(folder)
 
 
 def main() -> None:

@@ -169,6 +169,12 @@ def question(processor: Any, images: Sequence[Image.Image], prompt: str) -> dict
         return dict(processor(images=list(images), text=text, return_tensors="pt", add_special_tokens=not begins))
 
 
+def prepared(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs where the model is, pixels in its dtype."""
+    weights = next(model.parameters())
+    return {k: v.to(weights.device, weights.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+
+
 def compare(
     model: Any,
     processor: Any,
@@ -180,9 +186,7 @@ def compare(
     tick: Tick | None = None,
 ) -> Comparison:
     """Both answers, greedy, and what they took. The model stays as it was."""
-    place, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    ready = {k: v.to(place, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
-    small = shared_copy(model)
+    ready, small = prepared(model, inputs), shared_copy(model)
     with compress(small, method) as handle, watched(handle) as watch, quiet():
         sides = {"dense": model, "less": small}
         shares: list[float] = []
@@ -214,28 +218,38 @@ def compare(
     return Comparison(method, report, done["dense"], done["less"], faster, own, *drawn)
 
 
+def remains(image: Image.Image, found: Comparison, height: int) -> tuple[int, Image.Image, Image.Image] | None:
+    """The row of the token map that is drawn, what the model is shown, and what is left of it: groups, dropped tokens
+    dark, and with PPE the places that merged tokens carry. None if the image's tokens fill no rectangle."""
+    from vtc.viz import carried, overlay
+
+    item = next((i for i, grid in enumerate(found.grids) if grid is not None), None)
+    if item is None:
+        return None
+    rows, columns = found.grids[item]  # type: ignore[misc]
+    seen = ImageOps.fit(image, (max(1, round(height * columns / rows)), height))
+    if found.slots > 1:
+        return item, seen, carried(seen, found.groups, found.slots, (rows, columns), item=item)
+    return item, seen, overlay(seen, found.groups, (rows, columns), item=item)
+
+
 def picture(image: Image.Image, found: Comparison) -> Figure:
-    """The image's groups, dropped tokens dark, and with PPE the places that merged tokens carry.
+    """`remains` side by side, with a note.
 
     Raises:
         ChatError: the image's tokens fill no rectangle (any-resolution models cut it to its shape).
     """
-    from vtc.viz import carried, overlay, sheet
+    from vtc.viz import sheet
 
-    item = next((i for i, grid in enumerate(found.grids) if grid is not None), None)
-    if item is None:
+    drawn = remains(image, found, image.height)
+    if drawn is None:
         raise ChatError("no picture: the tokens of these images fill no rectangle, or share one budget (pooled)")
-    grid = found.grids[item]
-    assert grid is not None
-    seen = ImageOps.fit(image, (max(1, round(image.height * grid[1] / grid[0])), image.height))
-    groups, tokens = found.groups, grid[0] * grid[1]
-    slots = int((groups.anchor[item] >= 0).sum())
-    note = f"{tokens} image tokens became {slots}"
-    drawn = overlay(seen, groups, grid, item=item)
+    item, seen, left = drawn
+    rows, columns = found.grids[item]  # type: ignore[misc]
+    note = f"{rows * columns} image tokens became {int((found.groups.anchor[item] >= 0).sum())}"
     if found.slots > 1:
         note += f"; dot: the anchor, rings: the other members whose positions it carries, up to {found.slots} in all"
-        drawn = carried(seen, groups, found.slots, grid, item=item)
-    panels = [(seen, "what the model is shown", f"{grid[0]} x {grid[1]} tokens"), (drawn, "what is left", "")]
+    panels = [(seen, "what the model is shown", f"{rows} x {columns} tokens"), (left, "what is left", "")]
     return sheet(panels, type(found.method).__name__, note, height=5.0)
 
 

@@ -246,7 +246,8 @@ def _self_check(args: argparse.Namespace) -> int:
     from vtc.errors import OptionError
     from vtc.methods import make
 
-    _not_here(args, "--batch", what="vtc bench without --self-check, where one picture is a batch")
+    others = ("--batch", "--warmup", "--positions", "--slots")
+    _not_here(args, *others, what="vtc bench without --self-check, where one picture is a batch")
     if args.images is None:
         raise OptionError("--self-check needs --images, a folder of your own pictures")
     repeats = args.repeats or 3
@@ -264,7 +265,8 @@ def _self_check(args: argparse.Namespace) -> int:
         bar.set_description("dense and compressed in turns")
         rows = check(found.model, found.inputs, methods, repeats, call=found.call, tick=bar.update)
     result = {"model": args.model, "images": len(found.inputs), "rows": [row.to_dict() for row in rows]}
-    result["environment"] = environment(batch=1, dtype="float32", repeats=repeats)
+    dtype = str(next(found.model.parameters()).dtype).removeprefix("torch.")
+    result["environment"] = environment(batch=1, dtype=dtype, repeats=repeats)
     if not args.json:
         from vtc.bench.tables import show_check
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
@@ -104,8 +104,7 @@ def check(
 
     calls = {str(i): partial(run, network) for i, network in enumerate(networks)}
     took = interleave(calls, repeats, 1, tick=tick)
-    before = after = 0
-    rows = []
+    rows = [Checked(None, (0, 0), median(took["0"]), 1.0, 1.0)]
     with torch.inference_mode():
         dense = [whole(model, each) for each in some]
         for i, (method, handle) in enumerate(zip(methods, handles, strict=True), 1):
@@ -115,7 +114,8 @@ def check(
                 before, after = before + sum(handle.report.before), after + sum(handle.report.after)
             faster = median(d / s for d, s in zip(took["0"], took[str(i)], strict=True))
             rows.append(Checked(method, (before, after), median(took[str(i)]), faster, mean(loyalty)))
-    return [Checked(None, (before, before), median(took["0"]), 1.0, 1.0), *rows]
+            rows[0] = replace(rows[0], tokens=(before, before))
+    return rows
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:
@@ -169,7 +169,8 @@ def opened(name: str, folder: str, prompt: str | None, size: int | None, *, down
     """A model with its weights, and the pictures of a folder as it takes them, at most 32, by name.
 
     Raises:
-        OptionError: no such folder, no picture in it, a model whose weights are not here.
+        OptionError: no such folder, no picture in it; an option that is for the other kind of model.
+        ModelError, ChatError: there is no such model, or its weights are not here.
         ImageError: a picture that cannot be read.
     """
     from vtc.bench.models import named
@@ -185,13 +186,15 @@ def opened(name: str, folder: str, prompt: str | None, size: int | None, *, down
         raise OptionError(f"--images {folder}: no picture in it ({', '.join(endings)})")
     pictures = [load_image(path) for path in paths]
     if find_config(name, download=download) is not None:
-        from vtc.chat import load, question
+        from vtc.chat import load, prepared, question
 
-        processor, model = load(name, make("random", keep=0.5))
-        asked = prompt or "Describe this image."
+        if size is not None:
+            raise OptionError("--size is for encoders: the processor of a multimodal LLM decides on its own")
+        processor, make_model = load(name, make("random", keep=0.5))
+        asked, model = prompt or "Describe this image.", make_model()
         return Opened(
-            model(),
-            [question(processor, [picture], asked) for picture in pictures],
+            model,
+            [prepared(model, question(processor, [picture], asked)) for picture in pictures],
             None,
             "idpruner,divprune,zoo_prune,tome",
             [0.5, 0.25, 0.1],

@@ -55,7 +55,7 @@ def place(name: str) -> Path:
 
 
 def scorer(name: str) -> str | None:
-    """The path of IDPruner's scorer for a tiny model: `IDPruner(keep=0.1, scorer=vtc.checkpoints.scorer("tiny_qwen"))`.
+    """The path of IDPruner's scorer for a tiny model: `IDPruner(keep=0.1, scorer=tiny.scorer("tiny_qwen"))`.
     None if it was not trained yet."""
     path = folder(name) / "selector.safetensors"
     return str(path) if path.exists() else None

@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vtc import chat
 from vtc.bench.timing import Tick
@@ -18,8 +18,8 @@ from vtc.checkpoints.tiny import TINY
 from vtc.demo import look
 from vtc.errors import OptionError
 from vtc.eval import scenes
+from vtc.eval.answers import plain
 from vtc.methods import METHODS, Method, make
-from vtc.viz import carried, overlay
 
 LEVELS = (0.05, 0.1, 0.25, 0.5, 1.0)
 NEW_TOKENS, REPEATS = 48, 3
@@ -64,19 +64,6 @@ def run(
     return chat.compare(ready, processor, inputs, method, NEW_TOKENS, repeats, tick=tick)
 
 
-def drawn(image: Image.Image, found: chat.Comparison) -> Image.Image | None:
-    """What is left of the picture's tokens, with PPE the places that they carry; None if they fill no rectangle."""
-    item = next((i for i, grid in enumerate(found.grids) if grid is not None), None)
-    if item is None:
-        return None
-    rows, columns = found.grids[item]  # type: ignore[misc]
-    side = max(image.height, 512)
-    seen = ImageOps.fit(image, (max(1, round(side * columns / rows)), side))
-    if found.slots > 1:
-        return carried(seen, found.groups, found.slots, (rows, columns), item=item)
-    return overlay(seen, found.groups, (rows, columns), item=item)
-
-
 def answers(found: chat.Comparison, truth: str | None = None) -> str:
     """Both answers side by side, as HTML; `truth` marks them right or wrong."""
     cards = []
@@ -90,7 +77,7 @@ def answers(found: chat.Comparison, truth: str | None = None) -> str:
         }
         mark, note = "", ""
         if truth is not None:
-            mark = "right" if _plain(side.answer) == _plain(truth) else "wrong"
+            mark = "right" if plain(side.answer) == plain(truth) else "wrong"
             note = f" · {mark}" + (f": the scene says {truth}" if mark == "wrong" else "")
         listed = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in facts.items())
         text = escape(side.answer) or '<span class="vtc-hint">(nothing)</span>'
@@ -135,10 +122,6 @@ def sweep_html(rows: Sequence[tuple[float, chat.Comparison]]) -> tuple[str, str]
 def _bytes(count: int) -> str:
     unit, size = next((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= s or u == "kB")
     return f"{count / size:.3g} {unit}"
-
-
-def _plain(answer: str) -> str:
-    return answer.strip().strip(".").lower()
 
 
 # -- the tab --------------------------------------------------------------------------------------------------------
@@ -228,11 +211,11 @@ def build(gpu: Callable[..., Any]) -> None:
         with look.plainly():
             tick = look.ticks(progress, 2 * (REPEATS + 2))
             found = run(who or "", taken, text, budget(how, part, where), tick=tick)
-            picture = drawn(taken, found)
+            drawn = chat.remains(taken, found, max(taken.height, 512))
         label = f"{found.dense.visual} → {found.less.visual} image tokens"
         if found.slots > 1:
             label += "; rings: positions carried"
-        left = gr.update(value=picture, label=label, visible=picture is not None)
+        left = gr.update(value=drawn and drawn[-1], label=label, visible=drawn is not None)
         return [answers(found, known.get(text.strip())), left, "", ""]
 
     def further(

@@ -89,7 +89,12 @@ def replies(model: nn.Module, processor: Any, asked: Sequence[Asked], batch: int
         with torch.inference_mode():
             ids = model.generate(**inputs, do_sample=False, max_new_tokens=6)  # type: ignore[operator]
         for text in processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True):
-            yield text.strip().strip(".").lower()
+            yield plain(text)
+
+
+def plain(answer: str) -> str:
+    """An answer as it is compared."""
+    return answer.strip().strip(".").lower()
 
 
 def prompts(processor: Any, asked: Sequence[Asked], closed: bool = False) -> Any:
