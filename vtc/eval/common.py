@@ -149,12 +149,7 @@ class Results:
 
     def insert(self, page: str | Path) -> None:
         """Put what was measured and the table into a Markdown page, between <!-- NAME --> and <!-- /NAME -->."""
-        path, start, end = Path(page), f"<!-- {self.name} -->", f"<!-- /{self.name} -->"
-        text = path.read_text(encoding="utf-8")
-        if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
-            raise OptionError(f"{path} has no place for the table: it needs the lines {start} and {end}")
-        before, after = text.split(start)[0], text.split(end)[1]
-        path.write_text(f"{before}{start}\n{self.about}\n\n{self.table()}\n{end}{after}", encoding="utf-8")
+        put(page, self.name, f"{self.about}\n\n{self.table()}")
 
     def figure(self) -> Any:
         """A matplotlib figure of the rows; None where there is nothing to draw."""
@@ -166,6 +161,15 @@ class Results:
 
     def __str__(self) -> str:
         return f"{self.about}\n\n{self.table()}"
+
+
+def put(page: str | Path, name: str, text: str) -> None:
+    """Put `text` into a Markdown page, between <!-- NAME --> and <!-- /NAME -->."""
+    path, start, end = Path(page), f"<!-- {name} -->", f"<!-- /{name} -->"
+    whole = path.read_text(encoding="utf-8")
+    if whole.count(start) != 1 or whole.count(end) != 1 or whole.index(start) > whole.index(end):
+        raise OptionError(f"{path} has no place for the table: it needs the lines {start} and {end}")
+    path.write_text(f"{whole.split(start)[0]}{start}\n{text}\n{end}{whole.split(end)[1]}", encoding="utf-8")
 
 
 def show(value: Any, digits: int = 3) -> str:
