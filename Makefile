@@ -3,10 +3,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
+ANSWERS := --methods all --limit 8 --seeds 5
 quote = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test lint docs wheel-check old-transformers harness-check eval bench gpu-check
+.PHONY: help setup run demo test lint docs wheel-check old-transformers harness-check eval answers bench soak raised gpu-check
 
 help:  ## this list
 	@echo "make TARGET, with TARGET one of"
@@ -67,8 +68,23 @@ eval: setup  ## the measurements, into out/: accuracy on ELPV, features of photo
 	@$(BIN)/vtc eval photos --out out
 	@$(BIN)/vtc eval spectral --out out
 
+answers: setup  ## every method on the small models, and docs/answers.md of it: hours
+	@$(BIN)/vtc eval scenes --model tiny_llava $(ANSWERS) --balances 0 0.25 0.75 1 --out out/answers/tiny_llava
+	@$(BIN)/vtc eval scenes --model tiny_qwen $(ANSWERS) --balances 0 0.25 0.75 1 --out out/answers/tiny_qwen
+	@$(BIN)/vtc eval scenes --model tiny_qwen $(ANSWERS) --frames 2 --out out/answers/clips-2
+	@$(BIN)/vtc eval scenes --model tiny_qwen $(ANSWERS) --frames 8 --out out/answers/clips-8
+	@$(BIN)/python tools/answers_page.py out/answers
+
 bench: setup  ## speed against the unpatched model
 	@$(BIN)/vtc bench
+
+soak: setup  ## a thousand pictures through the demo: does memory stay flat?
+	@VTC_SOAK=1000 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -s tests/test_robustness.py -k soak
+
+raised: setup  ## is every error of the library raised by a test?
+	@rm -rf out/raised
+	@VTC_RAISED=out/raised OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2
+	@$(BIN)/python tools/raised.py out/raised
 
 gpu-check:  ## on a GPU machine: build, test, sanitize and time the CUDA kernels, into benchmarks/results and docs
 	@$(firstword $(wildcard $(BIN)/python) $(PYTHON)) tools/gpu_check.py

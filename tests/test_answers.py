@@ -89,6 +89,8 @@ def test_what_is_unknown(model, tmp_path):
         answers.run(model, out=tmp_path / "a", scorer=str(tmp_path / "none"), **SMALL)
     with pytest.raises(OptionError, match="limit=0"):
         answers.run(model, out=tmp_path / "a", **(SMALL | {"limit": 0}))
+    with pytest.raises(OptionError, match="balance=1.5"):
+        answers.run(model, out=tmp_path / "a", balances=(0, 1.5), **SMALL)
     with pytest.raises(ValueError, match="no_such_model"):
         answers.run(str(tmp_path / "no_such_model"), out=tmp_path / "a", **SMALL)
     assert not (tmp_path / "a").exists()

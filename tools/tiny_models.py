@@ -81,8 +81,8 @@ def qwen() -> tuple[nn.Module, Any]:
 
     start, end, image, clip = MARKS["qwen"]
     ids = vocabulary("qwen")
-    # The width has the last and slowest third of the rotary pairs: with a theta of 1e4 they turn by 0.03 rad at most from
-    # the left of a picture to its right, which nothing can read; with 20 by 2
+    # The width has the last and slowest third of the rotary pairs: with a theta of 1e4 they turn by 0.03 rad at most
+    # from the left of a picture to its right, which nothing can read; with 20 by 2
     rope = {"rope_type": "default", "rope_theta": 20.0, "mrope_section": [8, 8, 8]}
     vision = {"depth": 4, "hidden_size": 96, "num_heads": 3, "intermediate_size": 256, "out_hidden_size": 192}
     vision |= {"patch_size": 8, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 64}

@@ -47,6 +47,8 @@ def compress(model: nn.Module, method: str | Method, **options: Any) -> Handle:
 
 def remove(model: nn.Module) -> None:
     """Take every patch of vtc off `model`. Does nothing to a model without."""
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model is a {type(model).__name__}: remove takes a torch.nn.Module")
     for module in model.modules():
         strip(module)
         strip_intake(module)

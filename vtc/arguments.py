@@ -205,7 +205,7 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
     )
     add("--limit", type=count, metavar="N", help="scenes: how many for every seed (default: 40)")
     add("--seeds", type=count, metavar="N", help="scenes: how many sets of scenes (default: 5)")
-    add("--balances", type=fraction, nargs="+", metavar="B", help="scenes: IDPruner at these balances too")
+    add("--balances", type=float, nargs="+", metavar="B", help="scenes: IDPruner at these balances too")
     add("--scorer", metavar="SAFETENSORS", help="scenes: a scorer from vtc.train, for idpruner+scorer")
     add("--frames", type=count, metavar="N", help="scenes: clips of 2 or 8 frames instead of pictures")
     add("--split", choices=("validation", "test"), help="scenes, clip: to choose by, or to report (default)")

@@ -11,6 +11,7 @@ from torch import nn
 from vtc import api
 from vtc.errors import OptionError
 from vtc.methods import Method, make
+from vtc.methods.selector import check_number
 
 if TYPE_CHECKING:
     from vtc.bench.check import Checked
@@ -68,10 +69,12 @@ def choose(
         raise OptionError(
             f"keep='auto' takes one target: ttft=, tokens= or loyalty=, not {' and '.join(named) or 'none'}"
         )
-    if ttft is not None and not ttft > 0:
+    if ttft is not None and not (isinstance(ttft, (int, float)) and ttft > 0):
         raise OptionError(f"ttft={ttft!r}: it takes seconds, above 0")
-    if loyalty is not None and not 0 < loyalty <= 1:
+    if loyalty is not None and not (isinstance(loyalty, (int, float)) and 0 < loyalty <= 1):
         raise OptionError(f"loyalty={loyalty!r}: it takes a share above 0 and at most 1")
+    if tokens is not None:
+        check_number("tokens", tokens, 1, whole=True)
     llm = is_llm(model)
     wanted: Sequence[str | Method] = [methods] if isinstance(methods, (str, Method)) else methods
     if "auto" in wanted:

@@ -22,12 +22,17 @@ def save_config(source: Handle | Method, path: str | Path) -> None:
     """Write a method, or the method of a handle, to a JSON file. Refuses to overwrite anything but a config of ours."""
     from vtc import __version__
 
-    method = source if isinstance(source, Method) else source.method
+    method = source if isinstance(source, Method) else getattr(source, "method", None)
+    if not isinstance(method, Method):
+        raise OptionError(f"{source!r} is neither a handle nor a method, so there is nothing to save")
     target = Path(path)
     if target.exists() and _read(target).get("vtc_config") is None:
         raise OptionError(f"{target} exists and is no vtc config: choose another name")
     data = {"vtc_config": FORMAT, "vtc_version": __version__, "method": method.name, "options": method.options()}
-    target.write_text(json.dumps(data, indent=2, default=asdict) + "\n")
+    try:
+        target.write_text(json.dumps(data, indent=2, default=asdict) + "\n")
+    except OSError as error:
+        raise OptionError(f"{target} cannot be written: {error.strerror}") from None
 
 
 def load_config(path: str | Path) -> Method:

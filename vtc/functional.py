@@ -27,7 +27,7 @@ from vtc.methods.downsample import coarse_grid, pool_map
 from vtc.methods.dpc_knn import dpc_knn_map
 from vtc.methods.pitome import check_pitome, pitome_round
 from vtc.methods.random import random_round
-from vtc.methods.selector import check_number, selected
+from vtc.methods.selector import check_number, check_seed, selected
 from vtc.methods.tome import tome_round
 from vtc.positions import ppe_positions
 from vtc.token_map import TokenMap
@@ -84,6 +84,7 @@ def random(
 ) -> TokenMap:
     """Keeps random tokens, the same ones for an image alone and in a batch."""
     check(features, prefix, mask, size)
+    check_seed(seed)
     removed = removals(features, keep, r, prefix, mask)
     with torch.no_grad():
         return random_round(features, removed, seed, prefix, mask, size)
@@ -99,6 +100,8 @@ def downsample(
 ) -> TokenMap:
     """Average pooling of the `grid` (rows, columns) of patches behind the prefix to at most `keep` cells."""
     check(features, prefix, None, size)
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or any(type(n) is not int or n < 1 for n in grid):
+        raise InputError(f"grid={grid!r}: it takes (rows, columns), whole numbers >= 1")
     if prefix + grid[0] * grid[1] != features.shape[1]:
         raise InputError(
             f"grid {grid[0]}x{grid[1]} with prefix={prefix} is {prefix + grid[0] * grid[1]} tokens, "
@@ -208,8 +211,8 @@ def check(features: Tensor, prefix: int = 0, mask: Tensor | None = None, size: T
             raise InputError(f"{name} must be {tuple(features.shape[:2])} like the features, not {tuple(other.shape)}")
     if mask is not None and mask.dtype != torch.bool:
         raise InputError(f"mask must be bool (True = real token), not {mask.dtype}")
-    if not 0 <= prefix <= features.shape[1]:
-        raise InputError(f"prefix={prefix} does not fit {features.shape[1]} tokens")
+    if type(prefix) is not int or not 0 <= prefix <= features.shape[1]:
+        raise InputError(f"prefix={prefix!r} does not fit {features.shape[1]} tokens")
     check_finite(features, "features")
 
 
@@ -226,6 +229,8 @@ def removals(
 ) -> int | Tensor:
     """How many tokens go, for all images or, with a mask, for each ([B])."""
     check_budget(keep, r)
+    if r is not None and not isinstance(r, int):
+        raise OptionError(f"r={r!r}: it takes one whole number; a list is for the layers of an encoder")
     counts = [features.shape[1] - prefix] if mask is None else (mask.sum(1) - prefix).clamp(min=0).tolist()
     gone = []
     for count in counts:

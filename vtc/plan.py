@@ -26,6 +26,8 @@ def explain(model: nn.Module, method: str | Method | None = None, **options: Any
 
     `method` may be a name without a budget.
     """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model is a {type(model).__name__}: explain takes a torch.nn.Module")
     if isinstance(method, str) and not {"keep", "r", "flops"} & set(options):
         options["keep"] = 1.0
     chosen = None if method is None else make(method, **options)

@@ -190,10 +190,11 @@ class TokenMap:
         kept = self.mask().sum(1).tolist()
         dropped = bool((self.group < 0).any())
         kind = "selection" if self.order is not None else "merge"
-        span = str(kept[0]) if len(set(kept)) == 1 else f"{min(kept)}-{max(kept)}"
+        low, high = min(kept, default=0), max(kept, default=0)
         return (
-            f"TokenMap({kind}: {self.group.shape[1]} -> {span} tokens, {len(kept)} image{'s' * (len(kept) > 1)}"
-            f"{', some dropped' if dropped else ''}, largest slot {self.size.max().item() if kept else 0:g})"
+            f"TokenMap({kind}: {self.group.shape[1]} -> {low if low == high else f'{low}-{high}'} tokens, "
+            f"{len(kept)} image{'s' * (len(kept) != 1)}"
+            f"{', some dropped' if dropped else ''}, largest slot {self.size.max().item() if high else 0:g})"
         )
 
 

@@ -195,7 +195,7 @@ def _chosen(
     "idpruner+scorer": with the trained scorer."""
     every = [*METHODS, *(f"{name}+ppe" for name in METHODS), *(["idpruner+scorer"] if scorer else [])]
     more = {"": {}, "ppe": {"positions": "ppe"}} | ({"scorer": {"scorer": scorer}} if scorer else {})
-    out = []
+    out: list[tuple[str, str, tuple]] = []
     for label in dict.fromkeys([*ALWAYS, *(every if "all" in names else names)]):
         name, _, plus = label.partition("+")
         if plus not in more:
@@ -211,7 +211,10 @@ def _chosen(
             raise OptionError(f"{label} cannot reduce this model: {plan}")
         if plan.ok:
             out.append((label, name, options))
-    return out + [(f"idpruner {b:g}", "idpruner", (("balance", float(b)),)) for b in balances]
+    for balance in balances:
+        make("idpruner", keep=0.5, balance=balance)  # refuses what is none
+        out.append((f"idpruner {balance:g}", "idpruner", (("balance", float(balance)),)))
+    return out
 
 
 def _ask(model: nn.Module, processor: Any, cell: Cell, asked: Sequence[Asked], batch: int) -> dict[str, Any]:

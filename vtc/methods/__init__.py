@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import fields
 from typing import Any
 
 from vtc.errors import OptionError
@@ -52,7 +53,7 @@ def make(method: str | Method, **options: Any) -> Method:
         near = difflib.get_close_matches(method, METHODS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise OptionError(f"unknown method {method!r}: {hint}choose one of {', '.join(METHODS)}")
-    known = METHODS[method].__dataclass_fields__
+    known = [field.name for field in fields(METHODS[method])]
     for name in options:
         if name not in known:
             alias = " (use keep=, which says what stays)" if name in _ALIASES else ""

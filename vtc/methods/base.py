@@ -104,6 +104,9 @@ class Method:
         if isinstance(self.r, list):
             object.__setattr__(self, "r", tuple(self.r))
         check_budget(self.keep, self.r, self.flops)
+        for name in ("pooled", "proportional"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name}={getattr(self, name)!r}: it takes True or False")
         if self.where not in (None, "llm", "tower"):
             raise OptionError(f'where={self.where!r} is unknown; choose "llm" or "tower"')
         if self.where == "tower" and (self.pooled or not self.encoder):

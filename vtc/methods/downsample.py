@@ -34,7 +34,7 @@ class Downsample(Method):
         if self.mode not in ("pool", "resize"):
             raise OptionError(f'mode={self.mode!r} is unknown; choose "pool" or "resize"')
         if self.r is not None:
-            raise OptionError("r= is per layer, but downsample reduces once: give keep= or flops=")
+            raise OptionError(f"r={self.r!r} is per layer, but downsample reduces once: give keep= or flops=")
 
     def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
         if tokens.grid is None:
@@ -103,5 +103,5 @@ def pool_map(
         near_column = (index % grid[1] - (target[b, span] - prefix) % grid[1]).float()
         score[b, span] = -(near_row**2 + near_column**2)
     source = torch.arange(tokens, device=device).expand_as(target).masked_fill(kept | (target < 0), -1)
-    slots = prefix + max(h * w for h, w in coarse)
+    slots = prefix + max((h * w for h, w in coarse), default=0)
     return TokenMap.from_anchors(kept, (source, target, score), slots=slots, weight=size)

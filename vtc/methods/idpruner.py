@@ -57,8 +57,12 @@ class IDPruner(Selector):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_mmr(self.balance, self.normalize, self.step)
-        if self.importance not in _NEEDS:
+        if self.importance not in list(_NEEDS):
             raise OptionError(f"importance={self.importance!r} is unknown; choose one of {', '.join(_NEEDS)}")
+        if isinstance(self.scorer, Path):
+            object.__setattr__(self, "scorer", str(self.scorer))
+        if self.scorer is not None and not isinstance(self.scorer, str):
+            raise OptionError(f"scorer={self.scorer!r}: it takes the path of a scorer's weights (safetensors)")
         if self.scorer is None and self.importance == "selector":
             raise OptionError('importance="selector" needs scorer=, the path of a scorer\'s weights (safetensors)')
         if self.scorer is not None and self.importance not in ("auto", "selector"):

@@ -60,7 +60,7 @@ class PiToMe(Method):
     summary: ClassVar[str] = "merges redundant (high-energy) tokens, protects informative ones"
 
     def __post_init__(self) -> None:
-        if self.preset is not None and self.preset not in PRESETS:
+        if self.preset is not None and self.preset not in list(PRESETS):
             raise OptionError(f"preset={self.preset!r} is unknown; choose one of {', '.join(PRESETS)}")
         super().__post_init__()
         for key in ("margin", "protect"):
@@ -70,6 +70,11 @@ class PiToMe(Method):
             raise OptionError(f'metric={self.metric!r} is unknown; choose "keys" or "hidden"')
         if self.option("energy") == "nearest" and (self.margin is not None or self.alpha != 1.0):
             raise OptionError('margin= and alpha= say nothing to energy="nearest": choose another energy or preset')
+        if isinstance(self.margin, tuple) and len(self.margin) != 2:
+            raise OptionError(f"margin={self.margin!r}: it takes a number, or a pair (first layer, last layer)")
+        span = self.option("protect")
+        if not isinstance(span, tuple) or len(span) != 2 or any(type(end) not in (int, float) for end in span):
+            raise OptionError(f"protect={span!r}: it takes True, False, or a span of the depth such as (0.5, 1.0)")
         start, end = self.option("margin")
         check_pitome(start, self.alpha, self.option("energy"), self.option("split"))
         check_pitome(end, self.alpha, self.option("energy"), self.option("split"))

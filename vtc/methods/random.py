@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vtc import ops
 from vtc.methods.base import Method, Tokens
+from vtc.methods.selector import check_seed
 from vtc.token_map import TokenMap
 
 
@@ -24,6 +25,10 @@ class Random(Method):
     summary: ClassVar[str] = "drops tokens at random (baseline)"
     merges: ClassVar[bool] = False
     halves: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed(self.seed)
 
     def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
         return random_round(tokens.features, r, self.seed + tokens.layer, tokens.prefix, tokens.mask, tokens.size)

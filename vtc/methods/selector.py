@@ -123,6 +123,10 @@ def rank(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     return torch.searchsorted(scores.sort(1).values, scores) / others.clamp(min=1)
 
 
+def check_seed(seed: Any) -> None:
+    check_number("seed", seed, 0, 2**62, whole=True)  # generators hold 64 bits, and the layer's number is added
+
+
 def check_number(name: str, value: Any, low: float, high: float = math.inf, *, whole: bool = False) -> None:
     """Raise OptionError unless `value` is a number in [low, high]."""
     kind = int if whole else (int, float)

@@ -11,7 +11,7 @@ from torch import Tensor
 from vtc import ops
 from vtc.errors import OptionError
 from vtc.methods.base import Tokens
-from vtc.methods.selector import Selector, check_number, checked, evidence, minmax
+from vtc.methods.selector import Selector, check_number, check_seed, checked, evidence, minmax
 
 # A projector that is linear is equally sensitive everywhere; what differs then is rounding.
 _FLAT = 1e-3
@@ -45,7 +45,7 @@ class ZOOPrune(Selector):
         super().__post_init__()
         check_number("probes", self.probes, 1, whole=True)
         check_number("step", self.step, 0)
-        check_number("seed", self.seed, 0, whole=True)
+        check_seed(self.seed)
         if self.step == 0:
             raise OptionError("step=0: it takes a number > 0")
         if not isinstance(self.exact, bool) and self.exact != "auto":
