@@ -82,7 +82,10 @@ def test_another_run_is_refused_and_stays(model, whole):
 def test_what_is_unknown(model, tmp_path):
     with pytest.raises(OptionError, match="unknown method 'tomato'"):
         answers.run(model, out=tmp_path / "a", **(SMALL | {"methods": ("tomato",)}))
-    for label, why in (("tome+tea", r"\+ppe may be added"), ("idpruner+scorer", r"\+scorer if there is one")):
+    for label, why in (
+        ("tome+tea", r"\+ppe or \+proportional may be added"),
+        ("idpruner+scorer", r"\+scorer if there is one"),
+    ):
         with pytest.raises(OptionError, match=why):
             answers.run(model, out=tmp_path / "a", **(SMALL | {"methods": (label,)}))
     with pytest.raises(OptionError, match="cannot be read"):
@@ -117,8 +120,10 @@ def test_positions_and_scorers_are_methods_of_their_own(model, tmp_path):
     found = answers.run(model, out=tmp_path / "a", scorer=path, **run)
     assert {r["method"] for r in found.rows} == {"dense", "random", "downsample", "tome+ppe", "idpruner+scorer"}
     every = [label for label, *_ in answers._chosen(network, ("all",), (0.5,), path)]
-    assert {"pitome", "pitome+ppe", "idpruner", "idpruner+scorer", "idpruner 0.5"} <= set(every)
-    assert "random+ppe" not in every
+    assert {"pitome", "pitome+ppe", "visionzip+proportional", "idpruner", "idpruner+scorer", "idpruner 0.5"} <= set(
+        every
+    )
+    assert not {"random+ppe", "idpruner+proportional"} & set(every)
 
 
 def test_scores():

@@ -106,7 +106,7 @@ def test_ask(folder):
 def test_ask_over_keep(folder):
     """Everything kept is the model itself."""
     image = scenes.scene("test", 0).image
-    rows = ask.sweep(folder, image, "what is this ?", "idpruner", "ppe", (0.5, 1.0))
+    rows = ask.sweep(folder, image, "what is this ?", "idpruner", "ppe", levels=(0.5, 1.0))
     assert [q for q, _ in rows] == [0.5, 1.0] and rows[0][1].less.visual < rows[0][1].dense.visual
     assert rows[1][1].less.answer == rows[1][1].dense.answer
     chart, table = ask.sweep_html(rows)

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mllm_processor
 import pytest
 from PIL import Image
 
@@ -117,23 +116,22 @@ def test_see(page):
 
 
 def test_ask(page, tmp_path):
-    """A question of the scene's, both answers, the picture with positions, other budgets."""
-    mllm_processor.save("qwen2_5_vl", tmp_path)
+    """A question of the scene's, both answers of the model that comes along, what is left, other budgets."""
     page.get_by_role("tab", name="Ask").click()
     page.locator("#ask-next").click()
     page.locator("label", has_text="Scene 1").wait_for()
     wanted = next(q.text for q in scenes.scene("test", 1).questions if q.kind == "count")
     page.locator("#ask-ready label", has_text=wanted).first.click()
     api.expect(page.locator("#ask-question textarea")).to_have_value(wanted, timeout=SLOW)
-    page.locator("#ask-model input").fill(str(tmp_path))
-    page.locator("#ask-model input").press("Enter")
     page.locator("#ask-positions label", has_text="PPE").click()
+    page.get_by_label("Merged tokens weigh by their size").check()
     page.locator("#ask-run").click()
     page.wait_for_selector("#ask-levels table")
     cards = page.locator("#ask-answers .vtc-card")
     assert cards.count() == 2
     dense, less = (int(cards.nth(i).locator("dd").first.inner_text()) for i in (0, 1))
-    assert less == round(dense / 4)
+    assert (dense, less) == (256, 64)
+    assert "As it is · right" in cards.nth(0).inner_text()
     assert re.fullmatch(r"[\d.]+ ms", cards.nth(0).locator("dd").nth(2).inner_text())
     assert "kB" in cards.nth(1).locator("dd").nth(3).inner_text()
     page.locator("#ask-left", has_text=f"{dense} → {less} image tokens; rings").wait_for()
@@ -159,6 +157,7 @@ def test_uploads(page, tmp_path):
             api.expect(message).to_have_count(0, timeout=SLOW)
     _upload(page, "#ask-upload", tmp_path / "good.png")
     page.locator("label", has_text="Your picture").wait_for()
+    api.expect(page.locator("#ask-question textarea")).to_have_value("How many things are there?", timeout=SLOW)
     assert not page.locator("#ask-ready").is_visible()
 
 

@@ -34,14 +34,14 @@ def model(name: str) -> tuple[Any, Any]:
     return processor, weights()
 
 
-def budget(name: str, keep: float, positions: str = "original") -> Method:
-    """A method from what the controls say; `positions` is for methods that merge.
+def budget(name: str, keep: float, positions: str = "original", sized: bool = False) -> Method:
+    """A method from what the controls say. For methods that merge: `positions`, and whether tokens weigh by their size.
 
     Raises:
         OptionError: an unknown method, or a value out of range.
     """
     merges = name in METHODS and METHODS[name].merges
-    return make(name, keep=float(keep), **({"positions": positions} if merges else {}))
+    return make(name, keep=float(keep), **({"positions": positions, "proportional": sized} if merges else {}))
 
 
 def run(
@@ -94,12 +94,13 @@ def sweep(
     prompt: str,
     method: str,
     positions: str = "original",
+    sized: bool = False,
     levels: Sequence[float] = LEVELS,
     *,
     tick: Tick | None = None,
 ) -> list[tuple[float, chat.Comparison]]:
     """The same question at several budgets. Raises as `run`."""
-    return [(q, run(name, image, prompt, budget(method, q, positions), tick=tick)) for q in levels]
+    return [(q, run(name, image, prompt, budget(method, q, positions, sized), tick=tick)) for q in levels]
 
 
 def sweep_html(rows: Sequence[tuple[float, chat.Comparison]]) -> tuple[str, str]:
@@ -139,7 +140,8 @@ def build(gpu: Callable[..., Any]) -> None:
                 value=TINY[0],
                 allow_custom_value=True,
                 label="Model",
-                info="One that comes along, a folder, or an id on the Hugging Face Hub where there is a network.",
+                info="Two come along, and know scenes like this one. Or a folder; or an id on the Hugging Face Hub, "
+                "where there is a network.",
                 elem_id="ask-model",
             )
             shown = gr.Image(first.image, label="Scene 0", interactive=False, buttons=[], height=250, format="png")
@@ -158,6 +160,7 @@ def build(gpu: Callable[..., Any]) -> None:
                 label="Positions that merged tokens carry",
                 elem_id="ask-positions",
             )
+            sized = gr.Checkbox(False, label="Merged tokens weigh by their size", elem_id="ask-sized")
             more = gr.Checkbox(True, label="Ask at other budgets too")
             start = gr.Button("Ask", variant="primary", elem_id="ask-run")
         with gr.Column(scale=5, min_width=300):
@@ -178,11 +181,12 @@ def build(gpu: Callable[..., Any]) -> None:
                     over = gr.HTML()
             levels = gr.HTML(elem_id="ask-levels")
 
-    def take(path: str) -> list[Any]:
+    def take(path: str, who: str | None) -> list[Any]:
         with look.plainly():
             taken = look.picture(path)
         none = gr.update(choices=[], value=None, visible=False)
-        return [taken, {}, gr.update(value=taken, label="Your picture"), none, "Describe this image."]
+        asked = "How many things are there?" if who in TINY else "Describe this image."
+        return [taken, {}, gr.update(value=taken, label="Your picture"), none, asked]
 
     def draw(before: int) -> list[Any]:
         made = scenes.scene("test", before + 1)
@@ -205,12 +209,13 @@ def build(gpu: Callable[..., Any]) -> None:
         how: str,
         part: float,
         where: str,
+        weigh: bool,
         progress: gr.Progress = look.PROGRESS,
     ) -> list[Any]:
         progress(0, "loading the model")
         with look.plainly():
             tick = look.ticks(progress, 2 * (REPEATS + 2))
-            found = run(who or "", taken, text, budget(how, part, where), tick=tick)
+            found = run(who or "", taken, text, budget(how, part, where, weigh), tick=tick)
             drawn = chat.remains(taken, found, max(taken.height, 512))
         label = f"{found.dense.visual} → {found.less.visual} image tokens"
         if found.slots > 1:
@@ -224,6 +229,7 @@ def build(gpu: Callable[..., Any]) -> None:
         text: str,
         how: str,
         where: str,
+        weigh: bool,
         wanted: bool,
         progress: gr.Progress = look.PROGRESS,
     ) -> tuple[str, str]:
@@ -231,28 +237,28 @@ def build(gpu: Callable[..., Any]) -> None:
             return "", ""
         with look.plainly():
             tick = look.ticks(progress, 2 * (REPEATS + 2) * len(LEVELS))
-            return sweep_html(sweep(who, taken, text, how, where, tick=tick))
+            return sweep_html(sweep(who, taken, text, how, where, weigh, tick=tick))
 
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     job: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model"}
     scene = [image, truth, shown, ready, prompt]
-    upload.upload(take, upload, scene, **quiet)
+    upload.upload(take, [upload, name], scene, **quiet)
     following.click(draw, number, [*scene, number], **quiet)
     ready.input(lambda text: text, ready, prompt, **quiet)
     method.change(
-        lambda how: (gr.update(info=about[how]), gr.update(visible=METHODS[how].merges)),
+        lambda how: (gr.update(info=about[how]), *[gr.update(visible=METHODS[how].merges)] * 2),
         method,
-        [method, positions],
+        [method, positions, sized],
         **quiet,
     )
     asked = start.click(
         gpu(go),
-        [image, truth, name, prompt, method, keep, positions],
+        [image, truth, name, prompt, method, keep, positions, sized],
         [both, left, over, levels],
         show_progress_on=both,
         **job,
     )
-    rest = [image, name, prompt, method, positions, more]
+    rest = [image, name, prompt, method, positions, sized, more]
     asked.success(gpu(further), rest, [over, levels], show_progress_on=levels, **job)
 
 

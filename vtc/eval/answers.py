@@ -133,7 +133,8 @@ def run(
 
     Args:
         model: tiny_qwen, tiny_llava, or the folder or id of any multimodal LLM.
-        methods: names, with +ppe for PPE's positions, or "all" that the model takes; random and downsample always.
+        methods: names, with +ppe for PPE's positions or +proportional for attention by size; or "all" that the model
+            takes; random and downsample always.
         keep: fractions of the image tokens that stay; dense, 1, is always there.
         limit: scenes per seed. seeds: how many sets of scenes, each also the seed of methods that draw.
         out: folder of the results, and of what is done of them: the same call goes on where it was stopped.
@@ -192,21 +193,26 @@ def _chosen(
     model: nn.Module, names: Sequence[str], balances: Sequence[float], scorer: str | None
 ) -> list[tuple[str, str, tuple]]:
     """(label, name, options) of every method to ask, the baselines first. "tome+ppe": with PPE's positions;
-    "idpruner+scorer": with the trained scorer."""
-    every = [*METHODS, *(f"{name}+ppe" for name in METHODS), *(["idpruner+scorer"] if scorer else [])]
-    more = {"": {}, "ppe": {"positions": "ppe"}} | ({"scorer": {"scorer": scorer}} if scorer else {})
+    "tome+proportional": with attention by size; "idpruner+scorer": with the trained scorer."""
+    more: dict[str, dict[str, Any]] = {"": {}, "ppe": {"positions": "ppe"}, "proportional": {"proportional": True}}
+    every = [f"{name}+{plus}".rstrip("+") for plus in more for name in METHODS]
+    if scorer:
+        more["scorer"] = {"scorer": scorer}
+        every.append("idpruner+scorer")
     out: list[tuple[str, str, tuple]] = []
     for label in dict.fromkeys([*ALWAYS, *(every if "all" in names else names)]):
         name, _, plus = label.partition("+")
         if plus not in more:
-            raise OptionError(f"unknown method {label!r}: +ppe may be added to a name, and +scorer if there is one")
+            raise OptionError(
+                f"unknown method {label!r}: +ppe or +proportional may be added to a name, and +scorer if there is one"
+            )
         options = tuple(more[plus].items())
         try:
             plan: Any = vtc.explain(model, make(name, keep=0.5, **dict(options)))
         except OptionError:
             if label in names:
                 raise
-            continue  # a method that merges nothing has no positions to carry
+            continue  # a method that merges nothing has no positions to carry, and no sizes
         if not plan.ok and label in names:
             raise OptionError(f"{label} cannot reduce this model: {plan}")
         if plan.ok:
