@@ -151,5 +151,5 @@ def test_seeds_have_their_own_scenes_and_seeded_methods():
 
 def test_a_checkpoint_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny, "place", lambda name: tmp_path / name)
-    with pytest.raises(CheckpointError, match="the id of another"):
+    with pytest.raises(CheckpointError, match="checkpoint tiny_qwen is incomplete .*SHA256.json"):
         answers.load("tiny_qwen")
