@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -225,6 +226,7 @@ _STYLES = {
     "ToMe": ("#000000", "s", "-"),
     "random": ("#777777", "x", ":"),
     "random pairs": ("#777777", "x", ":"),
+    "downsample": ("#999999", "v", "--"),
     "downsample, pool": ("#999999", "v", "--"),
     "downsample, resize": ("#999999", "^", "--"),
 }
@@ -233,7 +235,9 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 def styles(labels: Sequence[str]) -> dict[str, tuple[str, str, str]]:
     """Colour, marker and line of every method."""
-    spare = iter([(colour, "o", "-") for colour in _COLOURS] * 9)
+    spare = itertools.cycle(
+        [(c, marker, dash) for marker, dash in zip("o^D", ("-", "--", "-."), strict=True) for c in _COLOURS]
+    )
     return {label: _STYLES[label] if label in _STYLES else next(spare) for label in dict.fromkeys(labels)}
 
 

@@ -1,0 +1,58 @@
+"""docs/answers.md says what its results say, and its results are what the command gives."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+
+import vtc
+from vtc.eval import answers
+from vtc.methods import METHODS
+
+ROOT = Path(__file__).resolve().parent.parent
+spec = importlib.util.spec_from_file_location("answers_page", ROOT / "tools" / "answers_page.py")
+answers_page = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(answers_page)
+LIMIT = 8  # scenes a seed, of the Makefile's
+
+
+def test_pages_say_what_the_results_say(tmp_path):
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    answers_page.write(tmp_path)
+    pages = [Path("README.md"), Path("docs/answers.md"), *(Path(f"docs/methods/{name}.md") for name in METHODS)]
+    for page in pages:
+        assert (tmp_path / page).read_text() == (ROOT / page).read_text(), f"{page}: run tools/answers_page.py"
+
+
+@pytest.mark.parametrize("run", answers_page.RUNS)
+def test_every_method_is_there(run):
+    rows = answers_page.read(run)
+    model = answers.load("tiny_llava" if run == "tiny_llava" else "tiny_qwen")[0]
+    fits = {name for name in METHODS if vtc.explain(model, name).ok}
+    assert fits <= {r["method"] for r in rows} and len({r["seed"] for r in rows}) == 5
+    assert {r["keep"] for r in rows} == {1, *answers.KEEP}
+
+
+@pytest.mark.parametrize("model", answers_page.CHOSEN)
+def test_the_command_gives_the_results(model):
+    """One seed's cells again. On another processor a question at the edge may fall to the other side."""
+    rows = [r for r in answers_page.read(model) if r["seed"] == 0 and r["kind"] == "all"]
+    network, processor = answers.load(model)
+    asked = answers.questions(0, LIMIT)
+    for cell in (answers.Cell("dense", "random", 1.0, 0), answers.Cell("tome", "tome", 0.25, 0)):
+        row = next(r for r in rows if (r["method"], r["keep"]) == (cell.label, cell.keep))
+        said = answers._ask(network, processor, cell, asked, 16)["said"]
+        right = sum(word == q.answer for word, q in zip(said, asked, strict=True))
+        assert row["n"] == len(asked) and abs(right - row["n"] * row["accuracy"]) < 1.5
+
+
+@pytest.mark.parametrize("model", answers_page.CHOSEN)
+def test_the_scenes_need_the_tokens_and_some_method_keeps_the_answers(model):
+    found = answers.summarise(answers_page.read(model))
+    dense = {kind: each["accuracy"][0] for kind, each in found["dense", 1.0].items()}
+    chance = {kind: each["accuracy"][0] for kind, each in found["random", 0.25].items()}
+    assert sum(dense[kind] - chance[kind] >= 0.15 for kind in dense if kind != "all") >= 2
+    for keep, share in ((0.25, 0.95), (0.1, 0.85)):
+        assert max(found[m, k]["all"]["accuracy"][0] for m, k in found if k == keep) >= share * dense["all"]
