@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import vtc
-from vtc.eval import answers
+from vtc.eval import answers, common
 from vtc.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,3 +56,19 @@ def test_the_scenes_need_the_tokens_and_some_method_keeps_the_answers(model):
     assert sum(dense[kind] - chance[kind] >= 0.15 for kind in dense if kind != "all") >= 2
     for keep, share in ((0.25, 0.95), (0.1, 0.85)):
         assert max(found[m, k]["all"]["accuracy"][0] for m, k in found if k == keep) >= share * dense["all"]
+
+
+def test_a_new_method_leaves_the_others(tmp_path, monkeypatch):
+    """Rows of methods that a run did not ask stay, but not beside another model's."""
+    monkeypatch.setattr(answers_page, "KEPT", tmp_path)
+    (tmp_path / "scenes.md").write_text("About.\n\n| a table |")
+
+    def run(**accuracy):
+        row = {"keep": 0.5, "tokens": 8.0, "kind": "all", "seed": 0, "n": 4, "loyalty": 1.0, "seconds": 1.0}
+        common.write_csv(tmp_path / "scenes.csv", [row | {"method": m, "accuracy": a} for m, a in accuracy.items()])
+        answers_page.take("some", tmp_path)
+        return {r["method"]: r["accuracy"] for r in answers_page.read("some")}
+
+    assert run(dense=1.0, tome=0.5, norm=0.25) == {"dense": 1.0, "tome": 0.5, "norm": 0.25}
+    assert run(dense=1.0, tome=0.75) == {"dense": 1.0, "tome": 0.75, "norm": 0.25}
+    assert run(dense=0.75, tome=0.5) == {"dense": 0.75, "tome": 0.5}

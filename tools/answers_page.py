@@ -49,9 +49,23 @@ Row = dict[str, Any]
 
 def read(name: str) -> list[Row]:
     """The rows of one run, numbers as numbers."""
-    words = {"method", "kind"}
+    kinds: dict[str, Any] = {"method": str, "kind": str, "seed": int, "n": int}
     with (KEPT / f"answers-{name}.csv").open(newline="", encoding="utf-8") as file:
-        return [{k: v if k in words else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        return [{k: kinds.get(k, float)(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def take(name: str, folder: Path) -> None:
+    """Keep what a run gave. Methods that it did not ask stay as they are, if dense answered the same: so a new method
+    needs a run of its own only."""
+    before, target = read(name) if (KEPT / f"answers-{name}.csv").exists() else [], KEPT / f"answers-{name}.csv"
+    shutil.copyfile(folder / "scenes.csv", target)
+    new = read(name)
+    dense = [[(r["seed"], r["kind"], r["accuracy"]) for r in rows if r["method"] == "dense"] for rows in (before, new)]
+    asked = {r["method"] for r in new}
+    if dense[0] == dense[1]:
+        common.write_csv(target, new + [r for r in before if r["method"] not in asked])
+    about = (folder / "scenes.md").read_text(encoding="utf-8").split("\n\n")[0]
+    (KEPT / f"answers-{name}.txt").write_text(about + "\n", encoding="utf-8")
 
 
 def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -201,9 +215,7 @@ def main() -> None:
     parse.add_argument("folder", type=Path, nargs="?", help="take the results of the runs in it")
     args = parse.parse_args()
     for name in RUNS if args.folder else ():
-        shutil.copyfile(args.folder / name / "scenes.csv", KEPT / f"answers-{name}.csv")
-        about = (args.folder / name / "scenes.md").read_text(encoding="utf-8").split("\n\n")[0]
-        (KEPT / f"answers-{name}.txt").write_text(about + "\n", encoding="utf-8")
+        take(name, args.folder / name)
     write(ROOT)
 
 
