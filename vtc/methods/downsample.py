@@ -103,5 +103,5 @@ def pool_map(
         near_column = (index % grid[1] - (target[b, span] - prefix) % grid[1]).float()
         score[b, span] = -(near_row**2 + near_column**2)
     source = torch.arange(tokens, device=device).expand_as(target).masked_fill(kept | (target < 0), -1)
-    slots = prefix + max((h * w for h, w in coarse), default=0)
+    slots = prefix + max([0, *(h * w for h, w in coarse)])  # no image, no slots
     return TokenMap.from_anchors(kept, (source, target, score), slots=slots, weight=size)
