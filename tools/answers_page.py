@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
 import re
 import shutil
 from collections.abc import Sequence
@@ -57,7 +56,8 @@ def read(name: str) -> list[Row]:
 def take(name: str, folder: Path) -> None:
     """Keep what a run gave. Methods that it did not ask stay as they are, if dense answered the same: so a new method
     needs a run of its own only."""
-    before, target = read(name) if (KEPT / f"answers-{name}.csv").exists() else [], KEPT / f"answers-{name}.csv"
+    target = KEPT / f"answers-{name}.csv"
+    before = read(name) if target.exists() else []
     shutil.copyfile(folder / "scenes.csv", target)
     new = read(name)
     dense = [[(r["seed"], r["kind"], r["accuracy"]) for r in rows if r["method"] == "dense"] for rows in (before, new)]
@@ -122,7 +122,7 @@ def claims(runs: dict[str, list[Row]], levels: Sequence[float] = (0.25, 0.1, 0.0
             return "–"
         middle, half = found
         text = f"{middle:+.3f} ± {half:.3f}"
-        return f"**{text}**" if math.isfinite(half) and abs(middle) > half else text
+        return f"**{text}**" if abs(middle) > half else text
 
     def line(said: str, ours: str, theirs: str, kind: str, name: str) -> list[str]:
         return [said, name, *(cell(gap(runs[name], ours, theirs, kind, keep)) for keep in levels)]
@@ -150,18 +150,7 @@ def draw(rows: Sequence[Row], title: str) -> Any:
         strict=True,
     ):
         labels = [m for m in ranked(rows) if (m in group or m in answers.ALWAYS) and not re.search(r" |\+ppe", m)]
-        flat = [
-            {"method": m, "keep": keep, "accuracy": found[m, keep]["all"]["accuracy"][0]}
-            for m in labels
-            for keep in sorted({k for _, k in found if k < 1})
-        ]
-        common.lines(axis, flat, "accuracy", "keep")
-        axis.axhline(found["dense", 1.0]["all"]["accuracy"][0], color="#000000", linewidth=1, label="dense")
-        axis.set_xscale("log")
-        ticks = sorted({k for _, k in found if k < 1})
-        axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
-        axis.minorticks_off()
-        axis.set_xlabel("image tokens that stay")
+        answers.plot(axis, found, labels)
         axis.set_title(f"{title}: methods that {name}", fontsize=10)
         axis.legend(fontsize=7, ncols=2)
     figure.axes[0].set_ylabel("accuracy")

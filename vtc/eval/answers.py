@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -374,18 +374,23 @@ def draw(rows: Sequence[dict[str, Any]]) -> Any:
     figure = Figure(figsize=(8, 5))
     axis = figure.subplots()
     summary = summarise(rows)
+    plot(axis, summary, [method for method, _ in summary if method != "dense"])
+    axis.set_ylabel("accuracy")
+    axis.legend(fontsize=8, ncols=2)
+    return figure
+
+
+def plot(axis: Any, summary: dict[tuple[str, float], Any], labels: Iterable[str]) -> None:
+    """These methods' lines and the dense level of what `summarise` returns."""
+    ticks = sorted({keep for _, keep in summary if keep < 1})
     flat: list[dict[str, Any]] = [
-        {"method": method, "keep": keep, "accuracy": found["all"]["accuracy"][0]}
-        for (method, keep), found in summary.items()
-        if method != "dense"
+        {"method": method, "keep": keep, "accuracy": summary[method, keep]["all"]["accuracy"][0]}
+        for method in dict.fromkeys(labels)
+        for keep in ticks
     ]
     common.lines(axis, flat, "accuracy", "keep")
     axis.axhline(summary["dense", 1.0]["all"]["accuracy"][0], color="#000000", linewidth=1, label="dense")
     axis.set_xscale("log")
-    ticks = sorted({keep for _, keep in summary if keep < 1})
     axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axis.minorticks_off()
     axis.set_xlabel("image tokens that stay")
-    axis.set_ylabel("accuracy")
-    axis.legend(fontsize=8, ncols=2)
-    return figure
