@@ -83,8 +83,9 @@ def test_what_is_unknown(model, tmp_path):
     with pytest.raises(OptionError, match="unknown method 'tomato'"):
         answers.run(model, out=tmp_path / "a", **(SMALL | {"methods": ("tomato",)}))
     for label, why in (
-        ("tome+tea", r"\+ppe or \+proportional may be added"),
-        ("idpruner+scorer", r"\+scorer if there is one"),
+        ("tome+tea", r"after a \+ comes one of ppe, proportional"),
+        ("idpruner+scorer", "a file of vtc.train"),
+        ("tome+scorer", "goes with idpruner.scorer"),
     ):
         with pytest.raises(OptionError, match=why):
             answers.run(model, out=tmp_path / "a", **(SMALL | {"methods": (label,)}))

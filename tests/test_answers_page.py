@@ -35,7 +35,7 @@ def test_every_method_is_there(run):
     assert {r["keep"] for r in rows} == {1, *answers.KEEP}
 
 
-@pytest.mark.parametrize("model", answers_page.CHOSEN)
+@pytest.mark.parametrize("model", answers_page.MODELS)
 def test_the_command_gives_the_results(model):
     """One seed's cells again. On another processor a question at the edge may fall to the other side."""
     rows = [r for r in answers_page.read(model) if r["seed"] == 0 and r["kind"] == "all"]
@@ -48,7 +48,7 @@ def test_the_command_gives_the_results(model):
         assert row["n"] == len(asked) and abs(right - row["n"] * row["accuracy"]) < 1.5
 
 
-@pytest.mark.parametrize("model", answers_page.CHOSEN)
+@pytest.mark.parametrize("model", answers_page.MODELS)
 def test_the_scenes_need_the_tokens_and_some_method_keeps_the_answers(model):
     found = answers.summarise(answers_page.read(model))
     dense = {kind: each["accuracy"][0] for kind, each in found["dense", 1.0].items()}

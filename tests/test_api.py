@@ -31,7 +31,17 @@ BAD = [
     ("downsample", {"r": 8}, "reduces once"),
     ("tome", {"r": -3}, "r=-3"),
     ("tome", {"flops": 2}, "flops=2"),
+    ("tome+tea", {"keep": 0.9}, "tome.tea: after a . comes one of ppe, proportional"),
+    ("tome+ppe", {"keep": 0.9, "positions": "original"}, "tome.ppe: positions= is given beside it"),
+    ("random+ppe", {"keep": 0.9}, "random drops tokens"),
 ]
+
+
+def test_a_name_and_an_option():
+    method = vtc.methods.make("tome+ppe+proportional", keep=0.5)
+    assert method == vtc.ToMe(keep=0.5, positions="ppe", proportional=True) and method.name == "tome"
+    for label in ("tome", "tome+ppe", "pitome+proportional", "visionzip+ppe+proportional"):
+        assert vtc.methods.make(label, keep=0.5).label == label
 
 
 @pytest.mark.parametrize(("method", "options", "message"), BAD)

@@ -11,7 +11,7 @@ from zoo import model, pixels
 
 import vtc
 from vtc import auto
-from vtc.bench.check import Checked, check
+from vtc.bench.check import ENCODER, LLM, Checked, check, fitting
 from vtc.cli import main
 from vtc.eval import scenes
 
@@ -49,14 +49,19 @@ def test_the_choice(target, value, found, keep, why):
 def test_a_multimodal_llm(llava):
     network, inputs = llava
     with vtc.compress(network, "auto", keep="auto", inputs=inputs, tokens=4, repeats=1) as handle:
-        names = [row.method and row.method.name for row in handle.choice.rows]
-        assert names == [None, *auto.LLM]
+        names = [row.method and row.method.label for row in handle.choice.rows]
+        assert names == [None, *LLM]
         assert handle.choice.why and (handle.method.keep in (4, 1.0))
         network(**inputs)
         left = set(handle.report.after)
         assert left == ({4} if handle.choice.method else set(handle.report.before))
     dense, all_of_it, one = check(network, inputs, [vtc.Random(keep=1.0), vtc.Random(keep=1)], 1)
     assert all_of_it.loyalty == 1.0 >= one.loyalty and one.tokens[1] < all_of_it.tokens[1] == dense.tokens[0]
+
+
+def test_what_a_model_refuses_is_not_tried(llava):
+    assert fitting(llava[0]) == list(LLM) and fitting(model("timm-vit")) == list(ENCODER)
+    assert fitting(mllm_zoo.build("gemma3_sliding")) == [name for name in LLM if "+" not in name]
 
 
 def test_an_encoder():
@@ -97,6 +102,8 @@ def test_self_check(tmp_path, capsys):
     assert found["images"] == 2 and found["rows"][0]["tokens_after"] == 50 and found["rows"][3]["tokens_after"] <= 26
     assert main([*command, "--keep", "0.5", "--repeats", "1"]) == 0
     assert re.search(r"downsample +keep 0.5", capsys.readouterr().out)
+    assert main([*command[:-2], "--keep", "0.5", "--repeats", "1"]) == 0
+    assert all(f"{name} " in text for text in [capsys.readouterr().out] for name in LLM)
     for more, why in [
         (["--flops", "0.5"], "an encoder alone"),
         (["--batch", "2"], "one picture is a batch"),

@@ -342,10 +342,14 @@ def test_positions_and_the_picture(vtc_, folders, tmp_path):
         assert min(picture.size) > 400
     code, text, err = vtc_(*base, *llava, *ppe, "--slots", 4)
     assert code == 0 and json.loads(text)["options"]["positions"] == {"slots": 4}, err
+    code, text, err = vtc_(*base, *llava, "--method", "tome+proportional")
+    assert code == 0 and json.loads(text)["options"] == {"keep": 0.25, "proportional": True}, err
     for options, why in (
         ([*llava, "--method", "idpruner", "--positions", "ppe"], "drops tokens"),
         ([*llava, "--method", "dpc_knn", "--slots", 4], "add --positions ppe"),
         ([*qwen, *ppe, "--slots", 3], "choose one of 1, 2"),
+        ([*llava, "--method", "dpc_knn+ppe", "--positions", "ppe"], "leave one of the two out"),
+        ([*llava, "--method", "idpruner+proportional"], "merges nothing"),
         ([*llava, *ppe, "--out", tmp_path / "a.jpg"], "PNG"),
         (["--positions", "ppe"], "is for a multimodal LLM"),
     ):
@@ -372,6 +376,8 @@ def test_positions_in_bench(vtc_, fails, tmp_path):
     code, text, err = vtc_(*bench, "--methods", "dpc_knn", "--positions", "ppe", "--slots", 4)
     assert code == 0, err
     assert json.loads(text)["positions"] == {"slots": 4}
+    code, text, err = vtc_(*bench, "--methods", "tome", "tome+proportional", "tome+ppe")
+    assert [row["method"] for row in json.loads(text)["rows"]] == ["tome", "tome+proportional", "tome+ppe"], err
     assert "drops tokens" in fails(*bench, "--methods", "dpc_knn,random", "--positions", "ppe")
     assert "add --positions ppe" in fails(*bench, "--methods", "dpc_knn", "--slots", 4)
     encoder = ["bench", "--model", "timm:test_vit", "--batch", 1, "--repeats", 1]

@@ -1,5 +1,6 @@
 """The demo without a browser: what its functions compute and refuse, how it is queued, and its Space."""
 
+import pickle
 import re
 import runpy
 import socket
@@ -61,6 +62,8 @@ def test_see(name, schedule, value):
     assert f"256 → {counts[-1]}" in see.figures(seen)
     chart = re.sub(r'xmlns(:\w+)?="[^"]*"', "", see.tokens_chart(seen))
     assert "<svg" in chart and "http" not in chart
+    other = pickle.loads(pickle.dumps(seen))  # ZeroGPU runs a job in a process of its own
+    assert see.figures(other) == see.figures(seen) and other.maps[-1].group.equal(seen.maps[-1].group)
 
 
 def test_see_energy_is_that_of_the_dense_encoder():

@@ -188,6 +188,7 @@ def test_match_and_merge(case):
 def test_attention_received(case, heads, every, scale):
     x, mask, generator = case
     batch, tokens, width = x.shape
+    heads = heads if tokens < 1000 else (1, 1)  # the definition makes the whole matrix of every head, in float64
     query, key = (torch.randn(batch, h, tokens, width, generator=generator) for h in heads)
     query, mask = query[:, :, ::every], mask if every == 1 else None
     fast, plain = both(ops.attention_received, query, key, scale / width**0.5, mask)

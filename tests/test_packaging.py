@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from vtc.cli import main
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -110,12 +112,11 @@ def test_entry_point(project):
     assert all(entry.value == "vtc.cli:main" for entry in found)
 
 
-@pytest.mark.parametrize("words", [[], ["run"], ["list"], ["explain"], ["bench"], ["eval"]], ids=" ".join)
-def test_help(words):
-    done = command(*words, "--help")
-    assert done.returncode == 0, done.stderr
-    assert "usage" in done.stdout.lower()
-    assert done.stderr == ""
+@pytest.mark.parametrize("words", [[], ["run"], ["list"], ["explain"], ["bench"], ["eval"], ["demo"]], ids=" ".join)
+def test_help(words, capsys):
+    assert main([*words, "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert "usage" in out.lower() and not err
 
 
 def test_unknown_subcommand_ends_with_2():

@@ -1,6 +1,6 @@
 """The tables and figures of docs/answers.md, from what `vtc eval scenes` wrote.
 
-    python tools/answers_page.py out/answers        # a folder with tiny_llava/, tiny_qwen/, clips-2/, clips-8/
+    python tools/answers_page.py out/answers        # the folder of `make answers`
 
 The rows are kept in benchmarks/results/answers-NAME.csv, and the page is made of these: without a folder, anew.
 """
@@ -16,14 +16,25 @@ from pathlib import Path
 from typing import Any
 
 from vtc.eval import answers, common
+from vtc.eval.answers import Summary
 from vtc.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks" / "results"
-RUNS = ("tiny_llava", "tiny_qwen", "clips-2", "clips-8")
-# The best on the validation split, keep 0.25 and 0.1 together
-CHOSEN = {"tiny_llava": "pitome+proportional", "tiny_qwen": "visionzip+proportional"}
-SHORT = ("visionzip+proportional", "pitome+proportional", "fastv", "dart", "pitome", "tome", "divprune", "idpruner")
+MODELS = ("tiny_llava", "tiny_qwen")
+RUNS = (*MODELS, "clips-2", "clips-8")
+CHOICES = tuple(f"validation-{model}" for model in MODELS)  # what was chosen was chosen on these
+SHORT = (
+    "visionzip+proportional",
+    "pitome+proportional",
+    "dpc_knn+proportional",
+    "fastv",
+    "dart",
+    "pitome",
+    "tome",
+    "divprune",
+    "idpruner",
+)
 SHORT += ("zoo_prune", "downsample", "random")
 
 # What was said of a method, whose answers should then be better, and on which questions
@@ -73,34 +84,37 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in body])
 
 
-def ranked(rows: Sequence[Row]) -> list[str]:
+def ranked(found: Summary) -> list[str]:
     """The methods, best first at keep 0.25 (and 0.1 between equals)."""
-    found = answers.summarise(rows)
     labels = dict.fromkeys(method for method, keep in found if keep < 1)
     return sorted(labels, key=lambda m: [-found[m, keep]["all"]["accuracy"][0] for keep in (0.25, 0.1)])
 
 
-def by_keep(rows: Sequence[Row]) -> str:
+def budgets(found: Summary) -> list[float]:
+    return sorted({keep for _, keep in found if keep < 1}, reverse=True)
+
+
+def by_keep(found: Summary) -> str:
     """Accuracy of every method at every budget, and loyalty at a quarter."""
-    found, levels = answers.summarise(rows), sorted({r["keep"] for r in rows if r["keep"] < 1}, reverse=True)
+    levels = budgets(found)
 
     def cell(method: str, keep: float) -> str:
         middle, half = found[method, keep]["all"]["accuracy"]
         return f"{middle:.3f} ± {half:.3f}"
 
     body = [["dense", cell("dense", 1.0), *[""] * len(levels)]]
-    for method in ranked(rows):
+    for method in ranked(found):
         loyal = found[method, 0.25]["all"]["loyalty"][0]
         body.append([method, *(cell(method, keep) for keep in levels), f"{loyal:.3f}"])
     return table(["method", *(f"keep {k:g}" for k in levels), "loyalty at 0.25"], body)
 
 
-def by_kind(rows: Sequence[Row], keep: float) -> str:
+def by_kind(found: Summary, keep: float) -> str:
     """Accuracy by question kind at one budget."""
-    found, kinds = answers.summarise(rows), [k for k in dict.fromkeys(r["kind"] for r in rows) if k != "all"]
+    kinds = [kind for kind in found["dense", 1.0] if kind != "all"]
     body = [
         [method, *(f"{found[method, level][kind]['accuracy'][0]:.2f}" for kind in kinds)]
-        for method, level in [("dense", 1.0), *((m, keep) for m in ranked(rows))]
+        for method, level in [("dense", 1.0), *((m, keep) for m in ranked(found))]
     ]
     return table(["method", *kinds], body)
 
@@ -129,27 +143,44 @@ def claims(runs: dict[str, list[Row]], levels: Sequence[float] = (0.25, 0.1, 0.0
 
     body = [line(*claim, name) for claim in CLAIMS for name in runs]
     for theirs in answers.ALWAYS:
-        body += [
-            line(f"{ours}, the best of the validation split, above {theirs}", ours, theirs, "all", name)
-            for name, ours in CHOSEN.items()
-        ]
+        for name in runs:
+            ours = candidates(name)[0][0]
+            body.append(line(f"{ours}, the best of the validation split, above {theirs}", ours, theirs, "all", name))
     return table(["claim", "model", *(f"keep {k:g}" for k in levels)], body)
 
 
-def draw(rows: Sequence[Row], title: str) -> Any:
+def candidates(model: str) -> list[tuple[str, list[tuple[float, float]]]]:
+    """Every method's accuracy on the validation split at keep 0.25 and 0.1, the best of both together first."""
+    found = answers.summarise(read(f"validation-{model}"))
+    labels = dict.fromkeys(method for method, keep in found if keep < 1)
+    each = [(label, [found[label, keep]["all"]["accuracy"] for keep in (0.25, 0.1)]) for label in labels]
+    return sorted(each, key=lambda one: -sum(middle for middle, _ in one[1]))
+
+
+def choices(count: int = 5) -> str:
+    """The best few of the validation split."""
+    body = [
+        [model, label, *(f"{middle:.3f} ± {half:.3f}" for middle, half in found)]
+        for model in MODELS
+        for label, found in candidates(model)[:count]
+    ]
+    return table(["model", "method", "keep 0.25", "keep 0.1"], body)
+
+
+def draw(found: Summary, title: str) -> Any:
     """Accuracy against what stays: methods that select on the left, methods that merge on the right."""
     from matplotlib.figure import Figure
 
-    found = answers.summarise(rows)
-    merging = {m for m in ranked(rows) if METHODS[m.split()[0].partition("+")[0]].merges}
+    order = ranked(found)
+    merging = {m for m in order if METHODS[m.split()[0].partition("+")[0]].merges}
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     for axis, name, group in zip(
         figure.subplots(1, 2, sharey=True),
         ("select", "merge"),
-        ({m for m in ranked(rows) if m not in merging}, merging),
+        (set(order) - merging, merging),
         strict=True,
     ):
-        labels = [m for m in ranked(rows) if (m in group or m in answers.ALWAYS) and not re.search(r" |\+ppe", m)]
+        labels = [m for m in order if (m in group or m in answers.ALWAYS) and not re.search(r" |\+ppe", m)]
         answers.plot(axis, found, labels)
         axis.set_title(f"{title}: methods that {name}", fontsize=10)
         axis.legend(fontsize=7, ncols=2)
@@ -157,12 +188,11 @@ def draw(rows: Sequence[Row], title: str) -> Any:
     return figure
 
 
-def card(runs: dict[str, list[Row]], name: str) -> str:
+def card(runs: dict[str, Summary], name: str) -> str:
     """What one method reached, as it is and with options, for its own page."""
     body = []
-    for run, rows in runs.items():
-        found = answers.summarise(rows)
-        levels = sorted({keep for _, keep in found if keep < 1}, reverse=True)
+    for run, found in runs.items():
+        levels = budgets(found)
         dense = f"{found['dense', 1.0]['all']['accuracy'][0]:.3f}"
         for label in dict.fromkeys(method for method, _ in found):
             if re.split("[ +]", label)[0] == name:
@@ -171,9 +201,8 @@ def card(runs: dict[str, list[Row]], name: str) -> str:
     return table(["answers of", "method", "dense", *(f"keep {k:g}" for k in levels)], body)
 
 
-def short(runs: dict[str, list[Row]], levels: Sequence[float] = (0.25, 0.1)) -> str:
+def short(found: dict[str, Summary], levels: Sequence[float] = (0.25, 0.1)) -> str:
     """Some methods on the small models, for the front page."""
-    found = {name: answers.summarise(rows) for name, rows in runs.items()}
 
     def cells(method: str, keep: float | None = None) -> list[str]:
         return [f"{found[n][method, keep or k]['all']['accuracy'][0]:.2f}" for n in found for k in levels]
@@ -186,24 +215,25 @@ def write(root: Path) -> None:
     """All of it, into the pages in and below the folder `root`."""
     docs = root / "docs"
     runs = {name: read(name) for name in RUNS}
-    pictures = {name: rows for name, rows in runs.items() if name in CHOSEN}
-    for name, rows in runs.items():
+    found = {name: answers.summarise(rows) for name, rows in runs.items()}
+    for name, summary in found.items():
         about = (KEPT / f"answers-{name}.txt").read_text(encoding="utf-8")
-        common.put(docs / "answers.md", name, f"{about}\n{by_keep(rows)}")
-        if name in CHOSEN:
-            common.put(docs / "answers.md", f"{name}, kinds", by_kind(rows, 0.25))
-            draw(rows, name).savefig(docs / "img" / f"answers-{name}.png", dpi=110, metadata={"Software": None})
-    common.put(docs / "answers.md", "claims", claims(pictures))
-    common.put(root / "README.md", "answers", short(pictures))
+        common.put(docs / "answers.md", name, f"{about}\n{by_keep(summary)}")
+        if name in MODELS:
+            common.put(docs / "answers.md", f"{name}, kinds", by_kind(summary, 0.25))
+            draw(summary, name).savefig(docs / "img" / f"answers-{name}.png", dpi=110, metadata={"Software": None})
+    common.put(docs / "answers.md", "choices", choices())
+    common.put(docs / "answers.md", "claims", claims({name: runs[name] for name in MODELS}))
+    common.put(root / "README.md", "answers", short({name: found[name] for name in MODELS}))
     for method in METHODS:
-        common.put(docs / "methods" / f"{method}.md", "answers", card(runs, method))
+        common.put(docs / "methods" / f"{method}.md", "answers", card(found, method))
 
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parse.add_argument("folder", type=Path, nargs="?", help="take the results of the runs in it")
     args = parse.parse_args()
-    for name in RUNS if args.folder else ():
+    for name in (*CHOICES, *RUNS) if args.folder else ():
         take(name, args.folder / name)
     write(ROOT)
 

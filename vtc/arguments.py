@@ -88,7 +88,11 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
         metavar="PATH",
         help="a picture (default: one that comes along); LLM: may be repeated",
     )
-    add("--method", metavar="NAME", help="see `vtc list` (default: pitome; LLM: idpruner)")
+    add(
+        "--method",
+        metavar="NAME",
+        help="see `vtc list` (default: pitome; LLM: idpruner); where it merges, +ppe or +proportional may follow",
+    )
     one = commands.choices["run"].add_mutually_exclusive_group().add_argument
     one(
         "--keep",
@@ -146,7 +150,7 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
         metavar="NAME",
         help=f"{models}, {folder}, llava-0.5b, qwen2.5-vl-0.5b; all but the first with random weights",
     )
-    add("--methods", "--method", nargs="+", metavar="NAME", help="methods (default: tome pitome, or four for an LLM)")
+    add("--methods", "--method", nargs="+", metavar="NAME", help="methods (default: two, or four for an LLM)")
     one = commands.choices["bench"].add_mutually_exclusive_group().add_argument
     one("--flops", type=fraction, metavar="F", help="encoder: fraction of the arithmetic left (default: 0.55)")
     one("--keep", type=fraction, nargs="+", metavar="Q", help="LLM: fractions that stay (default: 1 0.5 0.25 0.1)")

@@ -16,8 +16,6 @@ from vtc.methods.selector import check_number
 if TYPE_CHECKING:
     from vtc.bench.check import Checked
 
-LLM = ("idpruner", "divprune", "tome")  # tried where no method is named
-ENCODER = ("tome", "pitome")
 FASTER = 1.02  # below this a speed-up is noise, and compression not worth it
 
 
@@ -61,7 +59,7 @@ def choose(
     Raises:
         OptionError: not exactly one target, or one out of range. UnsupportedModelError: nothing that can be reduced.
     """
-    from vtc.bench.check import check, is_llm
+    from vtc.bench.check import check, fitting, is_llm
 
     given = {"ttft": ttft, "tokens": tokens, "loyalty": loyalty}
     named = [name for name, value in given.items() if value is not None]
@@ -75,14 +73,13 @@ def choose(
         raise OptionError(f"loyalty={loyalty!r}: it takes a share above 0 and at most 1")
     if tokens is not None:
         check_number("tokens", tokens, 1, whole=True)
-    llm = is_llm(model)
     wanted: Sequence[str | Method] = [methods] if isinstance(methods, (str, Method)) else methods
     if "auto" in wanted:
-        wanted = LLM if llm else ENCODER
+        wanted = fitting(model)
     budgets: list[dict[str, Any]] = [{"keep": k} for k in (0.75, 0.5, 0.25, 0.1)]
     if tokens is not None:
         budgets = [{"keep": tokens}]
-    elif not llm:
+    elif not is_llm(model):
         budgets = [{"flops": f} for f in (0.8, 0.65, 0.5)]
     tried = []
     for each in wanted:

@@ -279,7 +279,7 @@ def _bench_prefill(args: argparse.Namespace, config: Any) -> int:
     from vtc.bench.multimodal import fill, sample
 
     _not_here(args, "--flops", "--batch", what="an encoder alone")
-    names = _names(args.methods, "idpruner,zoo_prune,tome,random")
+    names = _names(args.methods, ["idpruner", "zoo_prune", "tome", "random"])
     budgets = [args.tokens] if args.tokens else args.keep or [1.0, 0.5, 0.25, 0.1]
     positions = _positions(args)
     methods = methods_at(names, budgets, **positions)
@@ -309,7 +309,7 @@ def _bench_encoder(args: argparse.Namespace) -> int:
     _not_here(args, "--keep", "--tokens", what="a multimodal LLM; here --flops F says what stays")
     flops, batch, repeats = args.flops or 0.55, args.batch or 16, args.repeats or 9
     warmup = 2 if args.warmup is None else args.warmup
-    methods = [make(name, flops=flops, **_positions(args)) for name in _names(args.methods, "tome,pitome")]
+    methods = [make(name, flops=flops, **_positions(args)) for name in _names(args.methods, ["tome", "pitome"])]
     found = named(args.model, args.size, download=args.download)
     if found.sketch:
         raise OptionError(f"--model {args.model}: too large to be run with random weights; choose a smaller one")
@@ -346,7 +346,7 @@ def _eval(args: argparse.Namespace) -> int:
     names = ("out", *_MEASURES[args.task])
     options = {key: value for key in names if (value := getattr(args, key)) is not None}
     if "methods" in options:
-        options["methods"] = _names(options["methods"], "")
+        options["methods"] = _names(options["methods"], [])
     task = import_module("vtc.eval.answers" if args.task == "scenes" else f"vtc.eval.{args.task}")
     found = task.run(progress=not args.json and sys.stderr.isatty(), **options)
     if not args.json:
@@ -371,9 +371,9 @@ def _demo(args: argparse.Namespace) -> int:
     return code
 
 
-def _names(given: list[str] | None, default: str) -> list[str]:
+def _names(given: list[str] | None, default: list[str]) -> list[str]:
     """Names given with spaces or commas between them."""
-    return [name.strip() for part in given or [default] for name in part.split(",") if name.strip()]
+    return [name.strip() for part in given or default for name in part.split(",") if name.strip()]
 
 
 def _not_here(args: argparse.Namespace, *options: str, what: str) -> None:

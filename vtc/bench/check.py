@@ -18,7 +18,10 @@ from vtc.api import compress
 from vtc.bench.timing import Tick, interleave, shared_copy
 from vtc.errors import InputError, OptionError
 from vtc.methods import Method, make
+from vtc.plan import explain
 
+LLM = ("idpruner", "divprune", "tome", "pitome+proportional")  # tried where no method is named
+ENCODER = ("tome", "pitome")
 WORDS = 16  # of an answer that are compared
 MOST = 32  # pictures of a folder
 
@@ -45,7 +48,7 @@ class Checked:
         if self.method is None:
             return f"dense: {self.tokens[0]} image tokens, {self.seconds:.3f} s"
         return (
-            f"{self.method.name}, {self.tokens[1]} of {self.tokens[0]} image tokens, {self.faster:.2f} times as fast, "
+            f"{self.method.label}, {self.tokens[1]} of {self.tokens[0]} image tokens, {self.faster:.2f} times as fast, "
             f"loyalty {self.loyalty:.3f}"
         )
 
@@ -64,6 +67,12 @@ class Checked:
 
 def is_llm(model: nn.Module) -> bool:
     return any(isinstance(found, Gate) for found in multimodal.find(model))
+
+
+def fitting(model: nn.Module) -> list[str]:
+    """What to try where no method is named: of a few that need no choice, those that the model takes."""
+    names = LLM if is_llm(model) else ENCODER
+    return [name for name in names if explain(model, name).ok] or list(names)  # where none fits, each says why
 
 
 def check(
@@ -160,7 +169,7 @@ class Opened:
     model: nn.Module
     inputs: list[Any]
     call: Callable[[nn.Module, Any], Any] | None
-    methods: str
+    methods: list[str]
     budgets: list[float]
     budget: str
 
@@ -196,7 +205,7 @@ def opened(name: str, folder: str, prompt: str | None, size: int | None, *, down
             model,
             [prepared(model, question(processor, [picture], asked)) for picture in pictures],
             None,
-            "idpruner,divprune,zoo_prune,tome",
+            fitting(model),
             [0.5, 0.25, 0.1],
             "keep",
         )
@@ -204,4 +213,4 @@ def opened(name: str, folder: str, prompt: str | None, size: int | None, *, down
         raise OptionError("--prompt is for multimodal LLMs")
     found = named(name, size, download=download, weights=True)
     inputs = [preprocess(picture, found.size) for picture in pictures]
-    return Opened(found.model, inputs, found.call, "tome,pitome", [0.8, 0.65, 0.5], "flops")
+    return Opened(found.model, inputs, found.call, fitting(found.model), [0.8, 0.65, 0.5], "flops")

@@ -220,7 +220,7 @@ def measure_prefill(
         faster = sorted(d / s for d, s in zip(base, mine, strict=True))
         rows.append(
             Prefill(
-                method=method.name,
+                method=method.label,
                 keep=1.0 if method.keep is None else method.keep,
                 visual=(sum(report.before), sum(report.after)),
                 prompt=(sum(report.prompts), int(handle.kept.sum())),

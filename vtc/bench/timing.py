@@ -89,7 +89,7 @@ def measure(
         ideal = 1 / report.macs_ratio
         rows.append(
             Row(
-                method=method.name,
+                method=method.label,
                 options=method.options(),
                 tokens=(report.before[0], report.after[0]),
                 macs_ratio=report.macs_ratio,

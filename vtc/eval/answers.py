@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -29,7 +30,7 @@ from vtc.checkpoints import tiny
 from vtc.errors import OptionError
 from vtc.eval import common, scenes
 from vtc.eval.common import Results
-from vtc.methods import METHODS, Method, make
+from vtc.methods import METHODS, PLUS, Method, make
 
 KEEP = (0.5, 0.25, 0.1, 0.05)
 ALWAYS = ("random", "downsample")  # what every method has to beat
@@ -61,7 +62,7 @@ class Cell:
 
     def make(self) -> Method:
         options = dict(self.options)
-        if "seed" in METHODS[self.name].__dataclass_fields__:
+        if "seed" in METHODS[self.name.partition("+")[0]].__dataclass_fields__:
             options["seed"] = self.seed
         return make(self.name, keep=self.keep, **options)
 
@@ -192,21 +193,16 @@ def load(name: str) -> tuple[nn.Module, Any]:
 def _chosen(
     model: nn.Module, names: Sequence[str], balances: Sequence[float], scorer: str | None
 ) -> list[tuple[str, str, tuple]]:
-    """(label, name, options) of every method to ask, the baselines first. "tome+ppe": with PPE's positions;
-    "tome+proportional": with attention by size; "idpruner+scorer": with the trained scorer."""
-    more: dict[str, dict[str, Any]] = {"": {}, "ppe": {"positions": "ppe"}, "proportional": {"proportional": True}}
-    every = [f"{name}+{plus}".rstrip("+") for plus in more for name in METHODS]
-    if scorer:
-        more["scorer"] = {"scorer": scorer}
-        every.append("idpruner+scorer")
+    """(label, name, options) of every method to ask, baselines first; "idpruner+scorer": with the trained scorer."""
+    scored = {"idpruner+scorer": ("idpruner", (("scorer", scorer),))} if scorer else {}
+    every = [name + plus for plus in ("", *(f"+{each}" for each in PLUS)) for name in METHODS]
     out: list[tuple[str, str, tuple]] = []
-    for label in dict.fromkeys([*ALWAYS, *(every if "all" in names else names)]):
-        name, _, plus = label.partition("+")
-        if plus not in more:
+    for label in dict.fromkeys([*ALWAYS, *([*every, *scored] if "all" in names else names)]):
+        if label.endswith("+scorer") and label not in scored:
             raise OptionError(
-                f"unknown method {label!r}: +ppe or +proportional may be added to a name, and +scorer if there is one"
+                f"{label!r}: a trained scorer goes with idpruner+scorer, and scorer=, a file of vtc.train"
             )
-        options = tuple(more[plus].items())
+        name, options = scored.get(label, (label, ()))
         try:
             plan: Any = vtc.explain(model, make(name, keep=0.5, **dict(options)))
         except OptionError:
@@ -344,26 +340,34 @@ class Scored(Results):
         return "\n".join(lines)
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, float], dict[str, dict[str, tuple[float, float]]]]:
+Summary = dict[tuple[str, float], dict[str, dict[str, tuple[float, float]]]]
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> Summary:
     """(method, keep) -> kind -> accuracy, loyalty, seconds -> mean over the seeds and half its 95 % interval."""
-    out: dict[tuple[str, float], dict[str, dict[str, tuple[float, float]]]] = {}
-    for method, keep in dict.fromkeys((r["method"], r["keep"]) for r in rows):
-        mine = [r for r in rows if (r["method"], r["keep"]) == (method, keep)]
-        for kind in dict.fromkeys(r["kind"] for r in mine):
-            here = [r for r in mine if r["kind"] == kind]
-            out.setdefault((method, keep), {})[kind] = {
-                name: spread([r[name] for r in here]) for name in ("accuracy", "loyalty", "seconds")
-            }
-    return out
+    cells: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = {}
+    for row in rows:
+        cells.setdefault((row["method"], row["keep"]), {}).setdefault(row["kind"], []).append(row)
+    names = ("accuracy", "loyalty", "seconds")
+    return {
+        cell: {kind: {name: spread([row[name] for row in mine]) for name in names} for kind, mine in kinds.items()}
+        for cell, kinds in cells.items()
+    }
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
     """The mean and half its 95 % interval by Student's t; infinite for a single value."""
     if len(values) < 2:
         return mean(values), math.inf
+    return mean(values), _quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+
+
+@cache
+def _quantile(degrees: int) -> float:
+    """Student's t below which 97.5 % lie."""
     with common.needs("scikit-learn"):
         from scipy.stats import t
-    return mean(values), float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return float(t.ppf(0.975, degrees))
 
 
 def draw(rows: Sequence[dict[str, Any]]) -> Any:
@@ -380,7 +384,7 @@ def draw(rows: Sequence[dict[str, Any]]) -> Any:
     return figure
 
 
-def plot(axis: Any, summary: dict[tuple[str, float], Any], labels: Iterable[str]) -> None:
+def plot(axis: Any, summary: Summary, labels: Iterable[str]) -> None:
     """These methods' lines and the dense level of what `summarise` returns."""
     ticks = sorted({keep for _, keep in summary if keep < 1})
     flat: list[dict[str, Any]] = [

@@ -34,12 +34,16 @@ METHODS: dict[str, type[Method]] = {
     cls.name: cls for cls in (*_MATCHING, *_AT_THE_INPUT, *_IN_THE_DECODER, *_BASELINES)
 }
 
+# What may follow a name and a +: options of methods that merge.
+PLUS: dict[str, dict[str, Any]] = {"ppe": {"positions": "ppe"}, "proportional": {"proportional": True}}
+
 # Options of other libraries that mean the opposite, or something else.
 _ALIASES = ("ratio", "compression_ratio", "pruning_ratio", "prune_ratio", "rate", "keep_ratio", "reduction")
 
 
 def make(method: str | Method, **options: Any) -> Method:
-    """A method from its name and options; a ready one is returned as it is. Raises OptionError with the way out."""
+    """A method from its name and options; a ready one is returned as it is. "tome+ppe" is "tome" with positions="ppe",
+    "tome+proportional" with proportional=True. Raises OptionError with the way out."""
     if isinstance(method, Method):
         if options:
             raise OptionError(
@@ -49,10 +53,17 @@ def make(method: str | Method, **options: Any) -> Method:
         return method
     if not isinstance(method, str):
         raise OptionError(f"method={method!r}: it takes a name or a method such as vtc.PiToMe(keep=0.9)")
+    method, *plus = method.split("+")
     if method not in METHODS:
         near = difflib.get_close_matches(method, METHODS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise OptionError(f"unknown method {method!r}: {hint}choose one of {', '.join(METHODS)}")
+    for each in plus:
+        if each not in PLUS:
+            raise OptionError(f"{method}+{each}: after a + comes one of {', '.join(PLUS)}")
+        if PLUS[each].keys() & options:
+            raise OptionError(f"{method}+{each}: {', '.join(PLUS[each])}= is given beside it, leave one of the two out")
+        options |= PLUS[each]
     known = [field.name for field in fields(METHODS[method])]
     for name in options:
         if name not in known:

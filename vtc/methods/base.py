@@ -138,6 +138,11 @@ class Method:
         """How merged tokens carry their members' positions; None = they carry their anchor's."""
         return None if self.positions == "original" else PPE() if self.positions == "ppe" else self.positions  # type: ignore[return-value]
 
+    @property
+    def label(self) -> str:
+        """The name with the options that `vtc.methods.make` takes after a +."""
+        return self.name + ("+ppe" if self.ppe else "") + ("+proportional" if self.proportional else "")
+
     def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
         """Remove `r` tokens behind the prefix: an int, or [B] when there is a mask (a ragged batch)."""
         raise NotImplementedError
