@@ -57,16 +57,13 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
-Tensor energy(Tensor unit, std::string form, double margin, double alpha, Maybe mask) {
+Tensor energy(Tensor unit, int64_t form, double margin, double alpha, Maybe mask) {
   unit = ready(unit, "unit", ScalarType::Float, 3);
   const int64_t batch = unit.size(0), n = unit.size(1), d = unit.size(2);
   mask = mask_of(mask, "mask", batch, n);
   Tensor out = torch::stable::new_empty(unit, {batch, n});
-  vtc::Form kind = vtc::Form::elu;
-  if (form == "paper") kind = vtc::Form::paper;
-  else if (form == "gaussian") kind = vtc::Form::gaussian;
-  else if (form == "nearest") kind = vtc::Form::nearest;
-  else STD_TORCH_CHECK(form == "elu", "unknown energy ", form, "; choose one of elu, paper, gaussian, nearest");
+  STD_TORCH_CHECK(form >= 0 && form < 4, "unknown energy ", form, "; choose 0 = elu, 1 = paper, 2 = gaussian, 3 = nearest");
+  const vtc::Form kind = vtc::Form(form);
   const auto images = [&](int64_t from, int64_t to) {
     for (int64_t b = from; b < to; ++b)  // in a thread of its own, an image takes no others
       vtc::energy(data<float>(unit) + b * n * d, n, d, row(mask, b, n), kind, margin, float(alpha),
@@ -261,24 +258,22 @@ int64_t budget(const Tensor& each, const bool* mask, int64_t b, int64_t n, int64
   return std::max<int64_t>(0, std::min({data<int64_t>(each)[b], real, most}));
 }
 
-Tensor greedy_select(Tensor unit, Maybe importance, Tensor each, int64_t most, std::string kind, double balance, int64_t step,
+Tensor greedy_select(Tensor unit, Maybe importance, Tensor each, int64_t most, int64_t kind, double balance, int64_t step,
                      Maybe mask) {
   unit = ready(unit, "unit", ScalarType::Float, 3);
   const int64_t batch = unit.size(0), n = unit.size(1), d = unit.size(2);
   each = each_of(each, batch, most, n);
   mask = mask_of(mask, "mask", batch, n);
   STD_TORCH_CHECK(step >= 1, "step is ", step, ": it takes a number of tokens >= 1");
-  vtc::Kind k = vtc::Kind::mmr;
-  if (kind == "sads") k = vtc::Kind::sads;
-  else if (kind == "max_min") k = vtc::Kind::max_min;
-  else STD_TORCH_CHECK(kind == "mmr", "unknown selection ", kind, "; choose one of mmr, sads, max_min");
+  STD_TORCH_CHECK(kind >= 0 && kind < 3, "unknown selection ", kind, "; choose 0 = mmr, 1 = sads, 2 = max_min");
+  const vtc::Kind k = vtc::Kind(kind);
   Tensor first = unit;
   if (k == vtc::Kind::max_min) {
-    first = energy(unit, "nearest", 0.0, 1.0, mask);
+    first = energy(unit, int64_t(vtc::Form::nearest), 0.0, 1.0, mask);
     float* nearest = data<float>(first);
     for (int64_t i = 0; i < batch * n; ++i) nearest[i] = -(nearest[i] > vtc::SAME ? 1.0f : nearest[i]);
   } else {
-    STD_TORCH_CHECK(importance.has_value(), "selection ", kind, " needs importance");
+    STD_TORCH_CHECK(importance.has_value(), "all selections but max_min need importance");
     first = ready(*importance, "importance", ScalarType::Float, 2);
     same(first, "importance", batch, n);
   }

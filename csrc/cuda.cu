@@ -9,7 +9,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
-#include <string>
 #include <tuple>
 
 #include "cuda/dpc_knn.cuh"
@@ -130,19 +129,11 @@ Maybe products(const Tensor& unit) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-int form_of(const std::string& form) {
-  if (form == "elu") return vtc_cuda::ELU;
-  if (form == "paper") return vtc_cuda::PAPER;
-  if (form == "gaussian") return vtc_cuda::GAUSSIAN;
-  STD_TORCH_CHECK(form == "nearest", "unknown energy '", form, "'; choose one of elu, paper, gaussian, nearest");
-  return vtc_cuda::NEAREST;
-}
-
-Tensor energy(Tensor unit, std::string form, double margin, double alpha, Maybe mask) {
+Tensor energy(Tensor unit, int64_t form, double margin, double alpha, Maybe mask) {
   check_values(unit, "unit", 3);
   check_batch(unit.size(0));
   const int64_t batch = unit.size(0), n = unit.size(1), d = unit.size(2);
-  const int kind = form_of(form);
+  STD_TORCH_CHECK(form >= 0 && form < 4, "unknown energy ", form, "; choose 0 = elu, 1 = paper, 2 = gaussian, 3 = nearest");
   mask = table_of(mask, "mask", ScalarType::Bool, batch, n, unit);
   unit = torch::stable::contiguous(unit);
   const On on(unit);
@@ -150,7 +141,7 @@ Tensor energy(Tensor unit, std::string form, double margin, double alpha, Maybe 
   by_type(unit, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     vtc_cuda::launch_energy<T>(on.stream, data<T>(unit), data<bool>(mask), data<float>(out), int(batch), int(n), int(d),
-                               kind, margin, alpha);
+                               int(form), margin, alpha);
   });
   launched("energy");
   return out;
@@ -253,21 +244,20 @@ Tensor merge_backward(Tensor grad, Tensor group, Maybe weight, int64_t slots) {
   return out;
 }
 
-Tensor greedy_select(Tensor unit, Maybe importance, Tensor each, int64_t most, std::string kind, double balance,
+Tensor greedy_select(Tensor unit, Maybe importance, Tensor each, int64_t most, int64_t kind, double balance,
                      int64_t step, Maybe mask) {
   check_values(unit, "unit", 3);
   const int64_t batch = unit.size(0), n = unit.size(1), d = unit.size(2);
   const int picks = at_most(most, unit);
-  STD_TORCH_CHECK(kind == "mmr" || kind == "sads" || kind == "max_min", "unknown selection '", kind,
-                  "'; choose one of mmr, sads, max_min");
+  STD_TORCH_CHECK(kind >= 0 && kind < 3, "unknown selection ", kind, "; choose 0 = mmr, 1 = sads, 2 = max_min");
   STD_TORCH_CHECK(step >= 1 && step < (int64_t(1) << 31), "step=", step, ": at least 1");
-  STD_TORCH_CHECK(kind == "max_min" || importance.has_value(), kind, " needs importance");
-  const int by = kind == "mmr" ? vtc_cuda::MMR : kind == "sads" ? vtc_cuda::SADS : vtc_cuda::MAX_MIN;
+  const bool alone = kind == vtc_cuda::MAX_MIN;
+  STD_TORCH_CHECK(alone || importance.has_value(), "all selections but max_min need importance");
   each = each_of(each, unit);
   mask = table_of(mask, "mask", ScalarType::Bool, batch, n, unit);
   unit = torch::stable::contiguous(unit);
-  const Tensor own = kind == "max_min" ? energy(unit, "nearest", 0.0, 1.0, mask)
-                                       : table_of(*importance, "importance", ScalarType::Float, batch, n, unit);
+  const Tensor own = alone ? energy(unit, vtc_cuda::NEAREST, 0.0, 1.0, mask)
+                           : table_of(*importance, "importance", ScalarType::Float, batch, n, unit);
   const On on(unit);
   const Maybe table = picks > 1 ? products(unit) : Maybe();
   const Tensor state = make(unit, {batch * vtc_cuda::greedy_state(n)}, ScalarType::Float);
@@ -276,7 +266,7 @@ Tensor greedy_select(Tensor unit, Maybe importance, Tensor each, int64_t most, s
     using T = std::remove_pointer_t<decltype(t)>;
     vtc_cuda::launch_greedy<T>(on.stream, data<T>(unit), data<float>(table), data<float>(own), indices(each),
                                data<bool>(mask), data<float>(state), data<int64>(order), int(batch), int(n), int(d),
-                               picks, by, balance, int(step));
+                               picks, int(kind), balance, int(step));
   });
   launched("greedy_select");
   return order;

@@ -60,8 +60,7 @@ class Draw(random.Random):
 
 
 def energy(d: Draw, b: int, n: int, w: int) -> tuple:
-    form = d.choice(["elu", "paper", "gaussian", "nearest"])
-    return d.floats(b, n, w), form, d.uniform(-0.5, 1.2), d.uniform(0, 2), d.mask(b, n)
+    return d.floats(b, n, w), d.randint(0, 3), d.uniform(-0.5, 1.2), d.uniform(0, 2), d.mask(b, n)
 
 
 def match(d: Draw, b: int, n: int, w: int) -> tuple:
@@ -90,8 +89,8 @@ def rows(d: Draw, b: int, n: int, w: int) -> tuple:
 
 
 def greedy_select(d: Draw, b: int, n: int, w: int) -> tuple:
-    kind = d.choice(["mmr", "sads", "max_min"])
-    importance = None if kind == "max_min" else d.floats(b, n)
+    kind = d.randint(0, 2)  # mmr, sads, max_min
+    importance = None if kind == 2 else d.floats(b, n)
     each, most = d.budget(b, n)
     return d.floats(b, n, w), importance, each, most, kind, d.uniform(-0.1, 1.1), d.randint(1, 4), d.mask(b, n)
 

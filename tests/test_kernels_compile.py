@@ -81,13 +81,13 @@ def test_cupy_launches_fit_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     x, score = torch.randn(2, 20, 8), torch.rand(2, 20)
     index, mask = torch.arange(20).expand(2, -1), torch.ones(2, 20, dtype=torch.bool)
     each, half = torch.tensor([3, 2]), x.bfloat16()
-    cupy.energy(half, "elu", 0.5, 1.0, mask)
+    cupy.energy(half, 0, 0.5, 1.0, mask)
     cupy.match(half, index[:, ::2], index[:, 1::2], None)
     cupy.top_pairs(score, index, index, index, each, 3, mask)
     cupy.rows(half, index)
     cupy.merge(half, index // 2, 10, score)
     cupy.merge_backward(half[:, :10], index // 2, None, 10)
-    for kind in selection.SELECTIONS:
+    for kind in range(len(selection.SELECTIONS)):
         cupy.greedy_select(half, score, each, 3, kind, 0.5, 1, mask)
     cupy.dpp_select(half, score, each, 3, mask)
     cupy.dpc_knn(half, each, 3, 5, mask)

@@ -67,10 +67,10 @@ def same(order: Tensor, expected: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_energy(shape: tuple[int, int, int]) -> None:
     x = unit(*shape)
-    for form in definitions.ENERGIES:
+    for place, form in enumerate(definitions.ENERGIES):
         for mask in real(*shape[:2]):
             args = (form, 0.4, 0.7, mask)
-            near(ops.energy(x, *args), definitions.energy(x, *args), definitions.energy(x.double(), *args))
+            near(ops.energy(x, place, *args[1:]), definitions.energy(x, *args), definitions.energy(x.double(), *args))
 
 
 @pytest.mark.parametrize("shape", SHAPES[2:])
@@ -130,10 +130,10 @@ def test_selections(shape: tuple[int, int, int]) -> None:
     for mask in real(batch, tokens):
         most, each = selection.budget(x, max(1, min(tokens // 4, 64)), mask)
         each = torch.full((batch,), most, device="cuda") if each is None else each
-        for kind in selection.SELECTIONS:
+        for place, kind in enumerate(selection.SELECTIONS):
             for step in (1, 3):
                 expected = selection.greedy_select(x, importance, each, kind, 0.3, step, mask)
-                same(ops.greedy_select(x, importance, each, most, kind, 0.3, step, mask), expected)
+                same(ops.greedy_select(x, importance, each, most, place, 0.3, step, mask), expected)
         if shape[2] > most:  # else the picks span everything, and rounding decides
             expected = selection.dpp_select(x, importance, each, mask)
             same(ops.dpp_select(x, importance, each, most, mask), expected)
@@ -175,12 +175,12 @@ def test_opcheck() -> None:
     x, index = unit(2, 40, 16), torch.arange(40, device="cuda").expand(2, -1)
     each, group = torch.tensor([7, 5], device="cuda"), index // 2
     check = torch.library.opcheck
-    check(ops.energy.default, (x, "elu", 0.5, 1.0, None))
+    check(ops.energy.default, (x, 0, 0.5, 1.0, None))
     check(ops.match.default, (x, index[:, ::2].contiguous(), index[:, 1::2].contiguous(), None))
     check(ops.top_pairs.default, (x[..., 0].contiguous(), index, index, index, each, 7, None))
     check(ops.rows.default, (x.clone().requires_grad_(), group))
     check(ops.merge.default, (x.clone().requires_grad_(), group, 20, None))
-    check(ops.greedy_select.default, (x, draw(2, 40).abs(), each, 7, "mmr", 0.5, 1, None))
+    check(ops.greedy_select.default, (x, draw(2, 40).abs(), each, 7, 0, 0.5, 1, None))
     check(ops.dpp_select.default, (x, draw(2, 40).abs(), each, 7, None))
     check(ops.dpc_knn.default, (x, each, 7, 5, None))
 
@@ -190,11 +190,11 @@ def test_a_greedy_selection_in_a_cuda_graph() -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # warm: cuBLAS takes its workspace, CuPy compiles
-        ops.greedy_select(x, importance, each, 64, "mmr", 0.5, 1, None)
+        ops.greedy_select(x, importance, each, 64, 0, 0.5, 1, None)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        order = ops.greedy_select(x, importance, each, 64, "mmr", 0.5, 1, None)
+        order = ops.greedy_select(x, importance, each, 64, 0, 0.5, 1, None)
     for seed in (1, 2):
         importance.copy_(draw(2, 577, seed=seed).abs())
         graph.replay()
@@ -206,10 +206,10 @@ def test_nothing_as_large_as_all_pairs() -> None:
     index = torch.arange(16384, device="cuda")[None]
     each, importance = torch.tensor([8], device="cuda"), draw(1, 16384).abs()
     for call in (
-        lambda: ops.energy(x, "elu", 0.5, 1.0, None),
+        lambda: ops.energy(x, 0, 0.5, 1.0, None),
         lambda: ops.match(x, index[:, ::2].contiguous(), index[:, 1::2].contiguous(), None),
         lambda: ops.merge(x, index // 2, 8192, None),
-        lambda: ops.greedy_select(x, importance, each, 8, "max_min", 0.5, 1, None),
+        lambda: ops.greedy_select(x, importance, each, 8, 2, 0.5, 1, None),
         lambda: ops.dpp_select(x, importance, each, 8, None),
         lambda: ops.dpc_knn(x, each, 8, 5, None),
     ):
@@ -225,11 +225,11 @@ def test_what_does_not_fit_is_said() -> None:
     x = unit(1, 8, 4)
     each = torch.tensor([3], device="cuda")
     for call in (
-        lambda: ops.energy(x, "cosine", 0.5, 1.0, None),
-        lambda: ops.energy(x, "elu", 0.5, 1.0, torch.ones(1, 7, dtype=torch.bool, device="cuda")),
-        lambda: ops.energy(x.double(), "elu", 0.5, 1.0, None),
+        lambda: ops.energy(x, 4, 0.5, 1.0, None),
+        lambda: ops.energy(x, 0, 0.5, 1.0, torch.ones(1, 7, dtype=torch.bool, device="cuda")),
+        lambda: ops.energy(x.double(), 0, 0.5, 1.0, None),
         lambda: ops.merge(x, torch.zeros(1, 8, dtype=torch.int32, device="cuda"), 3, None),
-        lambda: ops.greedy_select(x, None, each, 3, "mmr", 0.5, 1, None),
+        lambda: ops.greedy_select(x, None, each, 3, 0, 0.5, 1, None),
         lambda: ops.dpc_knn(x, each, 9, 5, None),
     ):
         with pytest.raises(RuntimeError):

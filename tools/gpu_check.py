@@ -123,7 +123,7 @@ def cases(small: bool = False) -> list[tuple[str, str, Callable[[], Any], Callab
             (
                 "energy (elu)",
                 shape,
-                lambda: ops.energy(x, "elu", 0.5, 1.0, None),
+                lambda: ops.energy(x, 0, 0.5, 1.0, None),
                 lambda: definitions.energy(x, "elu", 0.5),
             )
         )

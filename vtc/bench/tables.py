@@ -97,7 +97,7 @@ def show_names(tables: Mapping[str, Mapping[str, str]]) -> None:
 def _table(title: str, *columns: str, left: Sequence[int], gap: tuple[int, int] = (0, 1)) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=gap)
     for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index in left else "right")
+        table.add_column(name, justify="left" if index in left else "right", no_wrap=index in left)
     return table
 
 

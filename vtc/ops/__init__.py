@@ -36,8 +36,8 @@ __all__ = [
 
 def energy(unit: Tensor, form: str, margin: float, alpha: float = 1.0, mask: Tensor | None = None) -> Tensor:
     unit = _wide(unit)
-    if compiled(unit) and unit.shape[1]:
-        return torch.ops.vtc.energy(unit, form, margin, alpha, mask)
+    if compiled(unit) and unit.shape[1] and form in definitions.ENERGIES:
+        return torch.ops.vtc.energy(unit, definitions.ENERGIES.index(form), margin, alpha, mask)
     return definitions.energy(unit, form, margin, alpha, mask)
 
 
@@ -82,7 +82,8 @@ def greedy_select(
         return selection.greedy_select(unit, importance, count, kind, balance, step, mask)
     most, each = selection.budget(unit, count, mask)
     importance = None if importance is None else importance.detach().float()
-    return torch.ops.vtc.greedy_select(unit, importance, _each(unit, most, each), most, kind, balance, step, mask)
+    which = selection.SELECTIONS.index(kind)
+    return torch.ops.vtc.greedy_select(unit, importance, _each(unit, most, each), most, which, balance, step, mask)
 
 
 def dpp_select(unit: Tensor, relevance: Tensor, count: int | Tensor, mask: Tensor | None = None) -> Tensor:

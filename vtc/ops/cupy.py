@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtc.ops.definitions import ENERGIES
+from vtc.ops.selection import SELECTIONS
+
 # Where a wheel puts them, and in a checkout.
 _SOURCES = [Path(__file__).parent / "cuda", Path(__file__).parents[2] / "csrc" / "cuda"]
 _TYPES = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
-_FORMS = {"elu": 0, "paper": 1, "gaussian": 2, "nearest": 3}
-_KINDS = {"mmr": 0, "sads": 1, "max_min": 2}
+_NEAREST, _MAX_MIN = ENERGIES.index("nearest"), SELECTIONS.index("max_min")
 _TABLE = 1 << 24  # up to so many values the cosines exist at once, as in definitions.py
 _SHARED_TOKENS = 9600  # select.cuh
 # Every kernel: its file, and the template parameters beside the type of the tokens.
@@ -174,15 +176,15 @@ def _each(each: Tensor, most: int, tokens: int) -> Tensor:
     return each.contiguous()
 
 
-def energy(unit: Tensor, form: str, margin: float, alpha: float, mask: Tensor | None) -> Tensor:
+def energy(unit: Tensor, form: int, margin: float, alpha: float, mask: Tensor | None) -> Tensor:
     _check(unit, mask)
-    if form not in _FORMS:
-        raise RuntimeError(f"unknown energy {form!r}; choose one of {', '.join(_FORMS)}")
+    if not 0 <= form < len(ENERGIES):
+        raise RuntimeError(f"unknown energy {form}; choose {dict(enumerate(ENERGIES))}")
     unit, (batch, tokens, width) = unit.contiguous(), unit.shape
     mask = _table(mask, torch.bool, tokens, "mask")
     out = unit.new_empty(batch, tokens, dtype=torch.float32)
     tiles, variant = _tiles(tokens, batch)
-    numbers = (tokens, width, _FORMS[form], float(margin), float(alpha), float(1.0 - margin))
+    numbers = (tokens, width, form, float(margin), float(alpha), float(1.0 - margin))
     _launch("energy_kernel", unit, (tiles, batch), 256, unit, mask, out, *numbers, variant=variant)
     return out
 
@@ -256,22 +258,24 @@ def greedy_select(
     importance: Tensor | None,
     each: Tensor,
     most: int,
-    kind: str,
+    kind: int,
     balance: float,
     step: int,
     mask: Tensor | None,
 ) -> Tensor:
     _check(unit, importance, each, mask)
-    if kind not in _KINDS or (kind != "max_min" and importance is None) or step < 1:
-        raise RuntimeError(f"kind={kind!r}, step={step}: choose one of {', '.join(_KINDS)}, with importance, step >= 1")
+    if not 0 <= kind < len(SELECTIONS) or (kind != _MAX_MIN and importance is None) or step < 1:
+        raise RuntimeError(
+            f"kind={kind}, step={step}: choose {dict(enumerate(SELECTIONS))}, with importance, step >= 1"
+        )
     unit, (batch, tokens, width) = unit.contiguous(), unit.shape
     each, mask = _each(each, most, tokens), _table(mask, torch.bool, tokens, "mask")
-    own = energy(unit, "nearest", 0.0, 1.0, mask) if kind == "max_min" else importance
+    own = energy(unit, _NEAREST, 0.0, 1.0, mask) if kind == _MAX_MIN else importance
     own, table = _table(own, torch.float32, tokens, "importance"), _products(unit)
     inside = tokens <= _SHARED_TOKENS
     state = None if inside else unit.new_empty(batch, tokens + (tokens + 3) // 4, dtype=torch.float32)
     order = unit.new_empty(batch, most, dtype=torch.long)
-    numbers = (tokens, width, most, _KINDS[kind], float(balance), float(1.0 - balance), step)
+    numbers = (tokens, width, most, kind, float(balance), float(1.0 - balance), step)
     values = (unit, table, own, each, mask, state, order, *numbers)
     if most:
         _launch("greedy_kernel", unit, (batch,), 1024, *values, shared=5 * tokens if inside else 0)

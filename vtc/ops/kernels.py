@@ -25,15 +25,17 @@ _loaded: dict[str, bool] = {}
 _cupy = False  # whether CuPy's kernels are registered
 
 _library = torch.library.Library("vtc", "FRAGMENT")
+# `form` and `kind` are places in ENERGIES and SELECTIONS: of a str, torch's stable ABI (2.11 to 2.13 at least) leaks 48
+# bytes in every call.
 for _schema in (
-    "energy(Tensor unit, str form, float margin, float alpha, Tensor? mask) -> Tensor",
+    "energy(Tensor unit, int form, float margin, float alpha, Tensor? mask) -> Tensor",
     "match(Tensor unit, Tensor a, Tensor b, Tensor? b_valid) -> (Tensor, Tensor)",
     "top_pairs(Tensor best, Tensor at, Tensor a, Tensor b, Tensor? each, int most, Tensor? a_valid) "
     "-> (Tensor, Tensor, Tensor)",
     "merge(Tensor x, Tensor group, int slots, Tensor? weight) -> Tensor",
     "merge_backward(Tensor grad, Tensor group, Tensor? weight, int slots) -> Tensor",
     "rows(Tensor x, Tensor at) -> Tensor",
-    "greedy_select(Tensor unit, Tensor? importance, Tensor each, int most, str kind, float balance, int step, "
+    "greedy_select(Tensor unit, Tensor? importance, Tensor each, int most, int kind, float balance, int step, "
     "Tensor? mask) -> Tensor",
     "dpp_select(Tensor unit, Tensor relevance, Tensor each, int most, Tensor? mask) -> Tensor",
     "dpc_knn(Tensor x, Tensor each, int most, int neighbors, Tensor? mask) -> (Tensor, Tensor, Tensor)",
@@ -48,7 +50,7 @@ def _fake(name: str) -> Callable[[Any], Any]:
 
 
 @_fake("energy")
-def _(unit: Tensor, form: str, margin: float, alpha: float, mask: Tensor | None) -> Tensor:
+def _(unit: Tensor, form: int, margin: float, alpha: float, mask: Tensor | None) -> Tensor:
     return unit.new_empty(unit.shape[:2])
 
 
@@ -80,7 +82,7 @@ def _(x: Tensor, at: Tensor) -> Tensor:
 
 @_fake("greedy_select")
 def _(
-    unit: Tensor, importance: Any, each: Tensor, most: int, kind: str, balance: float, step: int, mask: Any
+    unit: Tensor, importance: Any, each: Tensor, most: int, kind: int, balance: float, step: int, mask: Any
 ) -> Tensor:
     return each.new_empty(unit.shape[0], most)
 
