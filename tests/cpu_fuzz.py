@@ -127,7 +127,14 @@ CALLS: tuple[Callable[..., tuple], ...] = (
     received,
     probe_norms,
 )
-WRONG = {"most": (-1, 10**6), "slots": (-1,), "step": (0, -1, -0.5), "neighbors": (0, -3), "form": ("",), "kind": ("",)}
+WRONG = {
+    "most": (-1, 10**6),
+    "slots": (-1,),
+    "step": (0, -1, -0.5),
+    "neighbors": (0, -3),
+    "form": (-1, 4),
+    "kind": (-1, 3),
+}
 
 
 ANY = {("top_pairs", "a"), ("top_pairs", "b")}  # numbers that are only handed on
