@@ -39,7 +39,9 @@ def url(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = "import sys; from vtc.cli import main; sys.exit(main())"
+    # a shell that ran these tests in the background would hand on that Ctrl+C is ignored
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from vtc.cli import main; sys.exit(main())"
     env = os.environ | {"HF_HUB_OFFLINE": "1", "GRADIO_TEMP_DIR": str(tmp_path_factory.mktemp("gradio"))}
     command = [sys.executable, "-c", code, "demo", "--json", "--threads", "1", "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as run:
