@@ -302,7 +302,8 @@ def test_ten_cycles_leave_nothing(make, name, method, fresh):
             assert mllm_zoo.fingerprint(model) == before
     objects, tensors = zip(*counts[2:], strict=True)
     assert len(set(tensors)) == 1, counts
-    assert objects[-1] - objects[0] < len(objects) - 1, counts  # fewer than one a cycle: other threads make some too
+    # another thread may make some of its own once; what every cycle leaves shows as a new count each time
+    assert len(set(objects)) <= 2 and objects[-1] - objects[0] < len(objects) - 1, counts
 
 
 # -- a thousand pictures --------------------------------------------------------------------------------------------
