@@ -1,12 +1,14 @@
 """The kernels; everything else is declared in pyproject.toml.
 
-C++ is built where a compiler is, CUDA where nvcc is (no GPU is needed for that). Where either is missing or fails, vtc
-installs without and runs on its torch definitions. VTC_NO_EXT=1 builds nothing; VTC_REQUIRE_EXT=1 makes a failure one.
+They are built here only where torch can be found: in place by `make setup`, into a wheel by `make wheel` or with
+`pip install --no-build-isolation`; C++ where a compiler is, CUDA where nvcc is (no GPU is needed for that). Else the
+wheel carries their sources, and their first use builds them (vtc/ops/build.py, whose commands these are).
+VTC_NO_EXT=1 builds nothing; VTC_REQUIRE_EXT=1 makes a failure one.
 """
 
+import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,54 +17,23 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch's stable ABI: one library loads on 2.11 and newer
-
-
-def torch_paths() -> tuple[list[str], Path]:
-    import torch
-    from torch.utils.cpp_extension import include_paths
-
-    return [f"-I{path}" for path in include_paths()], Path(torch.__file__).parent / "lib"
+spec = importlib.util.spec_from_file_location("vtc_build", Path("vtc", "ops", "build.py"))
+build = importlib.util.module_from_spec(spec)  # by its path: `import vtc` would want torch
+spec.loader.exec_module(build)
+REQUIRED = bool(os.environ.get("VTC_REQUIRE_EXT"))
 
 
 class Kernels(build_ext):
-    """Calls the compilers themselves: torch's CUDAExtension refuses beside a CPU build of torch."""
-
     def build_extension(self, extension: Extension) -> None:
-        target = Path(self.get_ext_fullpath(extension.name))
-        target = target.with_name(f"{extension.name.rpartition('.')[2]}.abi3.so")
+        kind = extension.name.rpartition("._")[2]
+        target = Path(self.get_ext_fullpath(extension.name)).with_name(f"_{kind}.abi3.so")
         target.parent.mkdir(parents=True, exist_ok=True)
-        name, source = extension.name.rpartition("._")[2], extension.sources[0]
         try:
-            includes, libraries = torch_paths()
-            common = ["-O3", "-std=c++17", ABI, *includes, source, "-o", str(target), f"-L{libraries}"]
-            common += ["-ltorch", "-ltorch_cpu", "-lc10"]
-            if name == "cpp":
-                compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-                if compiler is None:
-                    raise FileNotFoundError("no C++ compiler (g++ or clang++) was found")
-                command = [*compiler.split(), *common, "-fPIC", "-shared", "-ffp-contract=fast", "-Wno-psabi"]
-            else:
-                targets = ["arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]"]
-                command = [
-                    "nvcc",
-                    *common,
-                    "-shared",
-                    "-Xcompiler",
-                    "-fPIC",
-                    "-cudart",
-                    "static",
-                    "-diag-suppress",
-                    "20012",
-                ]
-                command += [f"-gencode={target_}" for target_ in targets]
-            subprocess.run(command, check=True)
-        except Exception as error:
-            if os.environ.get("VTC_REQUIRE_EXT"):
-                raise
-            sys.stderr.write(
-                f"vtc: the {name} kernels were not built ({error}): the torch definitions will run instead\n"
-            )
+            build.compile(kind, target)
+        except build.BuildError as error:
+            if REQUIRED:
+                raise SystemExit(f"{error.output}\nvtc: the {kind} kernels were not built: {error}") from error
+            sys.stderr.write(f"vtc: the {kind} kernels were not built ({error}): their first use tries again\n")
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).exists()]
@@ -75,26 +46,30 @@ class Kernels(build_ext):
 
 class Modules(build_py):
     def run(self) -> None:
-        """The package takes along what CuPy compiles; a checkout has it in csrc."""
+        """The package takes along what it compiles; a checkout has it in csrc."""
         super().run()
         if not self.editable_mode:
-            folder = Path(self.build_lib, "vtc", "ops", "cuda")
-            folder.mkdir(parents=True, exist_ok=True)
-            for header in Path("csrc", "cuda").glob("*.cuh"):
-                shutil.copy2(header, folder)
+            for source in {source for kind in build.KINDS for source in build.sources(kind)}:
+                target = Path(self.build_lib, "vtc", "ops", "csrc", source.relative_to(build.PLACES[1]))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, target)
 
 
 class Wheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
-        python, _, platform = super().get_tag()
-        return ("cp310", "abi3", platform) if self.distribution.ext_modules else (python, "none", "any")
+        built = any(Path(self.bdist_dir, "vtc").glob("_*.abi3.so"))
+        return ("cp310", "abi3", super().get_tag()[2]) if built else ("py3", "none", "any")
 
 
 def extensions() -> list[Extension]:
     if os.environ.get("VTC_NO_EXT"):
         return []
+    if importlib.util.find_spec("torch") is None:
+        if REQUIRED:
+            raise SystemExit("VTC_REQUIRE_EXT is set, but torch is not here: install it, then --no-build-isolation")
+        return []
     found = [Extension("vtc._cpp", ["csrc/cpu.cpp"])]
-    if shutil.which("nvcc") and Path("csrc/cuda.cu").exists():
+    if shutil.which("nvcc"):
         found.append(Extension("vtc._cuda", ["csrc/cuda.cu"]))
     return found
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtc.ops.build import PLACES
 from vtc.ops.definitions import ENERGIES
 from vtc.ops.selection import SELECTIONS
 
-# Where a wheel puts them, and in a checkout.
-_SOURCES = [Path(__file__).parent / "cuda", Path(__file__).parents[2] / "csrc" / "cuda"]
+_SOURCES = [place / "cuda" for place in PLACES]
 _TYPES = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 _NEAREST, _MAX_MIN = ENERGIES.index("nearest"), SELECTIONS.index("max_min")
 _TABLE = 1 << 24  # up to so many values the cosines exist at once, as in definitions.py

@@ -1,4 +1,7 @@
-"""Which backend runs an operator: the torch definitions, or kernels in C++, CUDA or CuPy, built for this machine.
+"""Which backend runs an operator: the torch definitions, or kernels in C++, CUDA or CuPy.
+
+Kernels come with the package (a wheel of `make wheel`, `make setup`), else from the user's cache, into which the first
+operator that wants them builds them (`build.py`). Importing vtc builds nothing.
 
 The schemas of all kernels stand here once, each with the shapes it returns, so that `torch.compile` and `opcheck` know
 them. A backend registers itself for its device when its library is loaded.
@@ -7,6 +10,8 @@ them. A backend registers itself for its device when its library is loaded.
 from __future__ import annotations
 
 import logging
+import os
+import threading
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,12 +21,14 @@ import torch
 from torch import Tensor
 
 from vtc.errors import OptionError
+from vtc.ops import build
 
 _logger = logging.getLogger(__name__)
 BACKENDS = ("torch", "cpp", "cuda", "cupy")
-_DEVICE = {"cpp": "cpu", "cuda": "cuda", "cupy": "cuda"}
+_ON = {"cpu": ("cpp",), "cuda": ("cuda", "cupy")}  # the fastest first
 _chosen: str | None = None  # None: the fastest that is there
 _loaded: dict[str, bool] = {}
+_missing: dict[str, str] = {}  # why a backend is not loaded
 _cupy = False  # whether CuPy's kernels are registered
 
 _library = torch.library.Library("vtc", "FRAGMENT")
@@ -137,20 +144,68 @@ def _back_to_rows(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 torch.library.register_autograd("vtc::rows", _back_to_rows, setup_context=_remember_rows, lib=_library)
 
 
+_lock = threading.RLock()
+
+
+def _unlock() -> None:
+    """A forked process has one thread, and none that would open a lock which another one held."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)
+
+
 def _load(name: str) -> bool:
-    """Load a backend's library, once. False where it was not built, or does not load."""
-    if name not in _loaded:
-        found = sorted(Path(__file__).parent.parent.glob(f"_{name}.*so"))
-        _loaded[name] = name == "cupy" and find_spec("cupy") is not None and torch.version.cuda is not None
-        for path in found[:1]:
-            try:
-                torch.ops.load_library(path)
-                _loaded[name] = True
-            except OSError as error:
-                _logger.warning("%s does not load (%s): the torch definitions run instead", path.name, error)
-        if name == "cpp":
-            _logger.info("vtc operators on the CPU: %s", "C++" if _loaded[name] else "torch definitions")
-    return _loaded[name]
+    """Load a backend, once: what is built, else what is built now. Where that cannot be, _missing says why."""
+    with _lock:
+        if name not in _loaded:
+            _loaded[name] = _find(name) or _first_use(name)
+        return _loaded[name]
+
+
+def _find(name: str) -> bool:
+    """Load what is built: in the package, else in the user's cache."""
+    if name not in build.KINDS or os.environ.get("VTC_NO_EXT"):
+        return False
+    for packed in sorted(Path(__file__).parent.parent.glob(f"_{name}.*so"))[:1]:
+        try:
+            torch.ops.load_library(packed)
+            return True
+        except OSError as error:
+            _logger.warning("vtc: %s does not load (%s)", packed, error)
+    try:
+        kept = build.cached(name)
+        return kept is not None and _opens(kept)
+    except (build.BuildError, OSError) as error:
+        _logger.debug("nothing from the cache: %s", error)
+        return False
+
+
+def _first_use(name: str) -> bool:
+    try:
+        if name == "cupy":
+            if find_spec("cupy") is None or torch.version.cuda is None:
+                raise build.BuildError("it needs a GPU, and pip install cupy-cuda13x")
+            return True
+        if os.environ.get("VTC_NO_EXT"):
+            raise build.BuildError("VTC_NO_EXT is set")
+        if name == "cuda" and torch.version.cuda is None:
+            raise build.BuildError(f"torch {torch.__version__} is one without CUDA")
+        return _opens(build.library(name))
+    except build.BuildError as error:
+        _missing[name] = str(error)
+        return False
+
+
+def _opens(path: Path) -> bool:
+    """Load a library of the cache."""
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise build.discard(path, error) from error
+    return True
 
 
 def set_backend(name: str | None) -> None:
@@ -163,14 +218,10 @@ def set_backend(name: str | None) -> None:
     global _chosen
     if name is not None and name not in BACKENDS:
         raise OptionError(f"backend {name!r} is unknown; choose one of {', '.join(BACKENDS)}, or None")
-    there = name in (None, "torch") or (_load(str(name)) and (name != "cupy" or torch.cuda.is_available()))
-    if not there:
-        how = {
-            "cpp": "install vtc where a C++ compiler is (and VTC_NO_EXT is not set)",
-            "cuda": "install vtc where nvcc is",
-            "cupy": "it needs a GPU, and pip install cupy-cuda13x",
-        }[str(name)]
-        raise OptionError(f"backend {name!r} is not built here: {how}")
+    if name not in (None, "torch") and not _load(str(name)):
+        raise OptionError(f"backend {name!r} is not there: {_missing.get(str(name), 'it does not load')}")
+    if name == "cupy" and not torch.cuda.is_available():
+        raise OptionError("backend 'cupy' is not there: it needs a GPU, and torch sees none")
     _chosen = name
     _use_cupy(name == "cupy")
 
@@ -179,14 +230,25 @@ def backend(device: str | torch.device = "cpu") -> str:
     """Which backend runs operators on tensors of `device`."""
     kind = torch.device(device).type
     if _chosen is not None:
-        return _chosen if _DEVICE.get(_chosen) == kind else "torch"
-    if kind == "cpu":
-        return "cpp" if _load("cpp") else "torch"
-    if kind == "cuda":
-        found = "cuda" if _load("cuda") else "cupy" if _load("cupy") else "torch"
-        _use_cupy(found == "cupy")
-        return found
-    return "torch"
+        return _chosen if _chosen in _ON.get(kind, ()) else "torch"
+    return _fastest(kind)
+
+
+@torch.compiler.assume_constant_result  # a graph cannot hold what builds, loads or registers: it is run when compiling
+def _fastest(kind: str) -> str:
+    names = _ON.get(kind, ())
+    with _lock:
+        new = bool(names) and names[0] not in _loaded
+        found = next((name for name in names if _load(name)), "torch")
+        if kind == "cuda":
+            _use_cupy(found == "cupy")
+    if new and found == "torch":
+        _logger.log(
+            logging.INFO if os.environ.get("VTC_NO_EXT") else logging.WARNING,
+            "vtc: the torch definitions run, slower than %s kernels: %s (try again: %s; say no more: VTC_NO_EXT=1)",
+            *(build.KINDS[names[0]], _missing[names[0]], build.AHEAD),
+        )
+    return found
 
 
 def _use_cupy(yes: bool) -> None:
@@ -207,7 +269,7 @@ def compiled(x: Tensor, *, differentiable: bool = False) -> bool:
     return backend(x.device) != "torch"
 
 
-# Now rather than when first asked for: a graph that is being compiled cannot load or register any. None touches a GPU.
-_load("cpp")
-if torch.version.cuda is not None:
-    backend("cuda")
+# What is there is loaded now, so that a saved graph finds its operators. None of it touches a GPU.
+for _name in build.KINDS:
+    if (_name == "cpp" or torch.version.cuda is not None) and _find(_name):
+        _loaded[_name] = True

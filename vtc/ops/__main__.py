@@ -1,0 +1,37 @@
+"""`python -m vtc.ops build`: the kernels, ahead of their first use; also where that failed before."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+import torch
+
+from vtc.ops import build
+
+
+def main(words: list[str] | None = None) -> int:
+    """Build what this machine can: C++, and CUDA where nvcc and a torch for CUDA are. 1 if something does not build."""
+    parser = argparse.ArgumentParser(prog="python -m vtc.ops", description="Build the kernels of vtc ahead of use.")
+    parser.add_argument("command", choices=["build"])
+    parser.parse_args(words)
+    logging.basicConfig(format="%(message)s")
+    return max(_build(kind) for kind in ("cpp", "cuda") if kind == "cpp" or torch.version.cuda is not None)
+
+
+def _build(kind: str) -> int:
+    try:
+        path = build.library(kind, again=True)
+        torch.ops.load_library(path)
+    except (build.BuildError, OSError) as error:
+        if output := getattr(error, "output", ""):
+            sys.stderr.write(f"{output}\n")
+        sys.stderr.write(f"the {build.KINDS[kind]} kernels are not built: {error}\n")
+        return 1
+    sys.stdout.write(f"the {build.KINDS[kind]} kernels are in {path}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
