@@ -8,7 +8,7 @@ CHOICE := --split validation --methods all --limit 8 --seeds 3 --keep 0.25 0.1
 quote = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test lint docs wheel-check old-transformers harness-check eval answers bench soak raised gpu-check
+.PHONY: help setup run demo test lint docs wheel wheel-check old-transformers harness-check eval answers bench soak raised gpu-check
 
 help:  ## this list
 	@echo "make TARGET, with TARGET one of"
@@ -31,7 +31,7 @@ setup: .venv/.kernels  ## make .venv and install vtc, the model libraries and th
 	@touch $@
 
 # rebuilt when their sources change; without a compiler the torch definitions run, and this says so
-.venv/.kernels: .venv/.installed setup.py $(wildcard csrc/*.cpp csrc/*.cu csrc/*/*.h csrc/*/*.cuh)
+.venv/.kernels: .venv/.installed setup.py vtc/ops/build.py $(wildcard csrc/*.cpp csrc/*.cu csrc/*/*.h csrc/*/*.cuh)
 	@echo "setup: building the kernels (C++; CUDA too where nvcc is)"
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
@@ -53,7 +53,10 @@ lint: setup  ## ruff and mypy
 docs: setup  ## build the site of the documentation, strictly, into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
-wheel-check: setup  ## build the wheel, install it in a clean environment, import every module
+wheel: setup  ## a wheel with the kernels inside, into dist/
+	@$(BIN)/python tools/make_wheel.py
+
+wheel-check: setup  ## install from a checkout, an sdist and wheels in a clean environment: do the kernels run?
 	@$(BIN)/python tools/wheel_check.py
 
 old-transformers: setup  ## the Hugging Face tests on the oldest supported transformers

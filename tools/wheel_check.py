@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""Build the wheel, install it in a clean environment, and check that it holds and imports everything.
+"""Install vtc as people do, in a clean environment, and see that its kernels run.
 
-1. The wheel is built from a copy of the files that git knows. Every file under vtc/ must be in it, and the headers that
-   CuPy compiles, and nothing else.
-2. Lean: a new environment gets the wheel and what it requires, no extra. There ``import vtc`` works, imports nothing
-   optional and leaves CUDA alone; a method runs; what CuPy would compile is whole; ``vtc --help`` prints, or ends with
-   a line that names the extra.
-3. Whole: the optional packages of the development environment are appended to that environment's path. Every module of
-   the wheel is imported, from the wheel, and ``vtc --help`` runs.
+1. The README's own lines, in a copy of the files that git knows: `pip install .` pulls torch, that of constraints.txt,
+   and `vtc.ops.backend()` says cpp. First without a compiler: the definitions run, and one line says so. Then in two
+   processes at once: one builds, the other waits.
+2. Lean: `import vtc` imports nothing optional and leaves CUDA alone; a method runs; `vtc --help` prints, or ends with a
+   line that names the extra.
+3. From an sdist and from a plain wheel, which holds what git knows under vtc/, the kernels' sources, and nothing else.
+4. From a wheel of `make wheel`: cpp with neither compiler nor cache.
+5. Whole: the optional packages of the development environment are appended to that environment's path. Every module of
+   the wheel is imported, from the wheel, and `vtc --help` runs.
 
-Run it with the development environment's Python: ``.venv/bin/python tools/wheel_check.py``, or ``make wheel-check``.
+Run it with the development environment's Python: `.venv/bin/python tools/wheel_check.py`, or `make wheel-check`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ import sys
 import sysconfig
 import tempfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import make_wheel
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,13 +41,13 @@ import torch
 assert not torch.cuda.is_initialized(), "import vtc initialises CUDA"
 token_map = vtc.functional.tome(torch.randn(2, 17, 8), keep=0.8, prefix=1)
 assert token_map.merge(torch.randn(2, 17, 8)).shape[1] < 17, "vtc.functional.tome merges nothing"
-built = list(Path(vtc.__file__).parent.glob("_cpp.*"))
-assert vtc.ops.backend() == ("cpp" if built else "torch"), f"{vtc.ops.backend()} runs, built: {built}"
 from vtc.ops import cupy
 assert cupy.folder().is_relative_to(Path(vtc.__file__).parent), f"CuPy would compile what is in {cupy.folder()}"
 for file in cupy.FILES:
     assert "__global__" in cupy.source(file) and '#include "' not in cupy.source(file), f"{file}.cuh lacks a part"
 """
+
+BACKEND = "import vtc.ops; print(vtc.ops.backend()); from vtc.ops import kernels; print(kernels.__file__)"
 
 WHOLE = """
 import importlib, sys
@@ -92,32 +97,32 @@ def known_files() -> list[str]:
     return sorted(name for name in set(listed.split("\0")) if name and (ROOT / name).is_file())
 
 
-def build(tree: Path, files: list[str], out: Path) -> Path:
+def copy(files: list[str], tree: Path) -> None:
     for name in files:
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, tree / name)
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    pinned = {"VTC_REQUIRE_EXT": "1"} if compiler and not os.environ.get("VTC_NO_EXT") else {}
-    command = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, tree)
-    call("building the wheel", *command, cwd=tree, env=pinned)
-    (wheel,) = out.glob("*.whl")
-    return wheel
 
 
-def compare(wheel: Path, files: list[str]) -> list[str]:
+def compare(wheel: Path, files: list[str], built: set[str]) -> list[str]:
     """Check the wheel's files against the tree's; return the names of all modules."""
-    expected = {name for name in files if name.startswith("vtc/")}
-    expected |= {f"vtc/ops/cuda/{Path(name).name}" for name in files if re.fullmatch(r"csrc/cuda/\w+\.cuh", name)}
-    names = zipfile.ZipFile(wheel).namelist()
-    packed = {name for name in names if not name.split("/")[0].endswith(".dist-info") and not name.endswith(".so")}
+    expected = {name for name in files if name.startswith("vtc/")} | built
+    ours = r"csrc/(\w+/)?\w+\.(cpp|cu|h|cuh)"
+    kernels = {name for name in files if re.fullmatch(ours, name) and not re.search(r"_test\.cpp|shim\.h", name)}
+    expected |= {f"vtc/ops/{name}" for name in kernels}
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
+    packed = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
     if missing := sorted(expected - packed):
-        raise CheckFailed(f"the wheel lacks {', '.join(missing)}")
+        raise CheckFailed(f"{wheel.name} lacks {', '.join(missing)}")
     if extra := sorted(packed - expected):
-        raise CheckFailed(f"the wheel holds files that are not the package's: {', '.join(extra)}")
-    if shutil.which("g++") and not os.environ.get("VTC_NO_EXT") and "vtc/_cpp.abi3.so" not in names:
-        raise CheckFailed("a compiler is here, but the wheel lacks the C++ kernels")
+        raise CheckFailed(f"{wheel.name} holds files that are not the package's: {', '.join(extra)}")
     if not any(name.endswith("licenses/LICENSE") for name in names):
-        raise CheckFailed("the wheel lacks the licence")
+        raise CheckFailed(f"{wheel.name} lacks the licence")
+    if (
+        (pure := wheel.name.endswith("-py3-none-any.whl")) == bool(built)
+        or "-cp310-abi3-" not in wheel.name
+        and not pure
+    ):
+        raise CheckFailed(f"{wheel.name} has the wrong tags")
     sources = {Path(name) for name in expected if name.endswith(".py")}
     if bare := sorted({path.parent for path in sources if path.parent / "__init__.py" not in sources}):
         raise CheckFailed(f"no __init__.py in {', '.join(map(str, bare))}")
@@ -125,40 +130,121 @@ def compare(wheel: Path, files: list[str]) -> list[str]:
     return sorted(name for name in modules if not name.endswith(".__main__"))
 
 
-def check(work: Path) -> str:
-    files = known_files()
-    print("wheel-check: building the wheel", flush=True)
-    wheel = build(work / "tree", files, work / "dist")
-    modules = compare(wheel, files)
+def readme() -> list[str]:
+    """The commands by which the README installs."""
+    found = re.search(r"```sh\n(pip install \.\s.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    if not found:
+        raise CheckFailed("README.md has no block that begins with pip install .")
+    return [line.partition("  #")[0].strip() for line in found[1].strip().splitlines()]
 
-    print("wheel-check: installing it in a clean environment", flush=True)
-    home = work / "venv"
-    call("python -m venv", sys.executable, "-m", "venv", home, cwd=work)
-    scripts = home / ("Scripts" if os.name == "nt" else "bin")
-    clean = {"PYTHONPATH": "", "PYTHONSAFEPATH": "1", "VIRTUAL_ENV": str(home)}
-    python = scripts / "python"
-    pip = (python, "-m", "pip", "--disable-pip-version-check", "install", "-qq", "-c", ROOT / "constraints.txt")
-    call("installing the wheel", *pip, wheel, cwd=work, env=clean)
-    call("import vtc without extras", python, "-c", LEAN, cwd=work, env=clean)
+
+class Clean:
+    """A clean environment in the folder `work`; its processes have their own cache, and no setting of vtc's."""
+
+    def __init__(self, work: Path) -> None:
+        self.work, home = work, work / "venv"
+        call("python -m venv", sys.executable, "-m", "venv", home, cwd=work)
+        self.scripts = home / ("Scripts" if os.name == "nt" else "bin")
+        self.python = self.scripts / "python"
+        path = f"{self.scripts}{os.pathsep}{os.environ['PATH']}"
+        self.env = {
+            "PATH": path,
+            "PYTHONPATH": "",
+            "PYTHONSAFEPATH": "1",
+            "VIRTUAL_ENV": str(home),
+            "OMP_NUM_THREADS": "1",
+        }
+        self.env |= {
+            "PIP_CONSTRAINT": str(ROOT / "constraints.txt"),
+            "PIP_QUIET": "2",
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        }
+        self.env |= {"XDG_CACHE_HOME": str(work / "cache"), "VTC_NO_EXT": "", "VTC_REQUIRE_EXT": ""}
+
+    def call(self, what: str, *command: str | Path, cwd: Path | None = None, **env: str) -> str:
+        return call(what, *command, cwd=cwd or self.work, env={**self.env, **env})
+
+    def install(self, what: str, archive: Path) -> None:
+        """Over what is there; torch stays."""
+        self.call(f"pip install {what}", self.python, "-m", "pip", "install", "--force-reinstall", "--no-deps", archive)
+
+    def backend(self, expected: str, lines: list[str], what: str, **env: str) -> None:
+        """See which backend runs, and that vtc says just these lines (the beginnings of them)."""
+        printed = self.call(what, self.python, "-c", BACKEND, **env).splitlines()
+        said = [line for line in printed if line.startswith("vtc: ")]
+        *_, backend, module = [line for line in printed if line not in said]
+        if not Path(module).is_relative_to(self.work / "venv"):
+            raise CheckFailed(f"{what}: vtc comes from {module}")
+        fits = len(said) == len(lines) and all(map(str.startswith, said, (f"vtc: {line}" for line in lines)))
+        if backend != expected or not fits:
+            raise CheckFailed(f"{what}: {backend} runs, not {expected}, and vtc says {said}, not {lines}")
+
+
+def check(work: Path) -> str:
+    files, tree = known_files(), work / "tree"
+    copy(files, tree)
+    compiler = any(map(shutil.which, (os.environ.get("CXX") or "g++ clang++").split()))
+    best = "cpp" if compiler else "torch"
+    clean = Clean(work)
+
+    print("wheel-check: installing by the README's lines in a clean environment", flush=True)
+    core, *others = readme()
+    clean.call(core, "bash", "-ec", core, cwd=tree)
+    none = ["the torch definitions run, slower than C++ kernels: no C++ compiler is here (g++ or clang++)"]
+    clean.backend("torch", none, "without a compiler", PATH=str(clean.scripts), CXX="")
+    if compiler:
+        print("wheel-check: two processes at once build the kernels", flush=True)
+        with ThreadPoolExecutor(2) as pool:
+            both = list(pool.map(lambda _: clean.call("first use", clean.python, "-c", BACKEND), range(2)))
+        said = "".join(both)
+        if not all("\ncpp\n" in text for text in both) or said.count("vtc: building") != 1 or said.count("vtc: ") > 2:
+            raise CheckFailed(f"two processes at once say {both}")
+    clean.call("import vtc without extras", clean.python, "-c", LEAN)
     try:
-        call("vtc --help", scripts / "vtc", "--help", cwd=work, env=clean)
+        clean.call("vtc --help", clean.scripts / "vtc", "--help")
     except CheckFailed as error:
         if "Traceback" in error.output or "vtc-torch[cli]" not in str(error):
             error.args = (f"without extras, {error} (it should work, or say in one line to install vtc-torch[cli])",)
             raise
+    for line in others:
+        printed = clean.call(line, "bash", "-ec", line, cwd=tree)
+    if printed.strip().splitlines()[-1] != best:
+        raise CheckFailed(f"the README's last line, {line}, says {printed.strip()}, not {best}")
+
+    print("wheel-check: the same from an sdist and from a wheel", flush=True)
+    build = (sys.executable, "-m", "build", "--no-isolation", "--outdir", work / "dist")
+    call("building the sdist", *build, "--sdist", tree, cwd=tree)
+    (sdist,) = (work / "dist").glob("*.tar.gz")
+    clean.install("of the sdist", sdist)
+    clean.backend(best, [] if compiler else none, "from the sdist")
+    clean.call("pip wheel", clean.python, "-m", "pip", "wheel", "--no-deps", "-w", work / "dist", sdist)
+    (plain,) = (work / "dist").glob("*.whl")
+    modules = compare(plain, files, set())
+    clean.install("of the wheel", plain)
+    clean.backend(best, [] if compiler else none, "from the wheel")
+
+    kernels = "none, for want of a compiler"
+    if compiler:
+        print("wheel-check: the same from a wheel with the kernels inside", flush=True)
+        full = make_wheel.build(tree, work / "full")
+        compare(full, files, {"vtc/_cpp.abi3.so"} | ({"vtc/_cuda.abi3.so"} if shutil.which("nvcc") else set()))
+        clean.install("of the wheel with kernels", full)
+        bare = {"PATH": str(clean.scripts), "CXX": "", "XDG_CACHE_HOME": str(work / "empty")}
+        clean.backend("cpp", [], "from the wheel with kernels", **bare)
+        kernels = full.name
 
     print(f"wheel-check: importing its {len(modules)} modules beside the optional packages", flush=True)
     optional = Path(sysconfig.get_path("purelib"))
     lines = [str(optional)]
     if (optional / "_vtc_dev_torchvision.py").exists():
         lines.append("import _vtc_dev_torchvision")
-    own = call("sysconfig", python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=work, env=clean)
+    own = clean.call("sysconfig", clean.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
     Path(own.strip(), "zz_optional.pth").write_text("\n".join(lines) + "\n")
-    call("importing the wheel's modules", python, "-c", WHOLE, *modules, cwd=work, env=clean)
-    text = call("vtc --help", scripts / "vtc", "--help", cwd=work, env=clean)
+    clean.call("importing the wheel's modules", clean.python, "-c", WHOLE, *modules)
+    text = clean.call("vtc --help", clean.scripts / "vtc", "--help")
     if "usage" not in text.lower():
         raise CheckFailed("vtc --help prints no usage")
-    return f"{wheel.name} holds {len(modules)} modules, all import; import vtc is lean"
+    return f"{best} from the checkout, the sdist and {plain.name}; with kernels inside: {kernels}"
 
 
 def main() -> int:
