@@ -68,9 +68,15 @@ def extensions() -> list[Extension]:
         if REQUIRED:
             raise SystemExit("VTC_REQUIRE_EXT is set, but torch is not here: install it, then --no-build-isolation")
         return []
-    found = [Extension("vtc._cpp", ["csrc/cpu.cpp"])]
-    if shutil.which("nvcc"):
-        found.append(Extension("vtc._cuda", ["csrc/cuda.cu"]))
+    found = []
+    for kind in build.KINDS:
+        try:
+            build.compiler(kind)
+        except build.BuildError as error:
+            if REQUIRED and kind == "cpp":
+                raise SystemExit(f"VTC_REQUIRE_EXT is set, but {error}") from error
+            continue
+        found.append(Extension(f"vtc._{kind}", [f"csrc/{build.SOURCES[kind][0]}"]))
     return found
 
 

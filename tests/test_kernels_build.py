@@ -94,11 +94,12 @@ def test_the_first_use_builds_and_the_next_process_finds_it(machine, said):
     assert sorted(path.suffix for path in machine.cache.iterdir()) == [".lock", ".so"]
 
 
-def test_what_is_in_the_package_comes_first(machine, said):
+def test_what_is_in_the_package_comes_first(machine, said, capsys):
     packed = machine.folder / "vtc" / "_cpp.abi3.so"
     packed.parent.mkdir()
     packed.touch()
     assert vtc.ops.backend() == "cpp" and machine.loaded == [packed] and machine.calls == 0 and said() == []
+    assert command.main(["build"]) == 0 and machine.calls == 0 and str(packed) in capsys.readouterr().out
 
 
 def test_one_builds_and_the_others_wait(machine, said):
@@ -160,12 +161,13 @@ def test_a_library_that_does_not_load_is_not_built_at_each_start(machine, said, 
         machine.restart()
 
 
-def test_switched_off(machine, said, monkeypatch):
+def test_switched_off(machine, said, monkeypatch, capsys):
     packed = machine.folder / "vtc" / "_cpp.abi3.so"
     packed.parent.mkdir()
     packed.touch()
     monkeypatch.setenv("VTC_NO_EXT", "1")
     assert vtc.ops.backend() == "torch" and machine.calls == 0 and machine.loaded == [] and said() == []
+    assert command.main(["build"]) == 1 and "VTC_NO_EXT is set" in capsys.readouterr().err
     assert not machine.cache.exists()
 
 

@@ -92,6 +92,12 @@ def test_requirements(project):
     assert wanted == set(extras) - {"all", "test", "docs", "harness"}
 
 
+def test_torch_is_no_build_requirement():
+    """pip would fetch one of several gigabytes just to build; the kernels are built at their first use instead."""
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert [re.match(r"[\w-]+", line)[0] for line in wanted] == ["setuptools", "wheel"]
+
+
 def test_torch_is_pinned_for_development():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     assert any(re.fullmatch(r"torch==\d+\.\d+\.\d+", line) for line in lines)

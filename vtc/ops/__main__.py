@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 
 import torch
 
-from vtc.ops import build
+from vtc.ops import build, kernels
 
 
 def main(words: list[str] | None = None) -> int:
@@ -21,9 +22,13 @@ def main(words: list[str] | None = None) -> int:
 
 
 def _build(kind: str) -> int:
+    loads = kernels._loaded.get(kind, False)
     try:
-        path = build.library(kind, again=True)
-        torch.ops.load_library(path)
+        if os.environ.get("VTC_NO_EXT"):
+            raise build.BuildError("VTC_NO_EXT is set")
+        path = (kernels.packed(kind) if loads else None) or build.library(kind, again=True)
+        if not loads:
+            torch.ops.load_library(path)
     except (build.BuildError, OSError) as error:
         if output := getattr(error, "output", ""):
             sys.stderr.write(f"{output}\n")

@@ -165,16 +165,21 @@ def _load(name: str) -> bool:
         return _loaded[name]
 
 
+def packed(name: str) -> Path | None:
+    """The library in the package itself: of a wheel of `make wheel`, or of `make setup`."""
+    return min(Path(__file__).parent.parent.glob(f"_{name}.*so"), default=None)
+
+
 def _find(name: str) -> bool:
     """Load what is built: in the package, else in the user's cache."""
     if name not in build.KINDS or os.environ.get("VTC_NO_EXT"):
         return False
-    for packed in sorted(Path(__file__).parent.parent.glob(f"_{name}.*so"))[:1]:
+    if there := packed(name):
         try:
-            torch.ops.load_library(packed)
+            torch.ops.load_library(there)
             return True
         except OSError as error:
-            _logger.warning("vtc: %s does not load (%s)", packed, error)
+            _logger.warning("vtc: %s does not load (%s)", there, error)
     try:
         kept = build.cached(name)
         return kept is not None and _opens(kept)
