@@ -324,6 +324,8 @@ class Intake:
         if call.get("cache_position") is not None:
             short["cache_position"] = torch.arange(before, before + columns.shape[1], device=device)
         short["position_ids"] = masks.counted(packs, at, before)
+        if packs is not None and call["position_ids"].ndim == 3:  # text positions first: where packs are looked for
+            short["position_ids"] = short["position_ids"].expand(4, -1, -1)
         if whole is None:
             short["attention_mask"] = (entries.columns >= 0).long() if entries.padded else None
         elif mask is None:

@@ -97,17 +97,15 @@ class Record:
         rows = self.columns.shape[1] - 1 - behind
         return rows.gather(1, columns.to(rows.device)).clamp(min=0)
 
-    def labels(self, labels: Any) -> Any:
-        """Labels [B, L] of the prompt's columns -> [B, S] of the decoder's rows, -100 on padding."""
-        if labels is None or labels.shape != self.kept.shape:
-            return labels
-        columns = self.columns.to(labels.device)
-        return labels.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -100)
+    def take(self, values: Tensor, fill: float = 0) -> Tensor:
+        """[B, L] of the prompt's columns -> [B, S] of the decoder's rows, `fill` on padding."""
+        if values.shape != self.kept.shape:
+            raise InputError(f"the values are {list(values.shape)}, but the prompt has {list(self.kept.shape)}")
+        columns = self.columns.to(values.device)
+        return values.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, fill)
 
-    def shifted(self, labels: Any) -> Any:
+    def shifted(self, labels: Tensor) -> Tensor:
         """The same of shifted labels, where each column holds its next one's: here that of the next that stays."""
-        if labels is None or labels.shape != self.kept.shape:
-            return labels
         columns = self.columns.to(labels.device)
         ahead = torch.nn.functional.pad(columns[:, 1:], (0, 1), value=labels.shape[1])
         return labels.gather(1, (ahead - 1).clamp(min=0)).masked_fill((columns < 0) | (ahead < 0), -100)

@@ -54,7 +54,7 @@ class QwenVL(Family):
         given = {name: call.get(name) for name in (*names, "input_ids")}
         mask = given["attention_mask"]
         if mask is not None and getattr(mask, "ndim", 0) != 2:
-            raise InputError("attention_mask is not [B, L], from which the model counts its positions: give position_ids")
+            raise InputError("attention_mask is not [B, L], of which the model makes its positions: give position_ids")
         if call.get("second_per_grid_ts") is not None:
             given["second_per_grid_ts"] = call["second_per_grid_ts"]
         found = inner.compute_3d_position_ids(inputs_embeds=embeds, **given)

@@ -147,10 +147,12 @@ class Loss(StandIn):
         return own(*args, **kwargs)  # type: ignore[operator]
 
     def __call__(self, logits: Tensor, labels: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if self.intake.asked is None and self.intake.went is not None:
-            labels = self.intake.went.labels(labels)
-            if kwargs.get("shift_labels") is not None:
-                kwargs["shift_labels"] = self.intake.went.shifted(kwargs["shift_labels"])
+        went = self.intake.went if self.intake.asked is None else None
+        if went is not None:
+            shape = went.kept.shape  # a loss of the caller's own may take other labels
+            labels = went.take(labels, -100) if getattr(labels, "shape", None) == shape else labels
+            if getattr(kwargs.get("shift_labels"), "shape", None) == shape:
+                kwargs["shift_labels"] = went.shifted(kwargs["shift_labels"])
         if args:  # as the model gave them
             return self.original(logits, labels, *args, **kwargs)
         return self.original(logits=logits, labels=labels, **kwargs)
