@@ -173,7 +173,7 @@ def test_labels_of_a_batch_with_a_longer_text(name, padding):
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     labels = labels.masked_fill(zoo.placeholders(model, inputs["input_ids"]), -100)
     labels[torch.arange(2), inputs["attention_mask"].argmax(1)] = -100  # nothing comes before a row's first
-    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
     items = int((shifted != -100).sum())
     with vtc.compress(model, "random", keep=0.4) as handle, torch.no_grad():
         out = model(**inputs, labels=labels, use_cache=False)
