@@ -181,6 +181,14 @@ class Handle:
             raise VTCError("kept speaks of prompts, and this model is a vision encoder: see token_map")
         return last.kept
 
+    def take(self, values: Tensor, fill: float = 0) -> Tensor:
+        """[B, L], one for each column of the prompt (labels, a mask) -> [B, S], one for each of the logits of the last
+        call with images; `fill` on padding. For what compares logits by itself, as label smoothing does."""
+        _, last = self._last()
+        if not isinstance(last, Record):
+            raise VTCError("take speaks of prompts, and this model is a vision encoder: see token_map")
+        return last.take(values, fill)
+
     @property
     def report(self) -> Report:
         """What the last call did: tokens per layer and image, MACs before and after."""

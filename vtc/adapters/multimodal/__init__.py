@@ -11,6 +11,7 @@ from torch import nn
 from vtc.adapters.multimodal.anyres import LlavaNext, LlavaOnevision
 from vtc.adapters.multimodal.family import Family
 from vtc.adapters.multimodal.llava import Llava, PaliGemma
+from vtc.adapters.multimodal.owners import Owners, around, foreign, known_as
 from vtc.adapters.multimodal.pooled import Gemma3, Idefics3, InternVL
 from vtc.adapters.multimodal.qwen_vl import QwenVL
 from vtc.adapters.site import Refusal
@@ -23,26 +24,25 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Gate:
-    """One multimodal model that was found: the part without language head, and the models around it that have one."""
+    """One multimodal model that was found: the part without language head, and the models around it."""
 
     path: str
     family: Family
     inner: Any
-    owners: tuple[nn.Module, ...]
+    owners: Owners
 
 
 def find(model: nn.Module) -> Iterator[Gate | Refusal]:
-    """Every multimodal LLM in `model`; those of unknown families as refusals."""
+    """Every multimodal LLM in `model`; those of unknown families, and those in unknown models, as refusals."""
     known = {name: family for family in FAMILIES.values() for name in family.classes}
     for path, module in model.named_modules():
         kind = type(module).__name__
-        if kind in known:
-            owners = tuple(
-                owner
-                for owner in model.modules()
-                if owner._modules.get("model") is module and hasattr(owner, "lm_head")
-            )
-            yield Gate(path, known[kind], module, owners)
+        name = kind if kind in known else known_as(module, known)
+        if name:
+            owners = around(model, module, name)
+            if name != kind and foreign(module, name):
+                owners = f"{kind} has a forward that is not that of transformers' {name}; use {name} itself"
+            yield Refusal(path, kind, owners) if isinstance(owners, str) else Gate(path, known[name], module, owners)
         elif hasattr(module, "get_placeholder_mask") and hasattr(module, "language_model"):
             families = "; ".join(family.covers for family in FAMILIES.values())
             yield Refusal(path, kind, f"no adapter for this multimodal family; there are {families}")

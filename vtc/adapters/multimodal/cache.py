@@ -43,6 +43,13 @@ class Entries:
     def whole(cls, batch: int, length: int, device: torch.device) -> Entries:
         return cls(torch.arange(length, device=device).expand(batch, length), length)
 
+    @classmethod
+    def before(cls, cache: Any, batch: int, device: torch.device) -> Entries:
+        """What `cache` holds before a call; None = nothing."""
+        if isinstance(cache, Shortened):
+            return cache.vtc_entries
+        return cls.whole(batch, 0 if cache is None else cache.get_seq_length(), device)
+
     def extend(self, columns: Tensor, length: int, padded: bool, sizes: Tensor | None = None) -> Entries:
         """With the entries of a chunk of `length` columns; `columns` count from the start of the chunk."""
         if sizes is not None or self.sizes is not None:

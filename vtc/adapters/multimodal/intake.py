@@ -10,20 +10,24 @@ the model takes a gap for a border between packed sequences.
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from vtc.adapters.multimodal import masks
 from vtc.adapters.multimodal.cache import Entries, Shortened, cache_name, shorten
+from vtc.adapters.multimodal.columns import as_asked, check_arguments, check_asked, shorter
 from vtc.adapters.multimodal.events import in_events
 from vtc.adapters.multimodal.evidence import Evidence
 from vtc.adapters.multimodal.family import Family, Kind
 from vtc.adapters.multimodal.layers import Call, Thinning
-from vtc.adapters.multimodal.question import Encoded, Question, Record, Seen, decide_all, two_d
+from vtc.adapters.multimodal.owners import Owners
+from vtc.adapters.multimodal.question import Encoded, Question, Record, Seen, decide_all
 from vtc.adapters.multimodal.rotary import Positions
-from vtc.adapters.multimodal.standins import Encode, IntakeForward, Loss
+from vtc.adapters.multimodal.standins import Encode, IntakeForward, Loss, MaskMaker, OwnerForward
 from vtc.adapters.tower import Tower
 from vtc.errors import InputError
 from vtc.functional import check_finite
@@ -41,13 +45,14 @@ class Intake:
     family: Family
     path: str
     inner: Any
-    owners: tuple[nn.Module, ...]  # models with a language head around it
+    owners: Owners  # the models around it
     method: Method
     tower: Tower | None = None  # merging happens in here instead
     evidence: Evidence | None = None
     patched: list[Any] = field(default_factory=list)
     record: Record | None = None
-    columns: Tensor | None = None  # of the call in progress or just done, for the labels
+    went: Record | None = None  # of the call in progress or just done, where columns went
+    asked: Any = None  # which columns of it a model around reads: logits_to_keep, or "all"; None = as they come
     carried: Tensor | None = None  # [slots, B, L]: the columns whose positions each column of this call carries (PPE)
     encoding: bool = False
     latest: dict[str, tuple[Encoded, Tensor]] = field(default_factory=dict)  # by kind, with the first and last row
@@ -65,7 +70,10 @@ class Intake:
         self.positions = Positions(decoder.rotary_emb, self.method.ppe)
         self.encoders = {kind.name: Encode(self, kind) for kind in self.family.kinds}
         forward = IntakeForward(self, name)
-        self.patched = [forward, self.positions, *self.encoders.values(), *(Loss(self, own) for own in self.owners)]
+        self.patched = [forward, self.positions, *self.encoders.values()]
+        for head in self.owners.heads:
+            self.patched += [OwnerForward(self, head), Loss(self, head), MaskMaker(head)]
+        self.patched += [OwnerForward(self, owner, "all") for owner in self.owners.classifiers]
         for patch in self.patched:
             patch.install()
         if self.method.in_decoder or self.method.cascade or self.method.proportional:
@@ -100,6 +108,9 @@ class Intake:
         ]
         question = self.question(seen, call) if seen else None
         columns = None
+        if question is not None and self.method.keep != 1.0 and (self.method.in_decoder or "text" in self.method.needs):
+            before = Entries.before(call.get(cache_name()), question.batch, question.rows.device)
+            masks.check_text(self.method.name, call, question, before.length)
         if question is not None and not self.method.in_decoder:
             columns, question = self.reduce(seen, question, call)
         for item in seen:  # the model asks its encoders, which hand out what they have given already, reduced
@@ -108,8 +119,8 @@ class Intake:
             handed.__dict__.pop("vtc_encoded", None)  # newer versions make it part of what the model gives
         try:
             more = self.thinning is not None and question is not None  # tokens may go on the way
+            self.went = self.record if columns is not None else None
             if columns is None and not more and not isinstance(call.get(cache_name()), Shortened):
-                self.columns = None  # nothing went
                 return patch.original(**call)
             return self.shortened(patch, call, columns, question)
         finally:
@@ -218,8 +229,7 @@ class Intake:
                 if getattr(method, "events", None):
                     question, token_map, events = in_events(question, token_map, method)  # type: ignore[arg-type]
                     notes = "; ".join(filter(None, (notes, events)))
-        mask = two_d(call.get("attention_mask"), question.batch, question.length)
-        stays, self.record = question.answered(token_map, mask, notes)
+        stays, self.record = question.answered(token_map, masks.padding(call.get("attention_mask")), notes)
         if bool(stays.all()):
             return None, question
         self.carried = question.carried(token_map, self.positions.slots)
@@ -240,8 +250,8 @@ class Intake:
         visual = torch.zeros_like(ids, dtype=torch.bool)
         for kind in self.family.kinds:
             visual |= ids == getattr(self.inner.config, kind.token)
-        mask = two_d(call.get("attention_mask"), *ids.shape)
-        words = ~visual if mask is None else ~visual & mask[:, -ids.shape[1] :].bool()
+        real = masks.words(call.get("attention_mask"), ids.shape[1])
+        words = ~visual if real is None else ~visual & real
         embeds = self.inner.get_input_embeddings()(torch.where(visual, 0, ids))
         return embeds[prompts].detach(), words[prompts]
 
@@ -278,22 +288,29 @@ class Intake:
         self, patch: IntakeForward, call: dict[str, Any], columns: Tensor | None, question: Question | None
     ) -> Any:
         """The model's own forward on the columns that stay (None = all of this call's), behind the cache as it is."""
-        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+        ids = call.get("input_ids")
         given: Tensor = call["inputs_embeds"] if ids is None else ids
         batch, length = given.shape[:2]
         device = given.device
         cache = call.get(cache_name())
-        if cache is None:
-            past = Entries.whole(batch, 0, device)
-        elif isinstance(cache, Shortened):
-            past = cache.vtc_entries
-        else:
-            past = Entries.whole(batch, cache.get_seq_length(), device)
+        past = Entries.before(cache, batch, device)
         padded = columns is not None and bool((columns < 0).any())
+        if columns is not None or (question is not None and self.thinning is not None):
+            own = inspect.signature(type(self.inner).forward).parameters
+            check_arguments(call, own, length, past.length + length)
+        if self.went is not None:
+            check_asked(self.asked, self.went)
         if columns is None:
             columns = torch.arange(length, device=device).expand(batch, length)
         entries = past.extend(columns, length, padded)
-        mask = two_d(call.get("attention_mask"), batch, entries.length)
+        whole = call.get("attention_mask")
+        mask = masks.padding(whole)
+        packs = masks.packs(call.get("position_ids"), mask, length)
+        if packs is not None and entries.padded and (whole is None or mask is not None):
+            raise InputError(
+                "position_ids pack several sequences in a row, and vtc shortens the rows of this batch to different "
+                "lengths, which takes a padding mask: give one packed row a call"
+            )
         positions = call.get("position_ids")
         if positions is None:
             words = given if ids is None else self.inner.get_input_embeddings()(ids.clamp(min=0))
@@ -301,28 +318,18 @@ class Intake:
         positions = positions[-3:] if positions.ndim == 3 else positions
         positions = positions.expand(*positions.shape[:-2], batch, -1)[..., -length:]
 
-        short = dict(call)
+        short = shorter(call, columns, entries, length, self.filler())
         at = columns.clamp(min=0)
-        absent = columns < 0
-        if ids is not None:
-            short["input_ids"] = ids.gather(1, at).masked_fill(absent, self.filler())
-        if embeds is not None:
-            short["inputs_embeds"] = embeds.gather(1, at[..., None].expand(-1, -1, embeds.shape[-1]))
-        for name in ("token_type_ids", "mm_token_type_ids"):
-            kinds = call.get(name)
-            if kinds is not None and kinds.shape[-1] == length:
-                short[name] = kinds.gather(1, at).masked_fill(absent, 0)
-            elif kinds is not None:  # of the whole conversation; drafted tokens may be missing, and are text
-                missing = entries.length - kinds.shape[-1]
-                short[name] = entries.take(torch.cat([kinds, kinds[:, -1:].expand(-1, max(0, missing))], dim=1))
-        short.pop("labels", None)  # Gemma 3 hands them down for nothing
         before = past.columns.shape[1]
-        rows = torch.arange(before, before + columns.shape[1], device=device)
         if call.get("cache_position") is not None:
-            short["cache_position"] = rows
-        short["position_ids"] = rows.expand(batch, -1)
-        if mask is None:
+            short["cache_position"] = torch.arange(before, before + columns.shape[1], device=device)
+        short["position_ids"] = masks.counted(packs, at, before)
+        if packs is not None and call["position_ids"].ndim == 3:  # text positions first: where packs are looked for
+            short["position_ids"] = short["position_ids"].expand(4, -1, -1)
+        if whole is None:
             short["attention_mask"] = (entries.columns >= 0).long() if entries.padded else None
+        elif mask is None:
+            short["attention_mask"] = masks.cut(whole, columns, entries, length)
         else:
             if mask.shape[1] != entries.length:
                 raise InputError(
@@ -330,14 +337,15 @@ class Intake:
                     "cache the mask covers the whole conversation, image tokens that vtc removed included"
                 )
             short["attention_mask"] = entries.take(mask.long())
-        self.columns = columns
+        short["return_dict"] = True
         self.positions.ids = self.positions.taken(positions, at, self.carried)
         levels: tuple[Entries, ...] = ()
         try:
             if self.thinning is not None:
                 real = None if mask is None else mask[:, -length:].bool()
                 record = None if self.method.in_decoder else self.record
-                seen = None if question is None else Call(question, record, columns, positions, real, before)
+                text = masks.words(whole, length)
+                seen = None if question is None else Call(question, record, columns, positions, real, text, before)
                 self.thinning.begin(cache, seen, columns, before)
             if isinstance(cache, Shortened):
                 cache.vtc_inside = True
@@ -352,9 +360,11 @@ class Intake:
         if new is not None:
             shorten(new, entries, levels)
         if self.thinning is not None and self.thinning.record is not None:
-            self.record = self.thinning.record
-            self.columns = self.record.columns
-        return output
+            self.record = self.went = self.thinning.record
+            check_asked(self.asked, self.went)
+        if self.went is not None and self.asked is not None:
+            output.last_hidden_state = as_asked(self.asked, self.went, output.last_hidden_state)
+        return output if call.get("return_dict", self.inner.config.return_dict) else output.to_tuple()
 
     def filler(self) -> int:
         """A token id to put where there is nothing; it is masked, so any that is no placeholder will do."""

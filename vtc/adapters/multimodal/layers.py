@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vtc import scores
+from vtc.adapters.multimodal import masks
 from vtc.adapters.multimodal.cache import Entries, Shortened
 from vtc.adapters.multimodal.evidence import Listening, listen
 from vtc.adapters.multimodal.family import Family
@@ -53,7 +54,8 @@ class Call:
         record: what the decoder's input did with them; None = nothing.
         columns: [B, S], which column each row that enters the decoder is; -1 = padding.
         positions: [axes, B, L] or [B, L].
-        mask: [B, L] bool, real columns; None = all.
+        mask: [B, L] bool, columns that are no padding; None = all.
+        words: the same where a mask of the caller's own says it, for what reads the text.
         past: entries of the first layer's cache before.
     """
 
@@ -62,6 +64,7 @@ class Call:
     columns: Tensor
     positions: Tensor
     mask: Tensor | None
+    words: Tensor | None
     past: int
 
 
@@ -218,7 +221,7 @@ class Thinning:
         chosen = keys[prompts, question.places.clamp(min=0) + call.past]
         fields: dict[str, Any] = {}
         if "attention" in method.needs:
-            last = self.last_words(question, call.mask)[prompts[:, 0]]
+            last = self.last_words(question, call.words)[prompts[:, 0]]
             asking = query.transpose(1, 2)[prompts[:, 0], last]
             fields["attention"] = scores.last_query_attention(
                 asking, chosen.transpose(1, 2), scale=scale, mask=question.mask
@@ -226,7 +229,7 @@ class Thinning:
         if "keys" in method.needs:
             fields["keys"] = question.padded(chosen.flatten(2))
         if "text" in method.needs:
-            fields["text"], fields["text_mask"] = self.text(question, hidden, keys[:, call.past :], call.mask)
+            fields["text"], fields["text_mask"] = self.text(question, hidden, keys[:, call.past :], call.words)
         return fields
 
     def words(self, question: Question, real: Tensor | None) -> Tensor:
@@ -265,8 +268,9 @@ class Thinning:
                 t.expand(batch, -1, -1).gather(1, at[..., None].expand(-1, -1, t.shape[-1])) for t in tables
             )
         first = entries.columns.shape[1] - rows
-        if kwargs.get("position_ids") is not None:  # counted, so that no gap passes for a border
-            kwargs["position_ids"] = torch.arange(first, first + rows, device=x.device).expand(batch, -1)
+        ids = kwargs.get("position_ids")
+        if ids is not None:  # counted, so that no gap passes for a border
+            kwargs["position_ids"] = masks.counted(masks.packs(ids, None, ids.shape[-1]), at, first)
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 2:
             kwargs["attention_mask"] = entries.take(mask)

@@ -90,6 +90,26 @@ class Record:
     earlier: Record | None = None
     grids: tuple[tuple[int, int] | None, ...] = ()
 
+    def at(self, columns: Tensor) -> Tensor:
+        """[B, K] long, the decoder's row of each of `columns` [B, K]; of a removed one, the last row before it."""
+        here = present(self.kept, self.real).long()
+        behind = here.flip(1).cumsum(1).flip(1) - here
+        rows = self.columns.shape[1] - 1 - behind
+        return rows.gather(1, columns.to(rows.device)).clamp(min=0)
+
+    def take(self, values: Tensor, fill: float = 0) -> Tensor:
+        """[B, L] of the prompt's columns -> [B, S] of the decoder's rows, `fill` on padding."""
+        if values.shape != self.kept.shape:
+            raise InputError(f"the values are {list(values.shape)}, but the prompt has {list(self.kept.shape)}")
+        columns = self.columns.to(values.device)
+        return values.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, fill)
+
+    def shifted(self, labels: Tensor) -> Tensor:
+        """The same of shifted labels, where each column holds its next one's: here that of the next that stays."""
+        columns = self.columns.to(labels.device)
+        ahead = torch.nn.functional.pad(columns[:, 1:], (0, 1), value=labels.shape[1])
+        return labels.gather(1, (ahead - 1).clamp(min=0)).masked_fill((columns < 0) | (ahead < 0), -100)
+
     @property
     def prompts(self) -> list[int]:
         """The length of every prompt after it, without padding."""
@@ -287,26 +307,17 @@ def regroup(slot: Tensor, rank: Tensor) -> TokenMap:
 
 
 def lay_out(kept: Tensor, mask: Tensor | None) -> Tensor:
-    """Columns [B, S] of the shorter prompt: the kept ones in order, -1 = padding. Padding of the prompt is dropped and
-    made anew, on the side where the prompt had it; without any, in front, so that every prompt still ends at the end.
-    """
-    alive = kept if mask is None else kept & mask
-    count = alive.sum(1)
-    longest = max(1, int(count.max()))
-    order = (~alive).long().argsort(dim=1, stable=True)[:, :longest]  # alive first
-    place = torch.arange(longest, device=kept.device)
-    if mask is not None and not bool(mask[:, -1].all()):  # padding behind
-        return order.masked_fill(place >= count[:, None], -1)
-    shift = place - (longest - count)[:, None]
-    return torch.where(shift < 0, -1, order.gather(1, shift.clamp(min=0)))
+    """Columns [B, S] of the shorter prompt: the kept ones in order, -1 = padding. Padding in front of a prompt is made
+    anew; behind and inside it stays, so that columns counted from the end are where they were."""
+    if mask is not None and mask.shape != kept.shape:
+        raise InputError(f"attention_mask has {mask.shape[1]} columns, but the prompt has {kept.shape[1]}")
+    here = present(kept, mask)
+    longest = max(1, int(here.sum(1).max()))
+    order = here.long().argsort(dim=1, stable=True)[:, -longest:]  # absent first
+    real = here if mask is None else here & mask
+    return order.masked_fill(~real.gather(1, order), -1)
 
 
-def two_d(mask: Any, batch: int, length: int) -> Tensor | None:
-    """The padding mask [B, L] in whatever `generate` has made of it: 2-D, or 4-D per layer type for static caches."""
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if mask is None or mask.ndim == 2:
-        return mask
-    last = mask[:, 0, -1, :length]
-    seen = last if last.dtype == torch.bool else last >= 0
-    return seen.expand(batch, -1).long()
+def present(kept: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, L] bool, which columns the shorter prompt has: the kept ones without the padding in front."""
+    return kept if mask is None else kept & (mask.long().cumsum(1) > 0)

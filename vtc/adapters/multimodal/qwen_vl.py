@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vtc.adapters.multimodal.cache import cache_name
 from vtc.adapters.multimodal.family import IMAGE, VIDEO, Family, Kind, Layout, Projection, Unit
+from vtc.errors import InputError
 
 
 def _merge(module: nn.Module, x: Tensor) -> Tensor:
@@ -51,6 +52,9 @@ class QwenVL(Family):
     def positions(self, inner: Any, call: dict[str, Any], past: int, embeds: Tensor) -> Tensor:
         names = ("image_grid_thw", "video_grid_thw", "attention_mask", cache_name(), "mm_token_type_ids")
         given = {name: call.get(name) for name in (*names, "input_ids")}
+        mask = given["attention_mask"]
+        if mask is not None and getattr(mask, "ndim", 0) != 2:
+            raise InputError("attention_mask is not [B, L], of which the model makes its positions: give position_ids")
         if call.get("second_per_grid_ts") is not None:
             given["second_per_grid_ts"] = call["second_per_grid_ts"]
         found = inner.compute_3d_position_ids(inputs_embeds=embeds, **given)

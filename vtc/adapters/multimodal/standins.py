@@ -94,6 +94,41 @@ class LayerForward(StandIn):
         return self.thinning.run(self, hidden_states, args, kwargs)
 
 
+class OwnerForward(StandIn):
+    """For the `forward` of a model around: says which columns of the prompt it will read of what comes back."""
+
+    def __init__(self, intake: Intake, module: nn.Module, asked: str | None = None) -> None:
+        super().__init__(module, "_old_forward" if "_old_forward" in module.__dict__ else "forward")
+        self.intake, self.asked = intake, asked
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        asked: Any = self.asked
+        if asked is None:
+            names = list(inspect.signature(type(self.module).forward).parameters)[1:]
+            asked = {**dict(zip(names, args, strict=False)), **kwargs}.get("logits_to_keep")
+        self.intake.asked = None if isinstance(asked, int) and asked == 0 else asked
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            self.intake.asked = None
+
+
+class MaskMaker(StandIn):
+    """For a model's `create_masks_for_generate`, which makes 4-D masks in advance for static caches: the padding mask
+    is handed on instead, for the shorter prompt to make its own of."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module, "create_masks_for_generate")
+
+    def __call__(self, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        return attention_mask
+
+
 class Loss(StandIn):
     """For a model's `loss_function`: labels of tokens that went away go with them."""
 
@@ -111,17 +146,22 @@ class Loss(StandIn):
             self.install()
         return own(*args, **kwargs)  # type: ignore[operator]
 
-    def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Any:
-        columns = self.intake.columns
-        if columns is not None and logits.shape[1] == columns.shape[1] != labels.shape[1]:
-            columns = columns.to(labels.device)
-            labels = labels.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -100)
-        return self.original(*args, logits=logits, labels=labels, **kwargs)
+    def __call__(self, logits: Tensor, labels: Any = None, *args: Any, **kwargs: Any) -> Any:
+        went = self.intake.went if self.intake.asked is None else None
+        if went is not None:
+            shape = went.kept.shape  # a loss of the caller's own may take other labels
+            labels = went.take(labels, -100) if getattr(labels, "shape", None) == shape else labels
+            if getattr(kwargs.get("shift_labels"), "shape", None) == shape:
+                kwargs["shift_labels"] = went.shifted(kwargs["shift_labels"])
+        if args:  # as the model gave them
+            return self.original(logits, labels, *args, **kwargs)
+        return self.original(logits=logits, labels=labels, **kwargs)
 
 
 def strip(module: nn.Module) -> None:
     """Take our patches off one module."""
-    for name in ("forward", "_old_forward", "_loss_function", IMAGE.encode, VIDEO.encode):
+    makers = ("_loss_function", "create_masks_for_generate", IMAGE.encode, VIDEO.encode)
+    for name in ("forward", "_old_forward", *makers):
         if isinstance(module.__dict__.get(name), StandIn):
             module.__dict__[name].remove()
     unlisten(module)
