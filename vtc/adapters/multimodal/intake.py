@@ -93,7 +93,8 @@ class Intake:
         for kind in self.family.kinds:
             if kind.pixels in call:
                 encode = self.encoders[kind.name]
-                wanted = {name for name in encode.names[1:] if name in call} - self.family.ignored
+                wanted = {name for name in {*encode.names[1:], *self.family.passed} if name in call}
+                wanted -= self.family.ignored
                 given[kind.name] = encode(call[kind.pixels], **{name: call[name] for name in wanted}, return_dict=True)
         seen = [
             self.see(kind, given[kind.name], call) for kind in self.family.kinds if given.get(kind.name) is not None
@@ -134,7 +135,8 @@ class Intake:
             return output
         call = {**dict(zip(encode.names, args, strict=False)), **kwargs}
         call[encode.kind.pixels] = call[encode.names[0]]  # which is what the argument is called, but for old versions
-        lengths = tuple(x.numel() // x.shape[-1] for x in pooled)
+        made = [x.numel() // x.shape[-1] for x in pooled]
+        lengths = tuple(self.family.lengths(self.inner, encode.kind, made, call))
         layout = self.family.layout(self.inner, encode.kind, list(lengths), call)
         found: dict[str, Tensor] = {}
         if self.evidence is not None:
