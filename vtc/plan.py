@@ -13,6 +13,7 @@ from vtc.adapters import multimodal
 from vtc.adapters.multimodal import Gate
 from vtc.adapters.multimodal.family import VIDEO
 from vtc.adapters.multimodal.rotary import axes
+from vtc.adapters.multimodal.trial import try_positions
 from vtc.adapters.rotary import column_slots
 from vtc.adapters.site import Refusal, Site, check_blocks
 from vtc.adapters.tower import PatchedForward
@@ -80,10 +81,11 @@ def _explain_gate(gate: Gate, method: Method | None) -> Encoder:
 
 def _gate_refuses(gate: Gate, method: Method | None) -> str:
     decoder = getattr(gate.inner, gate.family.decoder)
-    if not hasattr(decoder, "rotary_emb"):
+    if getattr(decoder, "rotary_emb", None) is None:
         return f"its decoder ({type(decoder).__name__}) has no rotary positions, which kept tokens would keep"
-    if method is None:
-        return ""
+    reason = _positions_refuse(decoder, method)
+    if reason or method is None:
+        return reason
     if method.ppe:
         try:
             slots_for(method.ppe, sections(axes(decoder.rotary_emb)))
@@ -110,6 +112,34 @@ def _gate_refuses(gate: Gate, method: Method | None) -> str:
     if needs and not gate.family.attentions(gate.inner):
         return (
             f"{method.name} reads the tower's attention, and {type(gate.family.tower(gate.inner)).__name__} shows none"
+        )
+    return ""
+
+
+def _positions_refuse(decoder: Any, method: Method | None) -> str:
+    """Why the tokens that stay could not keep their positions everywhere in this decoder."""
+    trial, kind = try_positions(decoder), type(decoder).__name__
+    if trial.error:
+        return f"its decoder ({kind}) could not be tried on positions with gaps: {trial.error}"
+    if trial.counts:
+        return (
+            f"its decoder ({kind}) scales attention by its own count of the tokens in front, which is another when "
+            "some go: give the processor smaller images instead"
+        )
+    if not trial.reads:
+        return ""
+    if "flash" in str(decoder.config._attn_implementation):
+        return (
+            f"its decoder ({kind}) reads positions outside of its rotary table, and FlashAttention would take their "
+            'gaps for borders between prompts: load the model with attn_implementation="sdpa"'
+        )
+    if method is not None and method.ppe:
+        return f"positions={method.positions!r}: {kind} reads positions outside of its rotary table, one for each token"
+    if method is not None and (method.in_decoder or method.cascade or method.proportional):
+        what = "cascade=" if method.cascade else "proportional=" if method.proportional else method.name
+        return (
+            f"{what} works between the layers of the decoder, and {kind} reads positions there: use a method at the "
+            "decoder's input, such as divprune"
         )
     return ""
 

@@ -24,6 +24,7 @@ from vtc.adapters.multimodal.layers import Call, Thinning
 from vtc.adapters.multimodal.question import Encoded, Question, Record, Seen, decide_all, two_d
 from vtc.adapters.multimodal.rotary import Positions
 from vtc.adapters.multimodal.standins import Encode, IntakeForward, Loss
+from vtc.adapters.multimodal.trial import try_positions
 from vtc.adapters.tower import Tower
 from vtc.errors import InputError
 from vtc.functional import check_finite
@@ -52,6 +53,7 @@ class Intake:
     encoding: bool = False
     latest: dict[str, tuple[Encoded, Tensor]] = field(default_factory=dict)  # by kind, with the first and last row
     thinning: Thinning | None = None  # tokens go between layers of the decoder
+    told: bool = False  # others than the rotary embedding read positions, so the decoder gets the true ones
 
     @property
     def where(self) -> str:
@@ -63,6 +65,7 @@ class Intake:
         decoder = getattr(self.inner, self.family.decoder)
         name = "_old_forward" if "_old_forward" in self.inner.__dict__ else "forward"
         self.positions = Positions(decoder.rotary_emb, self.method.ppe)
+        self.told = try_positions(decoder).reads
         self.encoders = {kind.name: Encode(self, kind) for kind in self.family.kinds}
         forward = IntakeForward(self, name)
         self.patched = [forward, self.positions, *self.encoders.values(), *(Loss(self, own) for own in self.owners)]
@@ -334,6 +337,10 @@ class Intake:
             short["attention_mask"] = entries.take(mask.long())
         self.columns = columns
         self.positions.ids = self.positions.taken(positions, at, self.carried)
+        if self.told:
+            short["position_ids"] = positions.gather(-1, at.expand(positions.shape[:-1] + at.shape[-1:]))
+            if short["attention_mask"] is None:  # beside a mask, a gap is no border between packed sequences
+                short["attention_mask"] = torch.ones_like(entries.columns)
         levels: tuple[Entries, ...] = ()
         try:
             if self.thinning is not None:
