@@ -212,12 +212,13 @@ class Intake:
                     fields["projector"] = self.family.projection(self.inner)
                 if "text" in method.needs:
                     fields["text"], fields["text_mask"] = self.text(call, question.prompts)
-                tokens = question.tokens(method, **fields)
+                tokens = question.tokens(method, said=[], **fields)
                 removed = question.removals(method.keep)
                 token_map, notes = decide_all(method, tokens, removed), ""
                 if bool(torch.as_tensor(removed).any()):
                     own = "" if self.evidence is None else self.evidence.note
-                    notes = "; ".join(filter(None, (method.notes(tokens), own)))
+                    said = dict.fromkeys(tokens.said or ())
+                    notes = "; ".join(filter(None, (method.notes(tokens), *said, own)))
                     if method.ppe and self.positions.slots == 1:
                         notes += "; " * bool(notes) + "PPE has no effect: the rotary sections have no common divisor"
                 if getattr(method, "events", None):

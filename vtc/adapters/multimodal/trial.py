@@ -57,9 +57,7 @@ def _try(decoder: Any) -> Trial:
 
     start = _start(decoder)
     weights = _weights(start)
-    own = next((p for p in start.parameters() if p.is_floating_point() and p.element_size() > 1), None)
-    borrowed = own is None or own.is_meta
-    device, dtype = (torch.device("cpu"), torch.float32) if borrowed else (own.device, own.dtype)  # type: ignore[union-attr]
+    device, dtype = _place(start)
     x = torch.randn(1, 4, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
     shut = torch.full((1, 1, 4, 4), torch.finfo(dtype).min, dtype=dtype, device=device).triu(1)
     near = torch.arange(4, device=device)[None]
@@ -121,6 +119,18 @@ def _bare(module: nn.Module) -> Any:
         elif "_hooks" in name and isinstance(value, dict):
             bare.__dict__[name] = type(value)()
     return bare
+
+
+def _place(start: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where and in which type the layers compute; weights on meta do on the CPU, or where accelerate brings them."""
+    own = next((p for p in start.parameters() if p.is_floating_point() and p.element_size() > 1), None)
+    if own is None or not own.is_meta:
+        return (torch.device("cpu"), torch.float32) if own is None else (own.device, own.dtype)
+    for part in start.modules():
+        where = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if where is not None:
+            return torch.device(where), own.dtype
+    return torch.device("cpu"), torch.float32
 
 
 def _kind(layer: nn.Module) -> tuple:
