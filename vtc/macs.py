@@ -78,20 +78,26 @@ def decoder_macs(decoder: Any, tokens: int | Sequence[int]) -> int:
     return total
 
 
+def attention(block: nn.Module) -> Any:
+    """The module of a decoder layer that goes through transformers' attention interface; None = it has none."""
+    attends = (m for m in block.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "is_causal"))
+    return next(attends, None)
+
+
 def attention_width(block: nn.Module, config: Any) -> int:
     """Heads x head width of a decoder layer's attention, the mean of keys' and values'; 0 where it has none."""
-    attends = (m for m in block.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "is_causal"))
-    attention: Any = next(attends, None)
-    if attention is None:
+    module = attention(block)
+    if module is None:
         return 0
     heads = config.num_attention_heads
-    width = getattr(attention, "head_dim", None) or config.hidden_size // heads
-    keys, values = (getattr(attention, name, None) or width for name in ("qk_head_dim", "v_head_dim"))
+    width = getattr(module, "head_dim", None) or config.hidden_size // heads
+    keys, values = (getattr(module, name, None) or width for name in ("qk_head_dim", "v_head_dim"))
     return heads * (keys + values) // 2
 
 
 def _expert_weights(block: nn.Module, config: Any) -> int:
     """Weights that multiply a token in experts whose matrices are stacked, [experts, out, in]."""
-    stacks = [p for p in block.parameters() if p.ndim == 3 and p.shape[0] > 1]
-    chosen = getattr(config, "num_experts_per_tok", None)
-    return sum(p[0].numel() * min(chosen or p.shape[0], p.shape[0]) for p in stacks)
+    chosen = getattr(config, "num_experts_per_tok", None) or 0
+    owners = [m for m in block.modules() if not isinstance(m, (nn.Conv1d, nn.Conv2d))]
+    stacks = [p for m in owners for p in m.parameters(recurse=False) if p.ndim == 3]
+    return sum(p[0].numel() * min(chosen, p.shape[0]) for p in stacks)

@@ -18,6 +18,7 @@ from vtc.adapters.rotary import column_slots
 from vtc.adapters.site import Refusal, Site, check_blocks
 from vtc.adapters.tower import PatchedForward
 from vtc.errors import OptionError
+from vtc.macs import attention
 from vtc.methods import Method, make
 from vtc.positions import sections, slots_for
 
@@ -144,7 +145,20 @@ def _positions_refuse(decoder: Any, method: Method | None) -> str:
     return ""
 
 
+def _unattending(decoder: Any) -> str:
+    """Which of the decoder's layers has no attention (a convolution, linear attention, a state space), or ""."""
+    for index, layer in enumerate(decoder.layers):
+        if attention(layer) is None:
+            return (
+                f"layer {index} of this decoder ({type(layer).__name__}) is no attention and keeps a state of its own"
+            )
+    return ""
+
+
 def _bias_refuses(decoder: Any) -> str:
+    reason = _unattending(decoder)
+    if reason:
+        return f"proportional=True: {reason}"
     if "sliding_attention" in (getattr(decoder.config, "layer_types", None) or ()):
         return "proportional=True: the caches of this decoder's sliding layers hold a part of the sizes only"
     if "flash" in str(decoder.config._attn_implementation):
@@ -159,6 +173,9 @@ def _layer_refuses(gate: Gate, method: Method, layer: int) -> str:
         return f"layer={layer}: the decoder has {depth} layers, so it takes 1 to {depth - 1}"
     if "sliding_attention" in (getattr(decoder.config, "layer_types", None) or ()):
         return f"{method.name} reduces between layers, and the windows of this decoder's sliding layers would shift"
+    reason = _unattending(decoder)
+    if reason:
+        return f"{method.name} reduces between layers, and {reason}: use a method at the input, such as divprune"
     planes = len(getattr(getattr(gate.inner, "visual", None), "deepstack_visual_indexes", ()))
     if layer < planes:
         return f"layer={layer}: DeepStack adds to the image tokens behind {planes} layers; give layer={planes} or more"

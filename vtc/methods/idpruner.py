@@ -111,8 +111,9 @@ class IDPruner(Selector):
         if source == "attention":
             return of["attention"]
         if source == "sensitivity":
-            given = {"mask": tokens.mask, "hidden": tokens.hidden, "said": tokens.said}
-            return scores.sensitivity(of["projector"], of["inputs"], **given)
+            return scores.sensitivity(
+                of["projector"], of["inputs"], mask=tokens.mask, hidden=tokens.hidden, said=tokens.said
+            )
         if source == "relevance":
             return scores.relevance(tokens.features, of["text"], tokens.text_mask, said=tokens.said)
         if source == "selector":

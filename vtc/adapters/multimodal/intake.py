@@ -10,6 +10,7 @@ the model takes a gap for a border between packed sequences.
 from __future__ import annotations
 
 import copy
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ from vtc.adapters.multimodal.question import Encoded, Question, Record, Seen, de
 from vtc.adapters.multimodal.rotary import Positions
 from vtc.adapters.multimodal.standins import Encode, IntakeForward, Loss
 from vtc.adapters.multimodal.trial import try_positions
+from vtc.adapters.stage import Stage
 from vtc.adapters.tower import Tower
 from vtc.errors import InputError
 from vtc.functional import check_finite
@@ -48,6 +50,9 @@ class Intake:
     evidence: Evidence | None = None
     patched: list[Any] = field(default_factory=list)
     record: Record | None = None
+    inside: Stage | None = None  # what `tower` did in that call
+    turn: int = 0  # when that call ended
+    bare_calls: int = 0  # prompts without images since then
     columns: Tensor | None = None  # of the call in progress or just done, for the labels
     carried: Tensor | None = None  # [slots, B, L]: the columns whose positions each column of this call carries (PPE)
     encoding: bool = False
@@ -103,6 +108,19 @@ class Intake:
             self.see(kind, given[kind.name], call) for kind in self.family.kinds if given.get(kind.name) is not None
         ]
         question = self.question(seen, call) if seen else None
+        before = self.record, self.inside
+        bare = question is None and self.record is not None and not _goes_on(call)
+        try:
+            output = self.answer(patch, call, seen, question)
+        except BaseException:  # what did not come to an end is no last call
+            self.record, self.inside = before
+            raise
+        if question is not None:
+            self.turn, self.bare_calls = time.monotonic_ns(), 0
+        self.bare_calls += bare
+        return output
+
+    def answer(self, patch: IntakeForward, call: dict[str, Any], seen: list[Seen], question: Question | None) -> Any:
         columns = None
         if question is not None and not self.method.in_decoder:
             columns, question = self.reduce(seen, question, call)
@@ -226,6 +244,7 @@ class Intake:
                     notes = "; ".join(filter(None, (notes, events)))
         mask = two_d(call.get("attention_mask"), question.batch, question.length)
         stays, self.record = question.answered(token_map, mask, notes)
+        self.inside = None if self.tower is None else self.tower.stage
         if bool(stays.all()):
             return None, question
         self.carried = question.carried(token_map, self.positions.slots)
@@ -339,6 +358,11 @@ class Intake:
         self.columns = columns
         self.positions.ids = self.positions.taken(positions, at, self.carried)
         if self.told:
+            if mask is None and "position_ids" in call and bool((positions.diff(dim=-1) < 0).any()):
+                raise InputError(
+                    "position_ids pack several sequences in a row, and this decoder reads positions outside of its "
+                    "rotary table: give one sequence a row, with an attention_mask"
+                )
             short["position_ids"] = positions.gather(-1, at.expand(positions.shape[:-1] + at.shape[-1:]))
             if short["attention_mask"] is None:  # beside a mask, a gap is no border between packed sequences
                 short["attention_mask"] = torch.ones_like(entries.columns)
@@ -370,3 +394,9 @@ class Intake:
         """A token id to put where there is nothing; it is masked, so any that is no placeholder will do."""
         taken = {getattr(self.inner.config, kind.token) for kind in self.family.kinds}
         return next(token for token in range(len(taken) + 1) if token not in taken)
+
+
+def _goes_on(call: dict[str, Any]) -> bool:
+    """Whether a call continues a conversation: a decoding step, or a turn behind a cache."""
+    cache = call.get(cache_name())
+    return cache is not None and int(cache.get_seq_length()) > 0
