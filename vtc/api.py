@@ -136,7 +136,7 @@ class Handle:
         self.remove()
 
     def _last(self) -> tuple[Tower, Stage] | tuple[Intake, Record]:
-        for part in self._parts:
+        for part in sorted(self._parts, key=lambda part: -getattr(part, "turn", 0)):
             if isinstance(part, Intake):
                 if part.record is not None:
                     return part, part.record
@@ -226,11 +226,14 @@ def _prompt_report(method: Method, intake: Intake, record: Record) -> Report:
         sum(decoder_macs(decoder, n) for n in dense),
         sum(decoder_macs(decoder, n) for n in zip(*prompts, strict=True)),
     ]
-    if intake.tower is not None and intake.tower.stage is not None:
-        inside = _report(method.name, intake.tower, intake.tower.stage)
+    if intake.tower is not None and intake.inside is not None:
+        inside = _report(method.name, intake.tower, intake.inside)
         macs = [macs[0] + inside.macs_before, macs[1] + inside.macs_after]
     flow = tuple((_plain(counts),) * 2 for counts in prompts)
-    notes = "; ".join(dict.fromkeys(step.notes for step in reversed(steps) if step.notes))
+    said = [step.notes for step in reversed(steps)]
+    if intake.bare_calls:
+        said.append("the last prompt held no image: this is of the last one that did")
+    notes = "; ".join(dict.fromkeys(filter(None, said)))
     layers = tuple(kept) if len(set(kept)) > 1 else ()
     return Report(
         method.name, len(before), before, after, flow, macs[0], macs[1], intake.where, notes, tuple(dense), layers

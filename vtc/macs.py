@@ -53,10 +53,12 @@ class EncoderMACs:
 
 
 def linear_weights(module: nn.Module | None) -> int:
-    """How many weights of `module` multiply a token: those of its Linear layers and fused attention projections."""
+    """How many weights of `module` multiply a token: those of its linear layers, quantized or not, and of fused
+    attention projections."""
     if module is None:
         return 0
-    count = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    leaves: list[Any] = [m for m in module.modules() if hasattr(m, "in_features") and not any(m.children())]
+    count = sum(m.in_features * m.out_features for m in leaves)
     for m in module.modules():
         if isinstance(m, nn.MultiheadAttention) and m.in_proj_weight is not None:
             count += m.in_proj_weight.numel()
@@ -65,11 +67,37 @@ def linear_weights(module: nn.Module | None) -> int:
 
 def decoder_macs(decoder: Any, tokens: int | Sequence[int]) -> int:
     """Multiply-adds of a decoder's layers on a prompt of `tokens`, one number or one for each layer; from the
-    weights alone: every Linear weight once per token, and `width N^2` for the two products with the causal half of the
-    attention map."""
+    weights alone: every linear weight once per token, of stacked experts as many as a token is sent to, and `width N^2`
+    for the two products with the causal half of the attention map. Layers without a map (convolutions, linear
+    attention, state spaces) have no such term; what they keep from token to token is not counted."""
     total = 0
     counts = [tokens] * len(decoder.layers) if isinstance(tokens, int) else tokens
     for block, count in zip(decoder.layers, counts, strict=True):
-        attention = next(m for m in block.modules() if hasattr(m, "head_dim") and hasattr(m, "o_proj"))
-        total += count * linear_weights(block) + attention.o_proj.in_features * count * count
+        weights = linear_weights(block) + _expert_weights(block, decoder.config)
+        total += count * weights + attention_width(block, decoder.config) * count * count
     return total
+
+
+def attention(block: nn.Module) -> Any:
+    """The module of a decoder layer that goes through transformers' attention interface; None = it has none."""
+    attends = (m for m in block.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "is_causal"))
+    return next(attends, None)
+
+
+def attention_width(block: nn.Module, config: Any) -> int:
+    """Heads x head width of a decoder layer's attention, the mean of keys' and values'; 0 where it has none."""
+    module = attention(block)
+    if module is None:
+        return 0
+    heads = config.num_attention_heads
+    width = getattr(module, "head_dim", None) or config.hidden_size // heads
+    keys, values = (getattr(module, name, None) or width for name in ("qk_head_dim", "v_head_dim"))
+    return heads * (keys + values) // 2
+
+
+def _expert_weights(block: nn.Module, config: Any) -> int:
+    """Weights that multiply a token in experts whose matrices are stacked, [experts, out, in]."""
+    chosen = getattr(config, "num_experts_per_tok", None) or 0
+    owners = [m for m in block.modules() if not isinstance(m, (nn.Conv1d, nn.Conv2d))]
+    stacks = [p for m in owners for p in m.parameters(recurse=False) if p.ndim == 3]
+    return sum(p[0].numel() * min(chosen, p.shape[0]) for p in stacks)

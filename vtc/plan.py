@@ -13,10 +13,12 @@ from vtc.adapters import multimodal
 from vtc.adapters.multimodal import Gate
 from vtc.adapters.multimodal.family import VIDEO
 from vtc.adapters.multimodal.rotary import axes
+from vtc.adapters.multimodal.trial import try_positions
 from vtc.adapters.rotary import column_slots
 from vtc.adapters.site import Refusal, Site, check_blocks
 from vtc.adapters.tower import PatchedForward
 from vtc.errors import OptionError
+from vtc.macs import attention
 from vtc.methods import Method, make
 from vtc.positions import sections, slots_for
 
@@ -80,10 +82,11 @@ def _explain_gate(gate: Gate, method: Method | None) -> Encoder:
 
 def _gate_refuses(gate: Gate, method: Method | None) -> str:
     decoder = getattr(gate.inner, gate.family.decoder)
-    if not hasattr(decoder, "rotary_emb"):
+    if getattr(decoder, "rotary_emb", None) is None:
         return f"its decoder ({type(decoder).__name__}) has no rotary positions, which kept tokens would keep"
-    if method is None:
-        return ""
+    reason = _positions_refuse(decoder, method)
+    if reason or method is None:
+        return reason
     if method.ppe:
         try:
             slots_for(method.ppe, sections(axes(decoder.rotary_emb)))
@@ -114,7 +117,48 @@ def _gate_refuses(gate: Gate, method: Method | None) -> str:
     return ""
 
 
+def _positions_refuse(decoder: Any, method: Method | None) -> str:
+    """Why the tokens that stay could not keep their positions everywhere in this decoder."""
+    trial, kind = try_positions(decoder), type(decoder).__name__
+    if trial.error:
+        return f"its decoder ({kind}) could not be tried on positions with gaps: {trial.error}"
+    if trial.counts:
+        return (
+            f"its decoder ({kind}) scales attention by its own count of the tokens in front, which is another when "
+            "some go: give the processor smaller images instead"
+        )
+    if not trial.reads:
+        return ""
+    if "flash" in str(decoder.config._attn_implementation):
+        return (
+            f"its decoder ({kind}) reads positions outside of its rotary table, and FlashAttention would take their "
+            'gaps for borders between prompts: load the model with attn_implementation="sdpa"'
+        )
+    if method is not None and method.ppe:
+        return f"positions={method.positions!r}: {kind} reads positions outside of its rotary table, one for each token"
+    if method is not None and (method.in_decoder or method.cascade or method.proportional):
+        what = "cascade=" if method.cascade else "proportional=" if method.proportional else method.name
+        return (
+            f"{what} works between the layers of the decoder, and {kind} reads positions there: use a method at the "
+            "decoder's input, such as divprune"
+        )
+    return ""
+
+
+def _unattending(decoder: Any) -> str:
+    """Which of the decoder's layers has no attention (a convolution, linear attention, a state space), or ""."""
+    for index, layer in enumerate(decoder.layers):
+        if attention(layer) is None:
+            return (
+                f"layer {index} of this decoder ({type(layer).__name__}) is no attention and keeps a state of its own"
+            )
+    return ""
+
+
 def _bias_refuses(decoder: Any) -> str:
+    reason = _unattending(decoder)
+    if reason:
+        return f"proportional=True: {reason}"
     if "sliding_attention" in (getattr(decoder.config, "layer_types", None) or ()):
         return "proportional=True: the caches of this decoder's sliding layers hold a part of the sizes only"
     if "flash" in str(decoder.config._attn_implementation):
@@ -129,6 +173,9 @@ def _layer_refuses(gate: Gate, method: Method, layer: int) -> str:
         return f"layer={layer}: the decoder has {depth} layers, so it takes 1 to {depth - 1}"
     if "sliding_attention" in (getattr(decoder.config, "layer_types", None) or ()):
         return f"{method.name} reduces between layers, and the windows of this decoder's sliding layers would shift"
+    reason = _unattending(decoder)
+    if reason:
+        return f"{method.name} reduces between layers, and {reason}: use a method at the input, such as divprune"
     planes = len(getattr(getattr(gate.inner, "visual", None), "deepstack_visual_indexes", ()))
     if layer < planes:
         return f"layer={layer}: DeepStack adds to the image tokens behind {planes} layers; give layer={planes} or more"

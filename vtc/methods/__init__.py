@@ -54,6 +54,11 @@ def make(method: str | Method, **options: Any) -> Method:
     if not isinstance(method, str):
         raise OptionError(f"method={method!r}: it takes a name or a method such as vtc.PiToMe(keep=0.9)")
     method, *plus = method.split("+")
+    if method == "auto":
+        raise OptionError(
+            'method "auto" is chosen by measuring: vtc.compress(model, "auto", keep="auto", inputs=..., and one of '
+            "ttft=, tokens=, loyalty=); with a budget of your own, name the method"
+        )
     if method not in METHODS:
         near = difflib.get_close_matches(method, METHODS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""

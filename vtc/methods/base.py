@@ -40,6 +40,7 @@ class Tokens:
         hidden: [B, N, H], what the projector's first linear map gave; None = not at hand.
         projector: [B, N, P, V] -> [B, N, C], the model's projector in float32.
         text: [B, T, C] embeddings of the prompt's text tokens; text_mask: [B, T] bool, True = real.
+        said: takes a sentence for all that `decide` did in place of what its options ask for; None = nobody asks.
     """
 
     features: Tensor
@@ -57,6 +58,7 @@ class Tokens:
     projector: Projector | None = None
     text: Tensor | None = None
     text_mask: Tensor | None = None
+    said: list[str] | None = None
 
 
 @dataclass(frozen=True)

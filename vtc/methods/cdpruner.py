@@ -33,6 +33,7 @@ class CDPruner(Selector):
         from vtc import scores
 
         text = evidence(tokens, "text", self.name)
-        relevance = checked(scores.relevance(tokens.features, text, tokens.text_mask), "relevance", tokens)
+        relevance = scores.relevance(tokens.features, text, tokens.text_mask, said=tokens.said)
+        relevance = checked(relevance, "relevance", tokens)
         relevance = minmax(relevance, tokens.mask, eps=1e-6, floor=1e-6)
         return ops.dpp_select(ops.normalize(tokens.features), relevance, count, tokens.mask)

@@ -111,9 +111,11 @@ class IDPruner(Selector):
         if source == "attention":
             return of["attention"]
         if source == "sensitivity":
-            return scores.sensitivity(of["projector"], of["inputs"], mask=tokens.mask, hidden=tokens.hidden)
+            return scores.sensitivity(
+                of["projector"], of["inputs"], mask=tokens.mask, hidden=tokens.hidden, said=tokens.said
+            )
         if source == "relevance":
-            return scores.relevance(tokens.features, of["text"], tokens.text_mask)
+            return scores.relevance(tokens.features, of["text"], tokens.text_mask, said=tokens.said)
         if source == "selector":
             assert self.scorer is not None
             return _load(self.scorer).to(tokens.features.device).score(tokens.features, tokens.mask)

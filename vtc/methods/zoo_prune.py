@@ -64,6 +64,7 @@ class ZOOPrune(Selector):
             seed=self.seed,
             mask=tokens.mask,
             hidden=tokens.hidden,
+            said=tokens.said,
         )
         sensitivity = checked(sensitivity, "sensitivity", tokens)
         scaled = normalized(sensitivity, tokens.mask)

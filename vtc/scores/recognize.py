@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vtc.errors import InputError
 from vtc.scores.projector import LinearActLinear
+from vtc.scores.weights import bare, loaded, put_away, unreadable
 
 _logger = logging.getLogger(__name__)
 # Per module: the state of its weights that was checked, and what was computed from them.
@@ -34,6 +35,11 @@ def recognize(projector: Any, patches: int | None = None, dtype: torch.dtype = t
     module = getattr(projector, "module", projector)
     if not isinstance(module, nn.Module):
         return None
+    with loaded(module):
+        return None if unreadable(module) else _recognize(module, projector, patches, dtype)
+
+
+def _recognize(module: nn.Module, projector: Any, patches: int | None, dtype: torch.dtype) -> LinearActLinear | None:
     state, known = _state(module, projector, patches, dtype), _known.get(module)
     if known is not None and known[0] == state:
         return _read(module, patches or 1, dtype, known[1])
@@ -57,9 +63,24 @@ def _leaves(module: nn.Module) -> list[nn.Module]:
 
 
 def in_type(projector: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """The projector with its weights in `dtype`: [B, N, P, V] or [B, N, V] -> [B, N, C]. The module is not touched."""
+    """The projector with its weights in `dtype`: [B, N, P, V] or [B, N, V] -> [B, N, C]. The module is not touched.
+    Quantized weights stay as they are, and so does the type that the projector takes."""
     module, call = getattr(projector, "module", projector), projector
-    if isinstance(module, nn.Module) and any(t.is_floating_point() and t.dtype != dtype for t in _tensors(module)):
+    if isinstance(module, nn.Module) and put_away(module):
+        with loaded(module):
+            there = bare(module, dtype)
+        if isinstance(projector, nn.Module):
+            call = there
+        else:
+            call = copy.copy(projector)
+            object.__setattr__(call, "module", there)
+    elif isinstance(module, nn.Module) and unreadable(module):
+        own = own_dtype(module)
+
+        def call(x: Tensor) -> Tensor:
+            return projector(x.to(own)).to(dtype)
+
+    elif isinstance(module, nn.Module) and any(t.is_floating_point() and t.dtype != dtype for t in _tensors(module)):
         if isinstance(projector, nn.Module):
             names = {**dict(projector.named_parameters()), **dict(projector.named_buffers())}
             weights = {name: t.to(dtype) if t.is_floating_point() else t for name, t in names.items()}
@@ -82,6 +103,12 @@ def in_type(projector: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     return run
 
 
+def own_dtype(module: nn.Module) -> torch.dtype:
+    """The type that a module with quantized weights computes in."""
+    tensors = (t.dtype for t in _tensors(module) if t.is_floating_point() and t.dtype.itemsize > 1)
+    return next(tensors, torch.get_default_dtype())
+
+
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
@@ -93,7 +120,7 @@ def _state(module: nn.Module, projector: Any, patches: int | None, dtype: torch.
     Wrappers of one type are taken to do one thing to a module.
     """
     tensors = list(_tensors(module))
-    if any(t.is_inference() for t in tensors):
+    if any(t.is_inference() for t in tensors) or put_away(module):
         return None
     return type(projector), patches, dtype, tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors)
 
@@ -104,7 +131,7 @@ def _read(module: nn.Module, patches: int, dtype: torch.dtype, memo: dict[str, T
         return None
     *before, one, act, two = leaves
     linears = [m for m in (one, two) if isinstance(m, nn.Linear) and m.weight.is_floating_point()]
-    if len(linears) != 2 or isinstance(act, nn.Linear) or any(t.is_meta for t in _tensors(module)):
+    if len(linears) != 2 or isinstance(act, nn.Linear):
         return None
     (first, bias), (second, shift) = (_affine(m, dtype) for m in linears)
     if first.shape[1] % patches or second.shape[1] != first.shape[0]:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from vtc import ops
 from vtc.errors import InputError, OptionError
-from vtc.scores.recognize import in_type, recognize
+from vtc.scores.recognize import in_type, own_dtype, recognize
 from vtc.scores.simple import TILE, can_look, check_mask
+from vtc.scores.weights import put_away, unreadable
 
 _logger = logging.getLogger(__name__)
 FLAT = 1e-3
@@ -31,6 +32,7 @@ def sensitivity(
     generator: torch.Generator | None = None,
     mask: Tensor | None = None,
     hidden: Tensor | None = None,
+    said: list[str] | None = None,
 ) -> Tensor:
     """`S_i = E_u |J(x_i) u|` over unit directions u, J the Jacobian of the projector.
 
@@ -57,6 +59,7 @@ def sensitivity(
         seed: of the directions, drawn on the CPU so that every device has the same; `generator` goes before it.
         mask: [B, N], True = real; padding scores 0 and may hold anything.
         hidden: [B, N, H], what the projector's first linear map gave, if it is at hand; saves computing it again.
+        said: takes a sentence for everything that was done in place of what was asked for.
 
     Returns:
         [B, N] float32, in units of |dz| / |dx|. All ones, with a warning, where S is flat (relative spread below
@@ -72,11 +75,13 @@ def sensitivity(
         raise InputError("the projector's inputs hold NaN or infinity: check the images and the weights")
     with torch.autocast(x.device.type, enabled=False):
         form = None if exact is False else recognize(projector, patches, x.dtype)
-        if form is None and exact is True:
-            raise OptionError(
-                f"exact=True: {type(getattr(projector, 'module', projector)).__name__} is not of the form "
-                "[norm] - Linear - activation - Linear; exact='auto' takes central differences"
-            )
+        module = getattr(projector, "module", projector)
+        if form is None and exact is not False:
+            why = "" if put_away(module) else unreadable(module)
+            why = why or f"{type(module).__name__} is not of the form [norm] - Linear - activation - Linear"
+            if exact is True:
+                raise OptionError(f"exact=True: {why}; exact='auto' takes central differences")
+            _say(said, f"sensitivity by central differences: {why}")
         rows = x.reshape(-1, patches or 1, x.shape[-1])
         parts = list(rows.split(max(1, TILE // form.first[..., 0].numel()))) if form is not None else []
         if form is not None and (form.closed or exact == "auto"):
@@ -89,11 +94,25 @@ def sensitivity(
                 score = torch.cat([form.along(part, u) for part in parts])
             else:
                 call = in_type(projector, x.dtype)
+                step = max(step, _visible(module, x))
                 score = central_differences(call, x, u[:2], step)
                 # Two directions show a linear projector; the others would cost many passes to show the same.
                 if not (can_look(score) and bool(_flat(score, mask).all())):
                     score = central_differences(call, x, u, step)
-    return _even_out(score.view(x.shape[:2]).float(), mask)
+    return _even_out(score.view(x.shape[:2]).float(), mask, said)
+
+
+def _visible(module: Any, x: Tensor) -> float:
+    """The least step that a projector of quantized weights can see, which takes its inputs in half precision: eight
+    roundings of the mean value in every channel."""
+    if put_away(module) or not unreadable(module):
+        return 0.0
+    return 8 * torch.finfo(own_dtype(module)).eps * float(x.abs().mean()) * x.shape[-1] ** 0.5
+
+
+def _say(said: list[str] | None, what: str) -> None:
+    if said is not None:
+        said.append(what)
 
 
 def central_differences(call: Callable[[Tensor], Tensor], x: Tensor, directions: Tensor, step: float) -> Tensor:
@@ -138,7 +157,7 @@ def _flat(score: Tensor, mask: Tensor | None) -> Tensor:
     return highest - least.amin(1, keepdim=True) <= FLAT * highest
 
 
-def _even_out(score: Tensor, mask: Tensor | None) -> Tensor:
+def _even_out(score: Tensor, mask: Tensor | None, said: list[str] | None = None) -> Tensor:
     """Padding 0; ones for images whose scores are flat; InputError on NaN."""
     real = torch.ones_like(score, dtype=torch.bool) if mask is None else mask
     if can_look(score) and not bool(torch.isfinite(score.where(real, 0.0)).all()):
@@ -146,6 +165,7 @@ def _even_out(score: Tensor, mask: Tensor | None) -> Tensor:
     flat = _flat(score, mask)
     if can_look(score) and bool((flat & (real.sum(1, keepdim=True) > 1)).any()):
         _warn_flat()
+        _say(said, "the projector is equally sensitive to all tokens of an image: there, diversity alone")
     return score.masked_fill(flat, 1.0).where(real, 0.0)
 
 

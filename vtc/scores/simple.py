@@ -20,7 +20,9 @@ def norm(features: Tensor) -> Tensor:
     return torch.linalg.vector_norm(features, dim=-1, dtype=torch.float32)
 
 
-def relevance(features: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
+def relevance(
+    features: Tensor, text: Tensor, text_mask: Tensor | None = None, *, said: list[str] | None = None
+) -> Tensor:
     """How near every token lies to the prompt: its cosine to the mean of the unit text embeddings.
 
     The mean of the cosines to the single text tokens is this times one factor per image, so the ranking is the same.
@@ -28,11 +30,14 @@ def relevance(features: Tensor, text: Tensor, text_mask: Tensor | None = None) -
     Args:
         features: [B, N, C] projected visual tokens.
         text: [B, T, C] text embeddings; text_mask: [B, T] bool, True = real.
+        said: takes a sentence where there is no text.
 
     Returns:
         [B, N] float32 in [-1, 1]; 0 where there is no text.
     """
     words = normalize(text)
+    if said is not None and not (words.shape[1] and (text_mask is None or bool(text_mask.any(1).all()))):
+        said.append("a prompt holds no text: there, every token is as relevant as any other")
     if text_mask is not None:  # where, not a product: what stands in the padding may be NaN
         words = words.where(text_mask[..., None], 0.0)
     prompt = normalize(words.mean(1) if words.shape[1] else words.new_zeros(len(words), words.shape[2]))

@@ -113,6 +113,7 @@ class Evidence:
     def gather(self, heard: dict[str, list], kind: Kind, layout: Layout, tokens: int, call: dict) -> dict[str, Tensor]:
         """The evidence for each of the kind's tokens: [tokens, ...] by field name of `Tokens`."""
         found: dict[str, Tensor] = {}
+        packed = self.family.segments(self.inner, kind, call) is not None
         for name in self.needs & {"attention", "middle"}:
             query, key, mask, scale, prefix = self.states(heard[name], kind, call)
             if prefix:
@@ -121,11 +122,11 @@ class Evidence:
                 every = 1 if query.shape[2] <= _ALL else _EVERY
                 received = scores.attention_received(query, key, scale=scale, mask=mask, every=every)
                 self.note = "" if every == 1 else f"attention asked of every {every}th patch"
-            found[name] = self.to_tokens(received[..., None], mask, layout, tokens, total=True)[:, 0]
+            found[name] = self.to_tokens(received[..., None], mask, layout, tokens, packed, total=True)[:, 0]
         if "keys" in self.needs:
             _, key, mask, _, prefix = self.states(heard["attention"], kind, call)
             mean = head_mean(key, key.shape[1])[:, prefix:]
-            found["keys"] = self.to_tokens(mean, mask, layout, tokens, total=False)
+            found["keys"] = self.to_tokens(mean, mask, layout, tokens, packed, total=False)
         if "projector" in self.needs:
             if self.projected is None:
                 raise VTCError(f"{type(self.inner).__name__}: its projector ran without its input being seen")
@@ -143,7 +144,7 @@ class Evidence:
         query = torch.cat([c[0] for c in calls], dim=2 if len(calls) > 1 else 0)
         key = torch.cat([c[1] for c in calls], dim=2 if len(calls) > 1 else 0)
         lengths = self.family.segments(self.inner, kind, call)
-        if lengths is not None:  # all frames packed in one row
+        if lengths is not None:  # all images or frames packed in one row
             query, key = (_pad(x, lengths) for x in (query, key))
             longest = torch.arange(max(lengths), device=query.device)
             mask = longest < torch.tensor(lengths, device=query.device)[:, None]
@@ -152,17 +153,17 @@ class Evidence:
         if mask is not None:  # [B, 1, P, P]: the columns that somebody may look at are real
             seen = mask if mask.dtype == torch.bool else mask >= 0
             mask = seen.any(dim=2)[:, 0].expand(query.shape[0], -1)
-        return query, key, mask, calls[0][3], self.family.prefix(self.inner)
+        return query, key, mask, calls[0][3], self.family.prefix(self.inner, call)
 
-    def to_tokens(self, x: Tensor, mask: Tensor | None, layout: Layout, tokens: int, total: bool) -> Tensor:
+    def to_tokens(
+        self, x: Tensor, mask: Tensor | None, layout: Layout, tokens: int, packed: bool, total: bool
+    ) -> Tensor:
         """[F, P, C] of every patch -> [tokens, C], summed or averaged over the patches of each token."""
-        per_image = self.family.rows_per_image(self.inner, x.shape[1])
-        if mask is not None and per_image is None:
-            x = x[mask]
-        if per_image is None:  # packed: consecutive patches make a row
-            unit = self.family.unit(self.inner)
-            x = x.reshape(-1, unit, x.shape[-1])
+        if packed:  # consecutive patches make a row
+            x = x if mask is None else x[mask]
+            x = x.reshape(-1, self.family.unit(self.inner), x.shape[-1])
         else:
+            per_image = self.family.rows_per_image(self.inner, x.shape[1])
             members = self.family.patches(self.inner, x.shape[1], per_image).to(x.device)
             x = x[:, members].flatten(0, 1)
         return _at(x.sum(1) if total else x.mean(1), layout.source, tokens)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+Grid = tuple[int, int]  # rows and columns
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Unit:
 
     rows: Tensor
     item: int
-    grid: tuple[int, int] | None = None
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Family:
         classes: class names of the model without its language head, which holds tower, projector and decoder.
         decoder: the attribute with the text decoder.
         kinds: the visual inputs it takes.
+        passed: arguments for the tower that the model's forward passes on to its encoder without naming them.
         in_tower: why methods cannot merge inside the tower with fewer tokens reaching the decoder; "" = they can.
     """
 
@@ -86,18 +88,46 @@ class Family:
     ignored: ClassVar[frozenset[str]] = (
         frozenset()
     )  # arguments of the encoder that the model's forward does not pass on
+    passed: ClassVar[frozenset[str]] = frozenset()
     middle: ClassVar[float] = 0.375  # depth of the tower's "middle" layer (HiPrune: 9 of CLIP's 24)
     in_tower: ClassVar[str] = "its tower's tokens are rearranged on the way to the decoder"
 
     # -- the prompt ---------------------------------------------------------------------------------------------
 
+    def lengths(self, inner: Any, kind: Kind, features: list[int], call: dict[str, Any]) -> list[int]:
+        """Tokens of every item, given how many rows each tensor of `features` has that the encoder made."""
+        return features
+
     def layout(self, inner: Any, kind: Kind, lengths: list[int], call: dict[str, Any]) -> Layout:
-        """How the tokens of the items with `lengths` tokens are laid out. By default every item is a square image."""
+        """How the tokens of the items with `lengths` tokens are laid out. By default every item is an image whose
+        patches are folded evenly; it fills a grid where that of its pixels comes to as many tokens."""
+        grids = [self.folded(inner, grid) for grid in self.grids(inner, kind, call)]
         units, start = [], 0
         for item, length in enumerate(lengths):
-            units.append(Unit(torch.arange(start, start + length), item, square(length)))
+            grid = grids[item] if len(grids) == len(lengths) else None
+            fits = grid is not None and grid[0] * grid[1] == length
+            units.append(Unit(torch.arange(start, start + length), item, grid if fits else None))
             start += length
         return Layout(tuple(units))
+
+    def grids(self, inner: Any, kind: Kind, call: dict[str, Any]) -> list[Grid]:
+        """(rows, columns) of the patches that the tower cuts every image into, read off the pixels; [] = unknown."""
+        pixels, patch = call.get(kind.pixels), self.patch(inner)
+        if not isinstance(pixels, Tensor) or pixels.ndim < 4 or patch is None:
+            return []
+        grid = (pixels.shape[-2] // patch[0], pixels.shape[-1] // patch[1])
+        return [grid] * pixels.shape[:-3].numel()
+
+    def patch(self, inner: Any) -> Grid | None:
+        """(height, width) of the tower's patches in pixels; None = unknown."""
+        size = getattr(getattr(self.tower(inner), "config", None), "patch_size", None)
+        if isinstance(size, (tuple, list)) and len(size) == 2:
+            return (int(size[0]), int(size[1]))
+        return (size, size) if isinstance(size, int) else None
+
+    def folded(self, inner: Any, grid: Grid) -> Grid | None:
+        """The grid of the tokens that the projector makes of a grid of patches; None = they fill none."""
+        return grid
 
     def trailing(self, inner: Any, kind: Kind) -> int:
         """Placeholders behind every item that the model's forward fills itself, after the encoder."""
@@ -126,12 +156,13 @@ class Family:
         depth = getattr(inner.config.vision_config, "num_hidden_layers", 0)
         return layer if layer < 0 else layer - depth - 1
 
-    def prefix(self, inner: Any) -> int:
-        """How many of the tower's leading tokens (CLS) never reach the projector."""
-        return int(getattr(inner.config, "vision_feature_select_strategy", "full") == "default")
+    def prefix(self, inner: Any, call: dict[str, Any]) -> int:
+        """How many of the tower's leading tokens (CLS) never reach the projector, in a call of the encoder."""
+        own = getattr(inner.config, "vision_feature_select_strategy", "full")
+        return int((call.get("vision_feature_select_strategy") or own) == "default")
 
     def segments(self, inner: Any, kind: Kind, call: dict[str, Any]) -> list[int] | None:
-        """Patches per frame, where the tower packs all frames into one row; None = one image a row."""
+        """Patches per image or frame, where the tower packs all into one row; None = one image a row."""
         return None
 
     # -- the projector ------------------------------------------------------------------------------------------
@@ -147,8 +178,8 @@ class Family:
         """What the projector was given -> [rows, P, V], the patches of each of its output rows."""
         return seen.reshape(-1, 1, seen.shape[-1])
 
-    def rows_per_image(self, inner: Any, patches: int) -> int | None:
-        """Projector rows of an image with so many patches; None where images are packed."""
+    def rows_per_image(self, inner: Any, patches: int) -> int:
+        """Projector rows of an image with so many patches, where images are not packed."""
         return patches
 
     def unit(self, inner: Any) -> int:
@@ -157,16 +188,8 @@ class Family:
 
     def patches(self, inner: Any, count: int, rows: int) -> Tensor:
         """[rows, P] long: which of an image's `count` patches each of its projector rows is made of."""
-        if count == rows:
-            return torch.arange(count)[:, None]
-        side, coarse = math.isqrt(count), math.isqrt(rows)
-        cells = torch.arange(count).view(coarse, side // coarse, coarse, side // coarse)
-        return cells.permute(0, 2, 1, 3).reshape(rows, -1)
-
-
-def square(count: int) -> tuple[int, int] | None:
-    side = math.isqrt(count)
-    return (side, side) if side * side == count else None
+        assert count == rows, "a family that folds patches says how"
+        return torch.arange(count)[:, None]
 
 
 def _attends(module: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,8 @@ from vtc.adapters.multimodal.owners import Owners
 from vtc.adapters.multimodal.question import Encoded, Question, Record, Seen, decide_all
 from vtc.adapters.multimodal.rotary import Positions
 from vtc.adapters.multimodal.standins import Encode, IntakeForward, Loss, MaskMaker, OwnerForward
+from vtc.adapters.multimodal.trial import try_positions
+from vtc.adapters.stage import Stage
 from vtc.adapters.tower import Tower
 from vtc.errors import InputError
 from vtc.functional import check_finite
@@ -51,12 +54,16 @@ class Intake:
     evidence: Evidence | None = None
     patched: list[Any] = field(default_factory=list)
     record: Record | None = None
+    inside: Stage | None = None  # what `tower` did in that call
+    turn: int = 0  # when that call ended
+    bare_calls: int = 0  # prompts without images since then
     went: Record | None = None  # of the call in progress or just done, where columns went
     asked: Any = None  # which columns of it a model around reads: logits_to_keep, or "all"; None = as they come
     carried: Tensor | None = None  # [slots, B, L]: the columns whose positions each column of this call carries (PPE)
     encoding: bool = False
     latest: dict[str, tuple[Encoded, Tensor]] = field(default_factory=dict)  # by kind, with the first and last row
     thinning: Thinning | None = None  # tokens go between layers of the decoder
+    told: bool = False  # others than the rotary embedding read positions, so the decoder gets the true ones
 
     @property
     def where(self) -> str:
@@ -68,6 +75,7 @@ class Intake:
         decoder = getattr(self.inner, self.family.decoder)
         name = "_old_forward" if "_old_forward" in self.inner.__dict__ else "forward"
         self.positions = Positions(decoder.rotary_emb, self.method.ppe)
+        self.told = try_positions(decoder).reads
         self.encoders = {kind.name: Encode(self, kind) for kind in self.family.kinds}
         forward = IntakeForward(self, name)
         self.patched = [forward, self.positions, *self.encoders.values()]
@@ -101,12 +109,26 @@ class Intake:
         for kind in self.family.kinds:
             if kind.pixels in call:
                 encode = self.encoders[kind.name]
-                wanted = {name for name in encode.names[1:] if name in call} - self.family.ignored
+                wanted = {name for name in {*encode.names[1:], *self.family.passed} if name in call}
+                wanted -= self.family.ignored
                 given[kind.name] = encode(call[kind.pixels], **{name: call[name] for name in wanted}, return_dict=True)
         seen = [
             self.see(kind, given[kind.name], call) for kind in self.family.kinds if given.get(kind.name) is not None
         ]
         question = self.question(seen, call) if seen else None
+        before = self.record, self.inside
+        bare = question is None and self.record is not None and not _goes_on(call)
+        try:
+            output = self.answer(patch, call, seen, question)
+        except BaseException:  # what did not come to an end is no last call
+            self.record, self.inside = before
+            raise
+        if question is not None:
+            self.turn, self.bare_calls = time.monotonic_ns(), 0
+        self.bare_calls += bare
+        return output
+
+    def answer(self, patch: IntakeForward, call: dict[str, Any], seen: list[Seen], question: Question | None) -> Any:
         columns = None
         if question is not None and self.method.keep != 1.0 and (self.method.in_decoder or "text" in self.method.needs):
             before = Entries.before(call.get(cache_name()), question.batch, question.rows.device)
@@ -145,7 +167,8 @@ class Intake:
             return output
         call = {**dict(zip(encode.names, args, strict=False)), **kwargs}
         call[encode.kind.pixels] = call[encode.names[0]]  # which is what the argument is called, but for old versions
-        lengths = tuple(x.numel() // x.shape[-1] for x in pooled)
+        made = [x.numel() // x.shape[-1] for x in pooled]
+        lengths = tuple(self.family.lengths(self.inner, encode.kind, made, call))
         layout = self.family.layout(self.inner, encode.kind, list(lengths), call)
         found: dict[str, Tensor] = {}
         if self.evidence is not None:
@@ -218,18 +241,20 @@ class Intake:
                     fields["projector"] = self.family.projection(self.inner)
                 if "text" in method.needs:
                     fields["text"], fields["text_mask"] = self.text(call, question.prompts)
-                tokens = question.tokens(method, **fields)
+                tokens = question.tokens(method, said=[], **fields)
                 removed = question.removals(method.keep)
                 token_map, notes = decide_all(method, tokens, removed), ""
                 if bool(torch.as_tensor(removed).any()):
                     own = "" if self.evidence is None else self.evidence.note
-                    notes = "; ".join(filter(None, (method.notes(tokens), own)))
+                    said = dict.fromkeys(tokens.said or ())
+                    notes = "; ".join(filter(None, (method.notes(tokens), *said, own)))
                     if method.ppe and self.positions.slots == 1:
                         notes += "; " * bool(notes) + "PPE has no effect: the rotary sections have no common divisor"
                 if getattr(method, "events", None):
                     question, token_map, events = in_events(question, token_map, method)  # type: ignore[arg-type]
                     notes = "; ".join(filter(None, (notes, events)))
         stays, self.record = question.answered(token_map, masks.padding(call.get("attention_mask")), notes)
+        self.inside = None if self.tower is None else self.tower.stage
         if bool(stays.all()):
             return None, question
         self.carried = question.carried(token_map, self.positions.slots)
@@ -339,6 +364,15 @@ class Intake:
             short["attention_mask"] = entries.take(mask.long())
         short["return_dict"] = True
         self.positions.ids = self.positions.taken(positions, at, self.carried)
+        if self.told:
+            if mask is None and "position_ids" in call and bool((positions.diff(dim=-1) < 0).any()):
+                raise InputError(
+                    "position_ids pack several sequences in a row, and this decoder reads positions outside of its "
+                    "rotary table: give one sequence a row, with an attention_mask"
+                )
+            short["position_ids"] = positions.gather(-1, at.expand(positions.shape[:-1] + at.shape[-1:]))
+            if short["attention_mask"] is None:  # beside a mask, a gap is no border between packed sequences
+                short["attention_mask"] = torch.ones_like(entries.columns)
         levels: tuple[Entries, ...] = ()
         try:
             if self.thinning is not None:
@@ -370,3 +404,9 @@ class Intake:
         """A token id to put where there is nothing; it is masked, so any that is no placeholder will do."""
         taken = {getattr(self.inner.config, kind.token) for kind in self.family.kinds}
         return next(token for token in range(len(taken) + 1) if token not in taken)
+
+
+def _goes_on(call: dict[str, Any]) -> bool:
+    """Whether a call continues a conversation: a decoding step, or a turn behind a cache."""
+    cache = call.get(cache_name())
+    return cache is not None and int(cache.get_seq_length()) > 0

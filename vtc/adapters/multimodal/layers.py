@@ -26,6 +26,7 @@ from vtc.adapters.multimodal.rotary import Positions
 from vtc.adapters.multimodal.standins import LayerForward
 from vtc.errors import InputError
 from vtc.functional import check_finite
+from vtc.macs import attention
 from vtc.methods.base import Method, Tokens
 from vtc.token_map import TokenMap
 
@@ -93,7 +94,7 @@ class Thinning:
         layers = getattr(self.inner, self.family.decoder).layers
         first = 0 if self.method.proportional else self.steps[0][0]
         if self.method.in_decoder:
-            self.ear = listen(layers[first - 1].self_attn)
+            self.ear = listen(attention(layers[first - 1]))
         patches = [LayerForward(self, i, layer) for i, layer in enumerate(layers) if i >= first]
         for patch in patches:
             patch.install()

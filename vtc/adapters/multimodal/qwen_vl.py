@@ -68,7 +68,7 @@ class QwenVL(Family):
     def feature_layer(self, inner: Any) -> int:
         return -1
 
-    def prefix(self, inner: Any) -> int:
+    def prefix(self, inner: Any, call: dict[str, Any]) -> int:
         return 0
 
     def segments(self, inner: Any, kind: Kind, call: dict[str, Any]) -> list[int]:
@@ -82,9 +82,6 @@ class QwenVL(Family):
 
     def blocks(self, inner: Any, seen: Tensor) -> Tensor:
         return seen.reshape(-1, self.unit(inner), seen.shape[-1])
-
-    def rows_per_image(self, inner: Any, patches: int) -> None:
-        return None
 
     def unit(self, inner: Any) -> int:
         return inner.visual.spatial_merge_size**2

@@ -1,0 +1,183 @@
+"""What a decoder makes of positions, found out by running its first layers, before anything is patched.
+
+The patch keeps the positions of the tokens that stay by telling the rotary embedding, while everybody else counts them
+without gaps. That is right where nobody else reads positions. Some decoders do: they scale queries by the positions
+that they are given (Ministral 3), or by a count of their own (Llama 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from vtc.adapters.multimodal.cache import cache_name
+
+_FAR = 10_000_000  # beyond every length from which decoders scale by position
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How a decoder uses positions, its rotary table aside.
+
+    Attributes:
+        reads: it reads the `position_ids` that it is given; counts: it counts the tokens in front by itself.
+        error: why it could not be tried.
+    """
+
+    reads: bool = False
+    counts: bool = False
+    error: str = ""
+
+
+_tried: WeakKeyDictionary[nn.Module, Trial] = WeakKeyDictionary()
+
+
+def try_positions(decoder: nn.Module) -> Trial:
+    """Run the first layers of `decoder`, at least one of every kind, on four random tokens. On a model without weights
+    they get some."""
+    if decoder not in _tried:
+        _tried[decoder] = _try(decoder)
+    return _tried[decoder]
+
+
+def _try(decoder: Any) -> Trial:
+    from transformers import DynamicCache
+
+    class Claiming(DynamicCache):
+        """An empty cache that says it is full."""
+
+        def get_seq_length(self, layer_idx: int = 0) -> int:
+            return _FAR
+
+    start = _start(decoder)
+    weights = _weights(start)
+    device, dtype = _place(start)
+    x = torch.randn(1, 4, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    shut = torch.full((1, 1, 4, 4), torch.finfo(dtype).min, dtype=dtype, device=device).triu(1)
+    near = torch.arange(4, device=device)[None]
+    far = torch.tensor([[0, 1, 70_000, _FAR]], device=device)
+
+    def run(ids: Tensor, cache: Any = None) -> Tensor:
+        given: dict[str, Any] = {"inputs_embeds": x.to(device, dtype), "attention_mask": shut, "position_ids": ids}
+        given |= {"use_cache": cache is not None, cache_name(): cache}
+        return torch.func.functional_call(start, weights, (), given)[0]
+
+    with _at_rest(start), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        try:
+            alone = run(near)
+            noise = float((run(near) - alone).abs().max())  # of kernels whose order is not fixed
+        except Exception as error:  # whatever a foreign decoder may raise
+            return Trial(error=" ".join(str(error).split()) or type(error).__name__)
+        reads = _moves(alone, lambda: run(far), noise)
+        try:
+            cached = run(near, DynamicCache(config=decoder.config))
+        except Exception:  # layers that share their caches take no mask of ours beside one
+            return Trial(reads)
+        return Trial(reads, _moves(cached, lambda: run(near, Claiming(config=decoder.config)), noise))
+
+
+def _moves(before: Tensor, run: Callable[[], Tensor], noise: float) -> bool:
+    try:
+        return not float((run() - before).abs().max()) <= 4 * noise  # NaN moves too
+    except (IndexError, RuntimeError):  # a table of positions that ends before these
+        return True
+
+
+def _start(decoder: Any) -> Any:
+    """The decoder with its first layers alone, until every kind of layer was among them. Shares all weights."""
+    kinds = [_kind(layer) for layer in decoder.layers]
+    last = max(kinds.index(kind) for kind in kinds)
+    start, rotary = _bare(decoder), _bare(decoder.rotary_emb)
+    if any(buffer.is_meta for buffer in rotary.buffers()):
+        with torch.device("cpu"):
+            rotary = type(rotary)(rotary.config)
+
+    def fixed(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Turns tokens by their number, whatever positions it is told."""
+        counted = torch.arange(position_ids.shape[-1], device=position_ids.device).expand_as(position_ids)
+        return type(rotary).forward(rotary, x, counted, *args, **kwargs)
+
+    rotary.__dict__["forward"] = fixed
+    start._modules |= {"layers": nn.ModuleList(decoder.layers[: last + 1]), "rotary_emb": rotary}
+    return start
+
+
+def _bare(module: nn.Module) -> Any:
+    """A module of the same parts and tensors, without what others have hung on it (hooks, a `forward` of accelerate).
+    What is set on it, as rotary tables that grow are, is not set on `module`."""
+    bare = object.__new__(type(module))
+    bare.__dict__ = {k: v for k, v in module.__dict__.items() if k not in ("forward", "_old_forward", "_hf_hook")}
+    for name, value in bare.__dict__.items():
+        if name in ("_modules", "_parameters", "_buffers"):
+            bare.__dict__[name] = dict(value)
+        elif "_hooks" in name and isinstance(value, dict):
+            bare.__dict__[name] = type(value)()
+    return bare
+
+
+def _place(start: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where and in which type the layers compute; weights on meta do on the CPU, or where accelerate brings them."""
+    own = next((p for p in start.parameters() if p.is_floating_point() and p.element_size() > 1), None)
+    if own is None or not own.is_meta:
+        return (torch.device("cpu"), torch.float32) if own is None else (own.device, own.dtype)
+    for part in start.modules():
+        where = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if where is not None:
+            return torch.device(where), own.dtype
+    return torch.device("cpu"), torch.float32
+
+
+def _kind(layer: nn.Module) -> tuple:
+    """What tells layers that compute different things apart: their modules, and the switches set in these."""
+    found = []
+    for path, module in layer.named_modules():
+        switches = [(name, value) for name, value in module.__dict__.items() if isinstance(value, (bool, str))]
+        found.append((path, type(module), tuple(sorted(switches))))
+    return tuple(found)
+
+
+def _weights(start: nn.Module) -> dict[str, Tensor]:
+    """Random weights for the parameters on meta, each a view of few numbers; not for those that accelerate brings."""
+    found = {}
+    for path, module in start.named_modules():
+        if hasattr(module, "_hf_hook"):
+            continue
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if tensor.is_meta:
+                found[f"{path}.{name}".strip(".")] = (
+                    _few(tensor.shape)
+                    if tensor.is_floating_point()
+                    else (torch.zeros(tensor.shape, dtype=tensor.dtype))
+                )
+    return found
+
+
+def _few(shape: torch.Size) -> Tensor:
+    """Random weights by fan-in. A matrix is a view of a line of numbers; of a stack (experts) all are one."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    if len(shape) == 2:
+        line = torch.randn(sum(shape), generator=generator) / shape[-1] ** 0.5
+        return line.as_strided(shape, (1, 1))
+    return (torch.randn(shape[-2:], generator=generator) / max(1, shape[-1:].numel()) ** 0.5).expand(shape)
+
+
+@contextmanager
+def _at_rest(start: Any) -> Iterator[None]:
+    """No dropout, and plain attention, which takes our mask whatever the model's own attention takes."""
+    training = {module: module.training for module in start.modules()}
+    attention = start.config._attn_implementation
+    try:
+        for module in training:
+            module.training = False
+        start.config._attn_implementation = "eager"
+        yield
+    finally:
+        start.config._attn_implementation = attention
+        for module, mode in training.items():
+            module.training = mode
