@@ -16,12 +16,21 @@ import torch
 from torch import nn
 
 from vtc.adapters.hooks import Scope
+from vtc.adapters.tracing import unrecorded
 from vtc.errors import InputError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from vtc.adapters.tower import Tower
 
 METHODS = ("forward_features", "forward_intermediates")
+_SCRIPT = "__prepare_scriptable__"  # what torch.jit.script asks a module for first
+
+
+class Unscriptable:
+    """Stands in for that."""
+
+    def __call__(self) -> None:
+        raise UnsupportedModelError(unrecorded("torch.jit.script"))
 
 
 class Method:
@@ -60,6 +69,8 @@ class Guard:
         for module in around:
             module.register_forward_pre_hook(Scope("open", self))
             module.register_forward_hook(Scope("close", self), always_call=True)
+        for module in (*around, *site.blocks):
+            module.__dict__[_SCRIPT] = Unscriptable()
         for module in dict.fromkeys((*around[-1:], *site.watched)):
             for name in METHODS:
                 if callable(getattr(type(module), name, None)):
@@ -159,6 +170,6 @@ def changed(place: tuple[nn.Module, str] | None, blocks: tuple[nn.Module, ...]) 
 
 
 def strip_methods(module: nn.Module) -> None:
-    for name in METHODS:
-        if isinstance(module.__dict__.get(name), Method):
+    for name in (*METHODS, _SCRIPT):
+        if isinstance(module.__dict__.get(name), (Method, Unscriptable)):
             del module.__dict__[name]

@@ -123,8 +123,11 @@ class Tower:
 
     def shrink(self, hook: Hook, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Resize the pixels so that the encoder sees the budget's grid (Downsample(mode="resize"))."""
+        if self.idle:
+            return None
         name = None if args else next(iter(kwargs))
         pixels = args[0] if name is None else kwargs[name]
+        refuse_traced(pixels)
         assert isinstance(self.site.patchify, nn.Conv2d)
         patch = self.site.patchify.stride
         fine = (pixels.shape[-2] // patch[0], pixels.shape[-1] // patch[1])
@@ -132,7 +135,6 @@ class Tower:
         self.now.resized = None if coarse == fine else (fine, coarse)
         if coarse == fine:
             return None
-        refuse_traced(pixels)
         small = nn.functional.interpolate(
             pixels.float(), (coarse[0] * patch[0], coarse[1] * patch[1]), mode="bicubic", antialias=True
         ).to(pixels.dtype)

@@ -18,16 +18,20 @@ def tracer(x: Any) -> str:
     return "torch.jit.trace, or torch.onnx.export(dynamo=False)," if torch.jit.is_tracing() else ""
 
 
+def unrecorded(what: str) -> str:
+    return (
+        f"{what} cannot record what vtc does: use torch.export.export(model, (images,), strict=False) for one size of "
+        "batch and image, or call vtc.remove(model) first"
+    )
+
+
 def refuse_traced(x: Any) -> None:
     """Raise where the call is being recorded, or the batch hidden from the method (torch.func.vmap)."""
     if torch.compiler.is_compiling():
         return
     what = tracer(x)
     if what:
-        raise UnsupportedModelError(
-            f"{what} cannot record what vtc does: use torch.export.export(model, (images,), strict=False) for one size "
-            "of batch and image, or call vtc.remove(model) first"
-        )
+        raise UnsupportedModelError(unrecorded(what))
     while _functorch.is_functorch_wrapped_tensor(x):
         if _functorch.is_batchedtensor(x):
             raise UnsupportedModelError(
