@@ -53,12 +53,18 @@ class Guard:
         if torch.compiler.is_compiling():
             return
         refuse_replica(module)
-        me = threading.get_ident()
         self.leave(module)  # it never ended if somebody pressed Ctrl+C
-        mine = (module, me, self.images, self.prompts)
+        mine = (module, threading.get_ident(), self.images, self.prompts)
         self.open.append(mine)
-        if self.open[0][1] != me:
+        try:
+            self.alone()
+        except InputError:
             self.open.remove(mine)
+            raise
+
+    def alone(self) -> None:
+        """Raise where another thread is in the model."""
+        if self.open and self.open[0][1] != threading.get_ident():
             raise InputError(
                 f"another thread is in {self.intake.where}: vtc works on one call of it at a time; take turns, or give "
                 "each thread a copy (copy.deepcopy)"
