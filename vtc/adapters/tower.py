@@ -58,18 +58,16 @@ class Tower:
     shared: Running = field(default_factory=Running)
     others: dict[int, Running] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        method = self.method  # does every image keep all of its tokens, whatever comes?
+        self.idle = method.r == 0 or method.flops == 1.0 or (isinstance(method.keep, float) and method.keep == 1.0)
+
     @property
     def now(self) -> Running:
         """This thread's call."""
         if torch.compiler.is_compiling() or threading.get_ident() == self.home:
             return self.shared
         return self.others.setdefault(threading.get_ident(), Running())
-
-    @property
-    def idle(self) -> bool:
-        """Whether every image keeps all of its tokens, whatever comes."""
-        method = self.method
-        return method.r == 0 or method.flops == 1.0 or (isinstance(method.keep, float) and method.keep == 1.0)
 
     @property
     def where(self) -> str:
@@ -146,6 +144,9 @@ class Tower:
 
     def run(self, patch: PatchedForward, x: Tensor, args: tuple, kwargs: dict) -> Any:
         block, now = self.site.block, self.now
+        if self.idle:
+            stage = self.passing(patch, now, x, args, kwargs)
+            return self.leave(patch, now, patch.original(x, *args, **kwargs), stage)
         stage = self.enter(patch, now, x, args, kwargs)
         removed = stage.plan[:, patch.index] if isinstance(stage.plan, Tensor) else stage.plan[patch.index]
         idle = not bool(removed.any()) if isinstance(removed, Tensor) else removed == 0
@@ -168,6 +169,16 @@ class Tower:
             x, stage = self.reduce(patch, now, x, stage, removed)
         x = x + block.feed(patch.block, x)
         return self.leave(patch, now, x, replace(stage, flow=(*stage.flow, (attended, stage.count()))))
+
+    def passing(self, patch: PatchedForward, now: Running, x: Tensor, args: tuple, kwargs: dict) -> Stage:
+        """What a report says of a block that runs as it is; in any order, with anything."""
+        stage = now.stage
+        if patch.index == 0 or stage is None or stage.layer != patch.index:
+            given = None if self.site.block.relative else self.site.block.mask(patch.block, x, args, kwargs)
+            padding = None if given is None or tracer(x) else read(given, x, self.site.prefix)[0]
+            stage = Stage(0, self.site.prefix, x.shape[1], (), now.grid, batch=x.shape[0], mask=padding)
+            stage = replace(stage, flow=((stage.count(), stage.count()),) * patch.index)
+        return replace(stage, flow=(*stage.flow, (stage.count(), stage.count())))
 
     def check_length(self, patch: PatchedForward, x: Tensor, stage: Stage) -> None:
         if x.shape[:2] != (stage.batch, stage.length):
@@ -254,8 +265,6 @@ class Tower:
     def begin(self, now: Running, x: Tensor, args: tuple, kwargs: dict) -> Stage:
         room, now.room = now.room, None
         depth = len(self.site.blocks)
-        if self.idle:
-            return Stage(0, self.site.prefix, x.shape[1], (0,) * depth, now.grid, batch=x.shape[0])
         refuse_traced(x)
         what = changed(self.place, self.site.blocks)
         if what:
