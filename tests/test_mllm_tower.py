@@ -28,7 +28,7 @@ def test_the_decoder_gets_what_the_tower_left(name, case, method):
     inner = model.model
     site = tower_site(vtc.explain(model, method, keep=0.8, where="tower")._sites[0])
     tower = vtc.adapters.tower.Tower(site, vtc.methods.make(method, keep=0.8))
-    tower.install()
+    tower.install(model)
     try:
         wide = dense_features(model, inputs)
         whole = tower.stage.total.drop_prefix(tower.stage.prefix)

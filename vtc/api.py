@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -38,7 +38,7 @@ def compress(model: nn.Module, method: str | Method, **options: Any) -> Handle:
             else:
                 inside = Tower(tower_site(site), in_tower(chosen)) if chosen.where == "tower" else None  # type: ignore[arg-type]
                 parts.append(Intake(site.family, site.path, site.inner, site.owners, chosen, inside))
-            parts[-1].install()
+            parts[-1].install(model)
     except BaseException:
         remove(model)
         raise
@@ -63,7 +63,7 @@ class Report:
         before, after: image tokens at the encoder's entry and end, one per image.
         macs_before, macs_after: multiply-adds of the encoder for the whole call; in a multimodal LLM those of the
             decoder's prefill, without the language head.
-        notes: what the method chose by itself.
+        notes: what the method chose by itself; which call or encoder this is of, where that is not plain.
         prompts: in a multimodal LLM, the length of every prompt as it came, without padding; `tokens` tells the rest.
         layers: where the decoder's layers differ, the fraction of the image tokens that each of them sees.
     """
@@ -84,19 +84,21 @@ class Report:
     def kept(self) -> float:
         """The fraction of the image tokens that stayed; where tokens go between a decoder's layers, the mean over the
         layers."""
-        return sum(self.layers) / len(self.layers) if self.layers else sum(self.after) / max(1, sum(self.before))
+        if self.layers:
+            return sum(self.layers) / len(self.layers)
+        return sum(self.after) / sum(self.before) if any(self.before) else 1.0
 
     @property
     def macs_ratio(self) -> float:
         """The fraction of multiply-adds that remained."""
-        return self.macs_after / self.macs_before
+        return self.macs_after / self.macs_before if self.macs_before else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "kept": self.kept, "macs_ratio": self.macs_ratio}
 
     def __str__(self) -> str:
         def span(values: tuple[int, ...]) -> str:
-            return str(values[0]) if len(set(values)) == 1 else f"{min(values)}-{max(values)}"
+            return str(values[0]) if len(set(values)) == 1 else f"{min(values)}-{max(values)}" if values else "no"
 
         over = " on average over the layers" if self.layers else ""
         where = f"{self.images} image{'s' * (self.images != 1)}"
@@ -135,14 +137,16 @@ class Handle:
     ) -> None:
         self.remove()
 
+    def _ran(self) -> list[Tower | Intake]:
+        """The parts that have something to tell, the one that ran last at the end."""
+        ran = [part for part in self._parts if _told(part) is not None]
+        if not ran:
+            raise VTCError("nothing to report yet: no call with an image has gone through the compressed model")
+        return sorted(ran, key=lambda part: part.turn)
+
     def _last(self) -> tuple[Tower, Stage] | tuple[Intake, Record]:
-        for part in sorted(self._parts, key=lambda part: -getattr(part, "turn", 0)):
-            if isinstance(part, Intake):
-                if part.record is not None:
-                    return part, part.record
-            elif part.stage is not None and part.stage.layer == len(part.site.blocks):
-                return part, part.stage
-        raise VTCError("nothing to report yet: no call with an image has gone through the compressed model")
+        part = self._ran()[-1]
+        return part, _told(part)  # type: ignore[return-value]
 
     @property
     def token_map(self) -> TokenMap:
@@ -191,19 +195,32 @@ class Handle:
 
     @property
     def report(self) -> Report:
-        """What the last call did: tokens per layer and image, MACs before and after."""
-        part, last = self._last()
+        """What the last call did: tokens per layer and image, MACs before and after. Of a model with several encoders,
+        what the one did that ran last; see `reports`."""
+        return self._report(self._ran()[-1])
+
+    @property
+    def reports(self) -> tuple[Report, ...]:
+        """The last report of every encoder that has run, the latest at the end."""
+        return tuple(map(self._report, self._ran()))
+
+    def _report(self, part: Tower | Intake) -> Report:
         if isinstance(part, Intake):
-            assert isinstance(last, Record)
-            return _prompt_report(self.method, part, last)
-        assert isinstance(last, Stage)
-        return _report(self.method.name, part, last)
+            assert part.record is not None
+            return _prompt_report(self.method, part, part.record)
+        assert part.stage is not None
+        report, notes = _report(self.method.name, part, part.stage), []
+        if part.idle_calls:
+            notes.append("no image in the last call: this is of an earlier one")
+        if len(self._parts) > 1:
+            notes.append(f"encoder {part.where}, one of {len(self._parts)}: handle.reports has all")
+        return replace(report, notes="; ".join(notes))
 
     def __repr__(self) -> str:
         options = ", ".join(f"{k}={v!r}" for k, v in self.method.options().items())
         where = ", ".join(part.where for part in self._parts)
         try:
-            last = f"; last call {self.report}"
+            last = "; last call " + " | ".join(map(str, self.reports))
         except VTCError:
             last = "; no call yet"
         return f"Handle({self.method.name}({options}) in {where}{last})"
@@ -240,8 +257,12 @@ def _prompt_report(method: Method, intake: Intake, record: Record) -> Report:
     )
 
 
+def _told(part: Tower | Intake) -> Stage | Record | None:
+    return part.stage if isinstance(part, Tower) else part.record
+
+
 def _report(name: str, tower: Tower, stage: Stage) -> Report:
-    images, prefix = stage.batch, stage.prefix
+    images, prefix, site = stage.batch, stage.prefix, tower.site
 
     def each(count: Any) -> list[int]:
         return [int(n) for n in count] if isinstance(count, Tensor) else [int(count)] * images
@@ -249,10 +270,11 @@ def _report(name: str, tower: Tower, stage: Stage) -> Report:
     flow = [(each(a), each(b)) for a, b in stage.flow]
     seen = flow[0][0]  # what the encoder was given; a resized image had more
     entry = seen if stage.front is None else each(stage.front.group.shape[1])
+    costs = site.macs.first(stage.layer)
     before = macs = 0
     for b in range(images):
-        before += tower.site.macs.dense(entry[b] - prefix)
-        macs += tower.site.macs.total([a[b] for a, _ in flow], [m[b] for _, m in flow], seen[b] - prefix)
+        before += costs.dense(entry[b] - prefix)
+        macs += costs.total([a[b] for a, _ in flow], [m[b] for _, m in flow], seen[b] - prefix)
 
     return Report(
         name,
@@ -262,7 +284,7 @@ def _report(name: str, tower: Tower, stage: Stage) -> Report:
         tuple((_plain(a), _plain(b)) for a, b in flow),
         before,
         macs,
-        tower.site.path,
+        site.path,
     )
 
 

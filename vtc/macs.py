@@ -37,6 +37,13 @@ class EncoderMACs:
         )
         return blocks + patches * self.patch + (patches + self.prefix) * self.tail[0] + self.tail[1]
 
+    def first(self, layers: int) -> EncoderMACs:
+        """The same encoder cut behind some of its layers, where its head is not run."""
+        if layers == len(self.attention):
+            return self
+        attention, width, mlp = self.attention[:layers], self.width[:layers], self.mlp[:layers]
+        return EncoderMACs(attention, width, mlp, self.patch, self.prefix)
+
     def dense(self, patches: int) -> int:
         tokens = [patches + self.prefix] * len(self.attention)
         return self.total(tokens, tokens, patches)

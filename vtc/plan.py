@@ -14,9 +14,9 @@ from vtc.adapters.multimodal import Gate
 from vtc.adapters.multimodal.family import VIDEO
 from vtc.adapters.multimodal.rotary import axes
 from vtc.adapters.multimodal.trial import try_positions
+from vtc.adapters.patch import patch_on
 from vtc.adapters.rotary import column_slots
 from vtc.adapters.site import Refusal, Site, check_blocks
-from vtc.adapters.tower import PatchedForward
 from vtc.errors import OptionError
 from vtc.macs import attention
 from vtc.methods import Method, make
@@ -217,7 +217,7 @@ def _refuses(site: Site, method: Method | None) -> str:
             )
     if method is not None and method.merges and site.no_bias:
         return f'{site.no_bias} takes no size bias, which merged tokens need; load it with attn_implementation="sdpa"'
-    if not any(isinstance(block.__dict__.get("forward"), PatchedForward) for block in site.blocks):
+    if not any(map(patch_on, site.blocks)):
         reason = check_blocks(site)  # an encoder that is patched has been tried already
         if reason:
             return reason

@@ -32,10 +32,13 @@ def _mask(args: tuple, kwargs: dict) -> Tensor | None:
 
 def _biased(mask: Tensor | None, x: Tensor, stage: Stage | None) -> Tensor | None:
     """The mask for the attention: the layer's own, or what it becomes for fewer tokens."""
-    if stage is None:
-        return mask
-    bias = stage.bias(x)
-    if mask is None or stage.mask is not None:  # padding is in the sizes
+    return mask if stage is None else stage.bias(x)
+
+
+def _relative(mask: Tensor | None, x: Tensor, stage: Stage | None) -> Tensor | None:
+    """The same for a mask that is a relative position bias: taken at the anchors."""
+    bias = _biased(mask, x, stage)
+    if mask is None or stage is None:
         return bias
     mask = relative_bias(mask, stage)
     return mask if bias is None else mask + bias
@@ -64,7 +67,7 @@ def _beit_attend(layer: Any, x: Tensor, stage: Stage | None, args: tuple, kwargs
         full = x.shape[1] if stage is None else stage.entry
         own = layer.relative_position_bias(window, kwargs.get("interpolate_pos_encoding", False), dim_size=full)
         mask = own if mask is None else own + mask
-    mask = _biased(mask, x, stage)
+    mask = _relative(mask, x, stage)
     rest = _rest(kwargs, "interpolate_pos_encoding", "resolution")
     h = layer.dropout(layer.attention(layer.layernorm_before(x), attention_mask=mask, **rest)[0])
     return layer.drop_path(layer.lambda_1 * h)

@@ -21,6 +21,9 @@ def _mha_attend(block: Any, x: Tensor, stage: Stage | None, args: tuple, kwargs:
     if stage is None:
         return block.ls_1(block.attention(q_x=h, attn_mask=kwargs.get("attn_mask")))
     bias = stage.bias(h)
+    if stage.pairs is not None:  # which has a row for every query
+        mask = bias.expand(h.shape[0], block.attn.num_heads, h.shape[1], -1).flatten(0, 1)
+        return block.ls_1(block.attn(h, h, h, need_weights=False, attn_mask=mask.to(h.dtype))[0])
     # As a key padding mask [B, M] the bias is broadcast over heads and queries, never expanded to M x M.
     mask = None if bias is None else bias[:, 0, 0].to(h.dtype)
     return block.ls_1(block.attn(h, h, h, need_weights=False, key_padding_mask=mask)[0])
@@ -33,6 +36,25 @@ def _custom_attend(block: Any, x: Tensor, stage: Stage | None, args: tuple, kwar
 
 def _feed(block: Any, x: Tensor) -> Tensor:
     return block.ls_2(block.mlp(block.ln_2(x)))
+
+
+def _mha_mask(block: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
+    """[N, N] or [B x H, N, N], always added to the logits, also where it is bool."""
+    mask = kwargs.get("attn_mask")
+    if mask is None:
+        return None
+    mask = mask.to(x.dtype)
+    return mask[None, None] if mask.ndim == 2 else mask.unflatten(0, (x.shape[0], -1))
+
+
+def _custom_mask(block: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
+    """The same, but bool says what is hidden."""
+    mask = kwargs.get("attn_mask")
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(mask, float("-inf"))
+    return _mha_mask(block, x, args, {"attn_mask": mask}) if mask.ndim < 4 else mask.to(x.dtype)
 
 
 def _mha_keys(block: Any, x: Tensor) -> Tensor:
@@ -65,8 +87,8 @@ def _heads(block: Any) -> int:
     return block.attn.num_heads
 
 
-MHA = Block(_mha_attend, _feed, parts=_parts, width=_mha_width, heads=_heads, project=_mha_keys)
-CUSTOM = Block(_custom_attend, _feed, parts=_parts, width=_custom_width, heads=_heads, keys=_ln_k)
+MHA = Block(_mha_attend, _feed, parts=_parts, width=_mha_width, heads=_heads, project=_mha_keys, mask=_mha_mask)
+CUSTOM = Block(_custom_attend, _feed, parts=_parts, width=_custom_width, heads=_heads, keys=_ln_k, mask=_custom_mask)
 
 
 def _kind(block: nn.Module) -> Block | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtc.adapters.masks import given_mask
 from vtc.errors import UnsupportedModelError
 from vtc.macs import EncoderMACs
 
@@ -34,6 +35,7 @@ class Block:
         parts: (block) -> (attention module, MLP module), to count weights.
         example: (block) -> (tokens, args, kwargs) for a trial run.
         relative: the attention mask is a relative position bias, never padding.
+        mask: (block, x, args, kwargs) -> the caller's mask among them, as masks.py describes it.
     """
 
     attend: Callable[..., Tensor]
@@ -45,6 +47,7 @@ class Block:
     project: Callable[[Any, Tensor], Tensor] | None = None
     example: Callable[[Any], tuple[int, tuple, dict]] = plain_example
     relative: bool = False
+    mask: Callable[..., Tensor | None] = given_mask
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtc.errors import InputError
 from vtc.positions import combine
 from vtc.token_map import TokenMap
 
 Grid = tuple[int, int]
+
+
+@dataclass(eq=False)
+class Running:
+    """What one thread's call has come to. Every thread has its own, so that several may be in one model.
+
+    Attributes:
+        stage: behind the last block that ran; None before the first and after the last.
+        grid: of every image that was cut into patches last, and of a ragged batch (NaFlex).
+        room: patches of an image, and of all, that were cut since block 0 ran; None = unknown.
+        resized: the image's own grid and the one it was resized to, until block 0.
+        wide: every block returns full length, not only the last, and a call may stop between two.
+        ear: the patch whose block's keys are wanted; keys: what it heard.
+        open: the modules that are running, outermost first, each with `images` and `runs` as it began.
+        images: how often images were cut into patches; runs: how often a call came to its end.
+    """
+
+    stage: Stage | None = None
+    grid: tuple[Grid, ...] | None = None
+    room: tuple[int, int] | None = None
+    resized: tuple[Grid, Grid] | None = None
+    wide: bool = False
+    ear: Any = None
+    keys: Tensor | None = None
+    open: list[tuple[Any, int, int]] = field(default_factory=list)
+    images: int = 0
+    runs: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +50,8 @@ class Stage:
         plan: tokens to remove per layer; [B, depth] for a ragged batch.
         total: from the entry to now, None = nothing happened yet; maps: one per layer that reduced.
         size: [B, M] float32, what each token stands for, None = all 1; mask: [B, M], None = all real.
+        pairs: [B or 1, H or 1, M or 1, M], a caller's mask that is no padding, bool or added to the logits.
+        wide: the last block gave its tokens at full length.
         flow: (tokens in attention, tokens in the MLP) of each layer that ran, a pair of [B] lists or ints.
         carried, slot: with PPE, the patches whose positions each token behind the prefix carries [K, B, M], and which
             of the K each column of a rotary table reads.
@@ -39,6 +67,8 @@ class Stage:
     total: TokenMap | None = None
     size: Tensor | None = None
     mask: Tensor | None = None
+    pairs: Tensor | None = None
+    wide: bool = False
     maps: tuple[TokenMap, ...] = ()
     flow: tuple[tuple[Any, Any], ...] = ()
     carried: Tensor | None = None
@@ -51,12 +81,18 @@ class Stage:
         return self.entry if self.total is None else self.total.anchor.shape[1]
 
     def bias(self, x: Tensor) -> Tensor | None:
-        """[B, 1, 1, M]: log size, to add to the attention logits (proportional attention); -inf on padding."""
+        """[B, 1, 1, M]: log size, to add to the attention logits (proportional attention); -inf on padding. With a
+        caller's mask [B, 1 or H, M, M], which is bool if it was and nothing is added to it."""
         if self.size is None:
-            return None
+            return self.pairs
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        return self.size.log().to(dtype)[:, None, None, :]
+        bias = self.size.log().to(dtype)[:, None, None, :]
+        if self.pairs is None:
+            return bias
+        if self.pairs.dtype == torch.bool:
+            return bias.masked_fill(~self.pairs, float("-inf"))
+        return bias + self.pairs.to(dtype)
 
     def patches(self) -> Tensor:
         """[B, M - prefix]: which patch (row by row) each token behind the prefix is, or stands for."""
@@ -69,11 +105,17 @@ class Stage:
             return taken_at(table, self.patches())
         return combine([taken_at(table, patch) for patch in self.carried], self.slot)
 
+    @property
+    def length(self) -> int:
+        """How many tokens the next block must be given."""
+        if self.wide and self.front is not None:
+            return self.front.group.shape[1]
+        return self.entry if self.wide or self.total is None else self.total.anchor.shape[1]
+
     def narrow(self, x: Tensor) -> Tensor:
-        """Undo `widen`: x may come at full length from a block that was watched."""
-        if self.total is None or x.shape[1] == self.total.anchor.shape[1]:
-            return x
-        return self.total.gather(x)
+        """Undo `widen`: x comes at full length from a block that was watched."""
+        total = self.front if self.total is None else self.total
+        return x if total is None or not self.wide else total.gather(x)
 
     def widen(self, x: Tensor, fill: int | str) -> Tensor:
         """[B, M, C] -> [B, entry, C]; the prefix fills nothing but itself."""
@@ -82,31 +124,6 @@ class Stage:
             return x
         rest = total.drop_prefix(self.prefix).unmerge(x[:, self.prefix :], fill)
         return torch.cat([x[:, : self.prefix], rest], dim=1) if self.prefix else rest
-
-
-def padding_mask(args: tuple, kwargs: dict, x: Tensor) -> Tensor | None:
-    """[B, N] True = real, from the attention mask that a block was given; None if there is none or it hides nothing.
-
-    Additive float masks that hide no token (relative position biases) are not padding.
-    """
-    if kwargs.get("is_causal"):
-        raise InputError("is_causal=True: a causal encoder cannot lose tokens; call it without, or vtc.remove(model)")
-    given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.shape[-1] == x.shape[1]]
-    given = [v for v in given if v.ndim == 4 or (v.ndim == 2 and v.shape == x.shape[:2])]
-    if not given:
-        return None
-    mask = given[0]
-    real = mask if mask.dtype == torch.bool else mask > torch.finfo(x.dtype).min / 2
-    if mask.ndim == 2:
-        real = mask.bool() if not mask.is_floating_point() else real
-    else:
-        if mask.dtype != torch.bool and bool(real.all()):
-            return None
-        if not bool((real == real[:, :1, :1]).all()):
-            raise InputError("the attention mask is not plain padding, so tokens cannot be removed; pass none")
-        real = real[:, 0, 0]
-    real = real.expand(x.shape[:2])
-    return None if bool(real.all()) else real
 
 
 def taken_at(table: Tensor, index: Tensor, dim: int = -2) -> Tensor:

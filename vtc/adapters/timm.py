@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtc.adapters.masks import broadcast_mask
 from vtc.adapters.site import NOT_ROTARY, Block, Refusal, Site
 from vtc.adapters.stage import Stage, relative_bias
 from vtc.macs import EncoderMACs, linear_weights
@@ -132,7 +133,7 @@ def _beit_example(block: Any) -> tuple[int, tuple, dict]:
     return (8 if index is None else index.shape[0]), (), {}
 
 
-_common: dict[str, Any] = {"parts": _parts, "width": _width, "heads": _heads}
+_common: dict[str, Any] = {"parts": _parts, "width": _width, "heads": _heads, "mask": broadcast_mask}
 VIT = Block(_vit_attend, _vit_feed, keys=_k_norm, **_common)
 EVA = Block(_eva_attend, _eva_feed, keys=_k_norm, **_common)
 EVA_POST = Block(_eva_post_attend, _eva_post_feed, keys=_k_norm, **_common)

@@ -7,16 +7,22 @@ checkpointing finds it again in the backward pass.
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import einops
 import torch
 from torch import Tensor, nn
 
+from vtc.adapters.guard import Guard, changed, container, recomputing, strip_methods
+from vtc.adapters.hooks import Hook, unhook
+from vtc.adapters.masks import cut, read
+from vtc.adapters.patch import PatchedForward, patch_on
 from vtc.adapters.rotary import column_slots
 from vtc.adapters.site import Site
-from vtc.adapters.stage import Grid, Stage, padding_mask
+from vtc.adapters.stage import Running, Stage
+from vtc.adapters.tracing import refuse_traced, rides, tracer
 from vtc.errors import InputError, VTCError
 from vtc.functional import check_finite
 from vtc.methods.base import Method, Tokens
@@ -24,86 +30,44 @@ from vtc.methods.downsample import coarse_grid, pool_map
 from vtc.positions import members
 from vtc.schedule import removals, resized_count
 
-_TAG = "_vtc_stage"  # the storage is shared by a tensor and its detached copies, and lives as long as any of them
-
-
-class PatchedForward:
-    """Stands in for one block's `forward`. An object, not a closure, so that deep copies refer to their own block."""
-
-    def __init__(self, tower: Tower, index: int, block: nn.Module, name: str) -> None:
-        self.tower, self.index, self.block, self.name = tower, index, block, name
-        self.replaced = block.__dict__.get(name)
-        self.keys: Tensor | None = None
-        self.listening = False
-
-    def original(self, *args: Any, **kwargs: Any) -> Any:
-        if self.replaced is not None:
-            return self.replaced(*args, **kwargs)
-        return type(self.block).forward(self.block, *args, **kwargs)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if args:
-            return self.tower.run(self, args[0], args[1:], kwargs)
-        name = next(iter(kwargs))  # e.g. hidden_states=
-        rest = {k: v for k, v in kwargs.items() if k != name}
-        return self.tower.run(self, kwargs[name], (), rest)
-
-    def heard(self, hook: Hook, args: tuple, output: Tensor) -> None:
-        if self.listening:
-            self.keys = head_mean(output, self.tower.site.block.heads(self.block))
-
-    def install(self) -> None:
-        self.block.__dict__[self.name] = self
-
-    @property
-    def installed(self) -> bool:
-        return self.block.__dict__.get(self.name) is self
-
-    def remove(self) -> None:
-        if self.replaced is not None:
-            self.block.__dict__[self.name] = self.replaced
-        else:
-            del self.block.__dict__[self.name]
-
-
-class Hook:
-    """A forward (pre-)hook of ours, told from other people's by its class."""
-
-    def __init__(self, act: str, target: Any, extra: dict | None = None) -> None:
-        self.act, self.target, self.extra = act, target, extra or {}
-
-    def __call__(self, module: nn.Module, args: tuple, *rest: Any) -> Any:
-        return getattr(self.target, self.act)(self, args, *rest)
-
-
-class Intermediates:
-    """Stands in for `forward_intermediates`: while it runs, every block gives its tokens at full length."""
-
-    def __init__(self, tower: Tower, module: nn.Module) -> None:
-        self.tower, self.module = tower, module
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        before, self.tower.widen_all = self.tower.widen_all, True
-        try:
-            return type(self.module).forward_intermediates(self.module, *args, **kwargs)  # type: ignore[attr-defined]
-        finally:
-            self.tower.widen_all = before
-
 
 @dataclass(eq=False)
 class Tower:
-    """One patched encoder: the site, the method, and the state of the last call."""
+    """One patched encoder: the site, the method, and the state of its calls.
+
+    Attributes:
+        stage: at the end of the last call; turn: when that was; idle_calls: how many came after it without an image.
+        place: (module, attribute) of the list that holds the blocks.
+        plans: by number of patches, what each layer removes.
+        slots, slot: how many positions a merged token carries (PPE), and of every column of the rotary table which of
+            them it reads; None = no PPE.
+        shared, others: the calls in progress, of the thread that compressed the model (`home`) and of other ones.
+    """
 
     site: Site
     method: Method
     stage: Stage | None = None
-    widen_all: bool = False  # every block returns full length, not only the last
+    turn: int = 0
+    idle_calls: int = 0
+    place: tuple[nn.Module, str] | None = None
     patched: list[PatchedForward] = field(default_factory=list)
     plans: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    grid: tuple[Grid, ...] | None = None
-    slots: int = 1  # that merged tokens have for their members' positions (PPE)
-    slot: Tensor | None = None  # of every column of the rotary table; None = no PPE
-    resized: tuple[Grid, Grid] | None = None  # the image's own grid and the one it was resized to, until block 0
+    slots: int = 1
+    slot: Tensor | None = None
+    home: int = field(default_factory=threading.get_ident)
+    shared: Running = field(default_factory=Running)
+    others: dict[int, Running] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        method = self.method  # does every image keep all of its tokens, whatever comes?
+        self.idle = method.r == 0 or method.flops == 1.0 or (isinstance(method.keep, float) and method.keep == 1.0)
+
+    @property
+    def now(self) -> Running:
+        """This thread's call."""
+        if torch.compiler.is_compiling() or threading.get_ident() == self.home:
+            return self.shared
+        return self.others.setdefault(threading.get_ident(), Running())
 
     @property
     def where(self) -> str:
@@ -111,8 +75,14 @@ class Tower:
 
     # -- on and off ---------------------------------------------------------------------------------------------
 
-    def install(self) -> None:
-        """Patch every block. Whoever calls this takes it off again if it fails: `compress` strips the whole model."""
+    def install(self, root: nn.Module) -> None:
+        """Patch every block. Whoever calls this takes it off again if it fails: `compress` strips the whole model.
+
+        Args:
+            root: the model that holds the encoder.
+        """
+        Guard(self, root).install()
+        self.place = container(root, self.site.blocks)
         if self.method.ppe:
             assert not isinstance(self.site.rotary, str)
             self.slots, self.slot = column_slots(*self.site.rotary(), self.method.ppe)
@@ -123,7 +93,7 @@ class Tower:
             patch.install()
             self.patched.append(patch)
             if "keys" in self.method.needs and self.site.block.keys is not None:
-                self.site.block.keys(block).register_forward_hook(Hook("heard", patch))
+                patch.listen()
         self.site.patchify.register_forward_hook(Hook("saw_patches", self))
         if self.site.naflex is not None:
             self.site.naflex.register_forward_pre_hook(Hook("saw_shapes", self), with_kwargs=True)
@@ -131,30 +101,36 @@ class Tower:
             assert not isinstance(self.site.resizable, str)
             for module, extra in self.site.resizable:
                 module.register_forward_pre_hook(Hook("shrink", self, extra), with_kwargs=True)
-        for module in self.site.watched:
-            module.__dict__["forward_intermediates"] = Intermediates(self, module)
 
     # -- hooks --------------------------------------------------------------------------------------------------
 
     def saw_patches(self, hook: Hook, args: tuple, output: Tensor) -> None:
-        if self.site.naflex is None:
-            rows, columns = output.shape[-2:]
-            self.grid = ((rows, columns),) * output.shape[0]
+        now = self.now
+        now.images += 1
+        if self.site.naflex is not None or tracer(output):
+            return
+        (rows, columns), batch = output.shape[-2:], output.shape[0]
+        now.grid = ((rows, columns),) * batch
+        each, every = now.room or (0, 0)
+        now.room = each + rows * columns, every + batch * rows * columns
 
     def saw_shapes(self, hook: Hook, args: tuple, kwargs: dict) -> None:
         shapes = kwargs.get("spatial_shapes", args[1] if len(args) > 1 else None)
         if shapes is not None and "grid" in self.method.needs:
-            self.grid = tuple((int(h), int(w)) for h, w in shapes.tolist())
+            self.now.grid = tuple((int(h), int(w)) for h, w in shapes.tolist())
 
     def shrink(self, hook: Hook, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Resize the pixels so that the encoder sees the budget's grid (Downsample(mode="resize"))."""
+        if self.idle:
+            return None
         name = None if args else next(iter(kwargs))
         pixels = args[0] if name is None else kwargs[name]
+        refuse_traced(pixels)
         assert isinstance(self.site.patchify, nn.Conv2d)
         patch = self.site.patchify.stride
         fine = (pixels.shape[-2] // patch[0], pixels.shape[-1] // patch[1])
         coarse = coarse_grid(fine, resized_count(self.method, fine[0] * fine[1], self.site.macs))
-        self.resized = None if coarse == fine else (fine, coarse)
+        self.now.resized = None if coarse == fine else (fine, coarse)
         if coarse == fine:
             return None
         small = nn.functional.interpolate(
@@ -167,27 +143,64 @@ class Tower:
     # -- running ------------------------------------------------------------------------------------------------
 
     def run(self, patch: PatchedForward, x: Tensor, args: tuple, kwargs: dict) -> Any:
-        block = self.site.block
-        stage = self.enter(patch, x, args, kwargs)
+        block, now = self.site.block, self.now
+        if self.idle:
+            stage = self.passing(patch, now, x, args, kwargs)
+            return self.leave(patch, now, patch.original(x, *args, **kwargs), stage)
+        stage = self.enter(patch, now, x, args, kwargs)
         removed = stage.plan[:, patch.index] if isinstance(stage.plan, Tensor) else stage.plan[patch.index]
         idle = not bool(removed.any()) if isinstance(removed, Tensor) else removed == 0
+        if not idle or stage.total is not None or stage.front is not None:
+            self.check_length(patch, x, stage)
+            x = stage.narrow(x)
         if stage.total is None and idle:  # nothing has happened and nothing will: the block's own forward
             out = patch.original(x, *args, **kwargs)
-            return self.leave(patch, out, replace(stage, flow=(*stage.flow, (stage.count(), stage.count()))))
-        attended = stage.count()
-        x = stage.narrow(x)
-        patch.listening = not idle and "keys" in self.method.needs
-        before = x
+            return self.leave(patch, now, out, replace(stage, flow=(*stage.flow, (stage.count(), stage.count()))))
+        attended, before = stage.count(), x
+        if not idle and "keys" in self.method.needs:
+            now.ear = patch
+            if block.keys is not None:
+                patch.listen()
         x = x + block.attend(patch.block, x, stage if stage.total is not None else None, args, kwargs)
         if not idle:
             if "keys" in self.method.needs and block.project is not None:
-                patch.keys = block.project(patch.block, before)
-            x, stage = self.reduce(patch, x, stage, removed)
+                self.check_attention(patch)
+                now.keys = block.project(patch.block, before)
+            x, stage = self.reduce(patch, now, x, stage, removed)
         x = x + block.feed(patch.block, x)
-        return self.leave(patch, x, replace(stage, flow=(*stage.flow, (attended, stage.count()))))
+        return self.leave(patch, now, x, replace(stage, flow=(*stage.flow, (attended, stage.count()))))
 
-    def reduce(self, patch: PatchedForward, x: Tensor, stage: Stage, removed: int | Tensor) -> tuple[Tensor, Stage]:
-        keys, patch.keys, patch.listening = patch.keys, None, False
+    def passing(self, patch: PatchedForward, now: Running, x: Tensor, args: tuple, kwargs: dict) -> Stage:
+        """What a report says of a block that runs as it is; in any order, with anything."""
+        stage = now.stage
+        if patch.index == 0 or stage is None or stage.layer != patch.index:
+            given = None if self.site.block.relative else self.site.block.mask(patch.block, x, args, kwargs)
+            padding = None if given is None or tracer(x) else read(given, x, self.site.prefix)[0]
+            stage = Stage(0, self.site.prefix, x.shape[1], (), now.grid, batch=x.shape[0], mask=padding)
+            stage = replace(stage, flow=((stage.count(), stage.count()),) * patch.index)
+        return replace(stage, flow=(*stage.flow, (stage.count(), stage.count())))
+
+    def check_length(self, patch: PatchedForward, x: Tensor, stage: Stage) -> None:
+        if x.shape[:2] != (stage.batch, stage.length):
+            raise InputError(
+                f"block {patch.index} of {self.site.path or 'the model'} was given {x.shape[0]} x {x.shape[1]} tokens, "
+                f"and {stage.batch} x {stage.length} came out of the block before it: vtc cannot tell tokens apart "
+                "that come or go between blocks; call vtc.remove(model)"
+            )
+
+    def check_attention(self, patch: PatchedForward) -> None:
+        """Before keys are computed from an attention's weights."""
+        now = type(self.site.block.parts(patch.block)[0])
+        if now is not patch.attention:
+            raise InputError(
+                f"block {patch.index} of {self.site.path or 'the model'} attends with a {now.__name__}, and did with a "
+                f"{patch.attention.__name__} when vtc compressed it: compress it again"
+            )
+
+    def reduce(
+        self, patch: PatchedForward, now: Running, x: Tensor, stage: Stage, removed: int | Tensor
+    ) -> tuple[Tensor, Stage]:
+        keys, now.keys, now.ear = now.keys, None, None
         if keys is None and "keys" in self.method.needs:
             raise VTCError(
                 f"block {patch.index} of {self.site.path or 'the model'} attended without showing its keys, which "
@@ -216,44 +229,83 @@ class Tower:
         carried = None
         if self.slot is not None:
             carried = members(total.drop_prefix(stage.prefix), self.slots).clamp(min=0)
+        pairs = stage.pairs
+        if pairs is not None:
+            pairs = cut(pairs, token_map, self.method.merges, f"layer {patch.index} of {self.where}")
         maps = (*stage.maps, token_map)
-        return x, replace(stage, total=total, size=size, mask=mask, maps=maps, carried=carried, slot=self.slot)
+        fields = {"total": total, "size": size, "mask": mask, "pairs": pairs, "maps": maps}
+        return x, replace(stage, **fields, carried=carried, slot=self.slot)
 
-    def enter(self, patch: PatchedForward, x: Tensor, args: tuple, kwargs: dict) -> Stage:
-        # In a backward pass that recomputes (activation checkpointing) the state of the last call is another one's, so
-        # the stage that rides on the input comes first. Compiled graphs recompute by themselves.
-        tag = None if torch.compiler.is_compiling() else getattr(x.untyped_storage(), _TAG, None)
-        if tag is not None and tag[0] is self and tag[1].layer == patch.index:
-            if patch.index > 0 or torch.is_grad_enabled():
-                return tag[1]
-        if patch.index == 0:
-            stage = self.begin(x, args, kwargs)
-            self.tag(x, stage)
-            return stage
-        if self.stage is None or self.stage.layer != patch.index:
-            raise VTCError(
-                f"block {patch.index} of {self.site.path or 'the model'} ran without the blocks before it: "
-                "run the whole encoder, or call vtc.remove(model) to use its blocks one by one"
+    def enter(self, patch: PatchedForward, now: Running, x: Tensor, args: tuple, kwargs: dict) -> Stage:
+        stage = self.noted(patch, x) if recomputing() else None
+        if stage is None and patch.index == 0:
+            stage = self.begin(now, x, args, kwargs)
+        elif stage is None:
+            stage = now.stage
+            if stage is None or stage.layer != patch.index:
+                raise VTCError(
+                    f"block {patch.index} of {self.site.path or 'the model'} ran without the blocks before it: "
+                    "run the whole encoder, or call vtc.remove(model) to use its blocks one by one"
+                )
+        if rides(x):
+            setattr(x.untyped_storage(), f"_vtc_{id(self)}", (self, stage, x.shape, x._version))
+        return stage
+
+    def noted(self, patch: PatchedForward, x: Tensor) -> Stage | None:
+        """In a backward pass that recomputes (activation checkpointing) the state of the last call is another one's.
+        What a block was given is the memory that it is given again, and the stage was noted there; it says nothing if
+        something else has been written there since, or is given."""
+        note = getattr(x.untyped_storage(), f"_vtc_{id(self)}", None) if rides(x) else None
+        if note is None:
+            return None
+        tower, stage, shape, version = note
+        same = tower is self and stage.layer == patch.index and shape == x.shape and version == x._version
+        return stage if same else None
+
+    def begin(self, now: Running, x: Tensor, args: tuple, kwargs: dict) -> Stage:
+        room, now.room = now.room, None
+        depth = len(self.site.blocks)
+        refuse_traced(x)
+        what = changed(self.place, self.site.blocks)
+        if what:
+            raise InputError(
+                f"the blocks of {self.where} changed since vtc compressed them ({what}): compress it again"
             )
-        return self.stage
-
-    def begin(self, x: Tensor, args: tuple, kwargs: dict) -> Stage:
+        if kwargs.get("is_causal"):
+            raise InputError(
+                "is_causal=True: a causal encoder cannot lose tokens; call it without, or vtc.remove(model)"
+            )
         prefix = self.site.prefix
         patches = x.shape[1] - prefix
-        stage = Stage(0, prefix, x.shape[1], (), self.grid, batch=x.shape[0])
-        if self.resized is not None:
-            return self.begin_resized(x, stage)
-        mask = None if self.site.block.relative else padding_mask(args, kwargs, x)
-        if mask is not None:
-            plans = [self.plan(int(n) - prefix) for n in mask.sum(1)]
-            plan = torch.tensor(plans, device=x.device)
-            return replace(stage, plan=plan, mask=mask, size=mask.float())
-        if "grid" in self.method.needs and (self.grid is None or any(h * w != patches for h, w in self.grid)):
+        stage = Stage(0, prefix, x.shape[1], (), now.grid, batch=x.shape[0])
+        given = None if self.site.block.relative else self.site.block.mask(self.site.blocks[0], x, args, kwargs)
+        if now.resized is not None:
+            if given is not None:
+                raise InputError(f'{self.method.name}: an attention mask is of one size; use mode="pool", or pass none')
+            return self.begin_resized(now, x, stage)
+        padding, pairs = read(given, x, prefix)
+        if padding is not None:
+            plans = [self.plan(int(n) - prefix) for n in padding.sum(1)]
+            plan = torch.tensor(plans, device=x.device).view(-1, depth)
+            return replace(stage, plan=plan, mask=padding, size=padding.float())
+        plan = self.plan(patches)
+        if any(plan):
+            self.check_patches(stage, patches, room if now.open else None)
+        return replace(stage, plan=plan, pairs=pairs)
+
+    def check_patches(self, stage: Stage, patches: int, room: tuple[int, int] | None) -> None:
+        """Before tokens are taken for patches. `room`: patches of an image, and of all, that were cut."""
+        if room is not None and patches > room[0] and stage.batch * patches > room[1]:
             raise InputError(
-                f"{self.method.name} needs all patches of the image, but {patches} of the grid {self.grid} reached the "
-                "encoder: switch masking or patch dropout off, or use a method that needs no grid"
+                f"{stage.entry} tokens of an image reached {self.where}, more than its {room[0]} patches and "
+                f"{stage.prefix} prefix tokens: vtc would take the others (prompts, queries) for patches; call "
+                "vtc.remove(model)"
             )
-        return replace(stage, plan=self.plan(patches))
+        if "grid" in self.method.needs and (stage.grid is None or any(h * w != patches for h, w in stage.grid)):
+            raise InputError(
+                f"{self.method.name} needs all patches of the image, but {patches} of the grid {stage.grid} reached "
+                "the encoder: switch masking or patch dropout off, or use a method that needs no grid"
+            )
 
     def plan(self, patches: int) -> tuple[int, ...]:
         if torch.compiler.is_compiling():  # the graph holds the plan, and should not depend on what is in the memory
@@ -262,10 +314,9 @@ class Tower:
             self.plans[patches] = removals(self.method, patches, len(self.site.blocks), self.site.macs)
         return self.plans[patches]
 
-    def begin_resized(self, x: Tensor, stage: Stage) -> Stage:
-        assert self.resized is not None
-        fine, coarse = self.resized
-        self.resized = None
+    def begin_resized(self, now: Running, x: Tensor, stage: Stage) -> Stage:
+        assert now.resized is not None
+        (fine, coarse), now.resized = now.resized, None
         batch, entry = x.shape[0], fine[0] * fine[1] + stage.prefix
         front = pool_map(entry, (fine,) * batch, [coarse] * batch, stage.prefix, device=x.device)
         if front.anchor.shape[1] != x.shape[1]:
@@ -275,36 +326,34 @@ class Tower:
             )
         return replace(stage, plan=(0,) * len(self.site.blocks), front=front)
 
-    def leave(self, patch: PatchedForward, x: Tensor, stage: Stage) -> Tensor:
-        stage = replace(stage, layer=patch.index + 1)
-        self.stage = stage
+    def leave(self, patch: PatchedForward, now: Running, x: Tensor, stage: Stage) -> Tensor:
         last = patch.index + 1 == len(self.site.blocks)
-        if last or self.widen_all or patch.block._forward_hooks:  # somebody else sees this output
+        wide = last or now.wide or bool(patch.block._forward_hooks)  # somebody else sees this output
+        stage = replace(stage, layer=patch.index + 1, wide=wide)
+        if wide:
             x = stage.widen(x, 0 if self.method.merges else "nearest")
-        if not last:
-            self.tag(x, stage)
+        if last:
+            self.finish(now, stage)
+        else:
+            now.stage = stage
         return x
 
-    def tag(self, x: Tensor, stage: Stage) -> None:
+    def finish(self, now: Running, stage: Stage) -> None:
+        now.stage, now.runs = None, now.runs + 1
+        if not recomputing():
+            self.stage, self.idle_calls = stage, 0
         if not torch.compiler.is_compiling():
-            setattr(x.untyped_storage(), _TAG, (self, stage))
-
-
-def head_mean(keys: Tensor, heads: int) -> Tensor:
-    """[B, H, N, D] or [B, N, H D] -> [B, N, D] float32, the mean over heads."""
-    pattern = "b h n d -> b n d" if keys.ndim == 4 else "b n (h d) -> b n d"
-    return einops.reduce(keys.detach().float(), pattern, "mean", h=heads)
+            self.turn = time.monotonic_ns()
 
 
 def strip(module: nn.Module) -> None:
     """Take our patches and hooks off one module."""
-    for name in ("forward", "_old_forward"):
-        if isinstance(module.__dict__.get(name), PatchedForward):
-            module.__dict__[name].remove()
-    if isinstance(module.__dict__.get("forward_intermediates"), Intermediates):
-        del module.__dict__["forward_intermediates"]
-    for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        for key in [k for k, hook in hooks.items() if isinstance(hook, Hook)]:
-            del hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
-            module._forward_hooks_with_kwargs.pop(key, None)
+    patch = patch_on(module)
+    if patch is not None:
+        patch.remove()
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        if isinstance(getattr(hook, "target", None), Guard):  # also patches that somebody has wrapped
+            for patch in hook.target.tower.patched:
+                patch.remove()
+    strip_methods(module)
+    unhook(module)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import vtc
 from vtc import ops
+from vtc.adapters.patch import head_mean
 from vtc.adapters.site import Site
-from vtc.adapters.tower import head_mean
 from vtc.eval import common, elpv, photos
 from vtc.eval.common import Results
 from vtc.methods import Method

@@ -271,6 +271,8 @@ def compiled(x: Tensor, *, differentiable: bool = False) -> bool:
     types = (torch.float32, torch.bfloat16, torch.float16) if differentiable else (torch.float32,)
     if x.dtype not in types or (not differentiable and x.requires_grad and torch.is_grad_enabled()):
         return False
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return False  # torch.func differentiates the definitions
     return backend(x.device) != "torch"
 
 

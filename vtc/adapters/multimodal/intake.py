@@ -24,6 +24,7 @@ from vtc.adapters.multimodal.columns import as_asked, check_arguments, check_ask
 from vtc.adapters.multimodal.events import in_events
 from vtc.adapters.multimodal.evidence import Evidence
 from vtc.adapters.multimodal.family import Family, Kind
+from vtc.adapters.multimodal.guard import Guard
 from vtc.adapters.multimodal.layers import Call, Thinning
 from vtc.adapters.multimodal.owners import Owners
 from vtc.adapters.multimodal.question import Encoded, Question, Record, Seen, decide_all
@@ -71,13 +72,15 @@ class Intake:
 
     # -- on and off ---------------------------------------------------------------------------------------------
 
-    def install(self) -> None:
+    def install(self, root: nn.Module) -> None:
         decoder = getattr(self.inner, self.family.decoder)
         name = "_old_forward" if "_old_forward" in self.inner.__dict__ else "forward"
         self.positions = Positions(decoder.rotary_emb, self.method.ppe)
         self.told = try_positions(decoder).reads
         self.encoders = {kind.name: Encode(self, kind) for kind in self.family.kinds}
         forward = IntakeForward(self, name)
+        self.guard = Guard(self, root)
+        self.guard.install()
         self.patched = [forward, self.positions, *self.encoders.values()]
         for head in self.owners.heads:
             self.patched += [OwnerForward(self, head), Loss(self, head), MaskMaker(head)]
@@ -97,7 +100,7 @@ class Intake:
             self.evidence = Evidence(self.family, self.inner, needs)
             self.evidence.install()
         if self.tower is not None:
-            self.tower.install()
+            self.tower.install(root)
 
     # -- running ------------------------------------------------------------------------------------------------
 
@@ -115,6 +118,7 @@ class Intake:
         seen = [
             self.see(kind, given[kind.name], call) for kind in self.family.kinds if given.get(kind.name) is not None
         ]
+        self.guard.saw(bool(seen), call)
         question = self.question(seen, call) if seen else None
         before = self.record, self.inside
         bare = question is None and self.record is not None and not _goes_on(call)
@@ -154,6 +158,7 @@ class Intake:
         """Run one of the model's encoders, with ears on what the method needs."""
         if self.encoding:  # one encoder calling the other
             return encode.original(*args, **kwargs)
+        self.guard.enter(encode)
         if self.evidence is not None:
             self.evidence.start()
         self.encoding = True
@@ -161,6 +166,7 @@ class Intake:
             output = encode.original(*args, **kwargs)
         finally:
             self.encoding = False
+            self.guard.leave(encode)
             heard = {} if self.evidence is None else self.evidence.stop()
         pooled = getattr(output, "pooler_output", None)
         if pooled is None:  # return_dict=False: not for us

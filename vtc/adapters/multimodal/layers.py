@@ -214,7 +214,12 @@ class Thinning:
 
     def evidence(self, call: Call, hidden: Tensor, real: Tensor) -> dict[str, Any]:
         question, method = call.question, self.method
-        assert self.ear is not None and self.ear.heard
+        assert self.ear is not None
+        if not self.ear.heard:
+            raise InputError(
+                f"layer {self.steps[0][0] - 1} of the decoder attended without being heard: if its attention was "
+                "replaced since vtc compressed the model, compress it again"
+            )
         query, key, _, scale = self.ear.heard[-1]
         self.ear.heard = None
         prompts = torch.tensor(question.prompts, device=hidden.device)[:, None]

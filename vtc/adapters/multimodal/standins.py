@@ -74,6 +74,7 @@ class Encode(StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.output is not None:
+            self.intake.guard.alone()
             return self.output
         return self.intake.encode(self, args, kwargs)
 

@@ -1,0 +1,114 @@
+"""A patched multimodal model never runs past its patch, nor in two threads at once.
+
+Image tokens go through the projector. If that ran while one of the models from the one given to `compress` down to the
+patched one did, the patch must have seen images; and embeddings that hold what came out of the projector, in a call
+without pixels, were filled in by somebody else.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc.adapters.guard import enclosing, recomputing, refuse_replica
+from vtc.adapters.hooks import Hook, Scope
+from vtc.errors import InputError
+
+if TYPE_CHECKING:
+    from vtc.adapters.multimodal.intake import Intake
+
+
+class Guard:
+    """Watches one patched multimodal model.
+
+    Attributes:
+        open: (module, thread, images and prompts before) of everything that is running, outermost first.
+        images: how often the projector ran; prompts: how often the patch saw images.
+        ends: [2, C], the first and the last row of the projector's last output, until a prompt takes them in.
+    """
+
+    def __init__(self, intake: Intake, root: nn.Module) -> None:
+        self.intake, self.root = intake, root
+        self.open: list[tuple[Any, int, int, int]] = []
+        self.images = self.prompts = 0
+        self.ends: Tensor | None = None
+
+    def install(self) -> None:
+        for module in enclosing(self.root, self.intake.inner):
+            module.register_forward_pre_hook(Scope("enter", self))
+            module.register_forward_hook(Scope("close", self), always_call=True)
+        self.intake.family.projector(self.intake.inner).register_forward_hook(Hook("projected", self))
+
+    def projected(self, hook: Hook, args: tuple, output: Any) -> None:
+        if torch.compiler.is_compiling() or recomputing() or not isinstance(output, Tensor) or not output.numel():
+            return
+        rows = output.detach().flatten(0, -2)
+        self.images, self.ends = self.images + 1, rows[[0, -1]]
+
+    def enter(self, module: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        refuse_replica(module)
+        self.leave(module)  # it never ended if somebody pressed Ctrl+C
+        mine = (module, threading.get_ident(), self.images, self.prompts)
+        self.open.append(mine)
+        try:
+            self.alone()
+        except InputError:
+            self.open.remove(mine)
+            raise
+
+    def alone(self) -> None:
+        """Raise where another thread is in the model."""
+        if self.open and self.open[0][1] != threading.get_ident():
+            raise InputError(
+                f"another thread is in {self.intake.where}: vtc works on one call of it at a time; take turns, or give "
+                "each thread a copy (copy.deepcopy)"
+            )
+
+    def leave(self, module: Any) -> tuple[int, int] | None:
+        """Forget a module, and what began inside it; what was counted before it."""
+        me = threading.get_ident()
+        for place, (opened, thread, images, prompts) in enumerate(self.open):
+            if opened is module and thread == me:
+                self.open[place:] = [each for each in self.open[place:] if each[1] != me]
+                return images, prompts
+        return None
+
+    def close(self, module: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        before = self.leave(module)
+        if before is None or (output is None and sys.exc_info()[1] is not None):
+            return
+        images, prompts = before
+        if self.images > images and self.prompts == prompts and not self.idle:
+            self.ends = None
+            raise InputError("images " + self.past)
+
+    @property
+    def past(self) -> str:
+        return (
+            f"were filled in before {type(self.intake.inner).__name__}'s own forward, where vtc takes them out: pass "
+            "it the pixels, with the ids or the embeddings, or call vtc.remove(model)"
+        )
+
+    @property
+    def idle(self) -> bool:
+        """Whether every image keeps all of its tokens."""
+        method = self.intake.method
+        return isinstance(method.keep, float) and method.keep == 1.0 and not method.cascade
+
+    def saw(self, images: bool, call: dict[str, Any]) -> None:
+        """What the patch has found in a call."""
+        ends, embeds = self.ends, call.get("inputs_embeds")
+        if images:
+            self.prompts, self.ends = self.prompts + 1, None
+        elif ends is not None and embeds is not None and not self.idle and ends.shape[-1] == embeds.shape[-1]:
+            found = embeds[..., None, :] == ends.to(embeds.device, embeds.dtype)
+            if bool(found.all(-1).flatten(0, -2).any(0).all()):
+                raise InputError("the image tokens in inputs_embeds " + self.past)
