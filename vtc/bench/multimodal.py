@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vtc.bench.models import ModelError, first_line, quiet
+from vtc.bench.models import ModelError, quiet
+from vtc.errors import first_line
 from vtc.bench.prompts import Picture, picture
 from vtc.checkpoints import tiny
 
