@@ -53,8 +53,8 @@ class EncoderMACs:
 
 
 def linear_weights(module: nn.Module | None) -> int:
-    """How many weights of `module` multiply a token: those of its Linear layers and fused attention projections. Counted
-    from what layers say of their shapes: the weights may be packed (quantized)."""
+    """How many weights of `module` multiply a token: those of its Linear layers and fused attention projections.
+    Counted from what layers say of their shapes: the weights may be packed (quantized)."""
     if module is None:
         return 0
     count = 0

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vtc.adapters import reasons
 from vtc.adapters.site import NOT_ROTARY, Block, Refusal, Site, examined
 from vtc.adapters.stage import Stage, relative_bias
+from vtc.adapters.timm import encodes as in_timm
 from vtc.macs import EncoderMACs, linear_weights
 
 name = "huggingface"
@@ -43,7 +44,7 @@ def _biased(mask: Tensor | None, x: Tensor, stage: Stage | None) -> Tensor | Non
     return mask if bias is None else mask + bias
 
 
-# -- ViT, DeiT, ViT-MAE, Pixio ---------------------------------------------------------------------------------------------
+# -- ViT, DeiT, ViT-MAE, Pixio -----------------------------------------------------------------------------------
 
 
 def _vit_attend(layer: Any, x: Tensor, stage: Stage | None, args: tuple, kwargs: dict) -> Tensor:
@@ -228,7 +229,7 @@ def _kind(layer: nn.Module) -> Block | None:
     if has("layernorm_before", "layernorm_after", "dropout"):
         return VIT
     if dino:
-        return DINO3 if "DINOv3" in type(attn).__name__ else DINO2
+        return DINO3 if "position_embeddings" in signature(type(attn).forward).parameters else DINO2
     if has("layer_norm1", "layer_norm2", "self_attn"):
         return CLIP
     return None
@@ -272,18 +273,19 @@ def _encodes(module: Any) -> bool:
     if not isinstance(getattr(module, "embeddings", None), nn.Module):
         return False
     if any(name.startswith("pixel_values") for name in _inputs(module)):
-        return True
+        # without layers of its own, it may be a model around an encoder, whose embeddings are those of a text
+        return _layers(module) is not None or not any(_covered(m) for m in module.modules() if m is not module)
     cuts = any(isinstance(part, nn.Conv2d) for part in module.embeddings.modules())
     return cuts and _layers(module) is not None and _sees(module)
 
 
 def _covered(module: Any) -> bool:
     """True for an encoder that this adapter judges for itself, or that the timm adapter does (TimmWrapperModel)."""
-    return _of_library(module) and _encodes(module) or type(module).__module__.startswith("timm.models.")
+    return (_of_library(module) and _encodes(module)) or in_timm(module)
 
 
 def _layers(module: Any) -> Any:
-    for place in ("layers", "layer", "encoder.layers", "encoder.layer", "model.layers", "model.layer"):
+    for place in ("layers", "layer", "encoder.layers", "encoder.layer", "model.layers", "model.layer", "blocks"):
         found = module
         for step in place.split("."):
             found = getattr(found, step, None)

@@ -98,9 +98,8 @@ def _pyramid(model: Any) -> bool:
     """Do its features come in several sizes?"""
     info = getattr(model, "feature_info", None)
     scales = {entry.get("reduction") for entry in info if isinstance(entry, dict)} if isinstance(info, list) else set()
-    config = getattr(model, "config", None)
-    staged = any(isinstance(getattr(config, name, None), (list, tuple)) for name in ("depths", "num_heads", "sr_ratios"))
-    return len(scales) > 1 or staged
+    lists = (getattr(getattr(model, "config", None), name, None) for name in ("depths", "num_heads", "sr_ratios"))
+    return len(scales) > 1 or any(isinstance(value, (list, tuple)) for value in lists)
 
 
 def _wide(module: Any) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vtc.errors import first_line
@@ -109,8 +108,8 @@ def unforeseen(error: Exception) -> str:
 
 def projected_keys(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
     """Keys averaged over heads [B, N, D] float32, where one projection makes queries, keys and values and is applied
-    past every hook. Averaging the weights over the heads gives the mean key directly; weights that are packed (quantized)
-    are applied as they are, not read."""
+    past every hook. Averaging the weights over the heads gives the mean key directly; weights that are packed
+    (quantized) are applied as they are, not read."""
     rows = weight.shape[0] // 3
     if bias is not None:
         bias = bias[rows : 2 * rows].detach().float()

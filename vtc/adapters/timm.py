@@ -44,7 +44,7 @@ def _vit_post_attend(block: Any, x: Tensor, stage: Stage | None, args: tuple, kw
     return block.drop_path1(block.norm1(h))
 
 
-# -- EvaBlock, and others with a rotary table as argument: LayerScale as parameters -------------------------------------------------
+# -- EvaBlock, and others with a rotary table as argument: LayerScale as parameters -------------------------
 
 
 def _eva_rope(stage: Stage | None, kwargs: dict) -> Tensor | None:
@@ -192,15 +192,15 @@ def find(model: nn.Module) -> Iterator[Site | Refusal]:
     hybrid's patches) is judged with it; a head around an encoder (Qwen3VitClassifier) is none."""
     judged: list[str] = []
     for path, module in model.named_modules():
-        if not _encodes(module) or any(path.startswith(above) for above in judged):
+        if not encodes(module) or any(path.startswith(above) for above in judged):
             continue
-        if not hasattr(module, "blocks") and any(map(_encodes, module.children())):
+        if not hasattr(module, "blocks") and any(map(encodes, module.children())):
             continue
         judged.append(f"{path}." if path else "")
         yield examined(path, module, _site)
 
 
-def _encodes(module: nn.Module) -> bool:
+def encodes(module: nn.Module) -> bool:
     mine = any(cls.__module__.startswith("timm.models.") for cls in type(module).__mro__)
     return mine and hasattr(module, "forward_features")
 

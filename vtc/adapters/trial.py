@@ -2,8 +2,8 @@
 
 Do as many tokens reach the first block as the adapter counts? Does every block compute `x + attend(x)`, then
 `x + feed(x)`, to the last bit? Do sizes mean what they should: all of size 1 is no bias, and a token of size 4 is that
-token four times? All but the second question go to copies with random weights, so that a model on the meta device, one that
-is offloaded and one in half precision get the same answers.
+token four times? All but the second question go to copies with random weights, so that a model on the meta device, one
+that is offloaded and one in half precision get the same answers.
 """
 
 from __future__ import annotations
@@ -44,40 +44,54 @@ def check(site: Site) -> str:
 # -- what reaches the first block -----------------------------------------------------------------------------------
 
 
-class _Entered(Exception):
-    """The first block was called."""
+class _Passed(Exception):
+    """The last block was called."""
 
 
 class _Unreached(Exception):
-    """The first block was not called, and why."""
+    """A block was not called, and why."""
 
 
-class _Entry(nn.Module):
-    """Stands in for every block of a copy: ends the call, and keeps what it was given."""
+class _Passage(nn.Module):
+    """Stands in for the blocks of a copy: notes what each is given, and ends the call at the last."""
+
+    def __init__(self, index: int, last: bool, calls: list) -> None:
+        super().__init__()
+        self.index, self.last, self.calls = index, last, calls
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.given = args, kwargs
-        raise _Entered
+        self.calls.append((self.index, args, kwargs))
+        if self.last:
+            raise _Passed
+        return args[0] if args else next(iter(kwargs.values()))
 
 
 def check_entry(site: Site) -> str:
-    """Run the encoder up to its first block, on the meta device."""
+    """Run the encoder up to its last block on the meta device, with blocks that do nothing."""
     if site.encoder is None or site.probe is None:
         return ""
-    entry, patches = _Entry(), []
-    known: dict[int, Any] = {id(block): entry for block in site.blocks}
+    calls: list = []
+    patches: list = []
+    last = len(site.blocks) - 1
+    known: dict[int, Any] = {id(b): _Passage(i, i == last, calls) for i, b in enumerate(site.blocks)}
     encoder = bare_copy(site.encoder, _on_meta, known)
     known[id(site.patchify)].register_forward_hook(lambda module, args, output: patches.append(output))
     try:
         site.probe(encoder)
-    except _Entered:
+    except _Passed:
         pass
-    except Exception as error:  # whatever foreign embeddings may raise
-        raise _Unreached(f"it does not run its blocks on one image, as vtc expects: {first_line(error)}") from error
+    except Exception as error:  # whatever a foreign encoder may raise
+        where = f"after block {len(calls) - 1}" if calls else "before the first"
+        what = "it asks for the numbers in a tensor" if "meta tensor" in str(error) else first_line(error)
+        raise _Unreached(
+            f"it does not run its blocks one after the other on one image, as vtc expects: {where}, {what}"
+        ) from error
     else:
-        raise _Unreached("its call with one image does not run its blocks")
+        raise _Unreached(f"its call with one image runs {len(calls)} of its {last + 1} blocks")
+    if [index for index, *_ in calls] != list(range(last + 1)):
+        return f"it runs its blocks in the order {', '.join(str(index) for index, *_ in calls)}"
     names = list(inspect.signature(type(site.blocks[0]).forward).parameters)[1:]
-    args, kwargs = entry.given
+    _, args, kwargs = calls[0]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     x = given.pop(next(iter(given)))
     if not isinstance(x, Tensor) or x.ndim != 3:
@@ -87,11 +101,15 @@ def check_entry(site: Site) -> str:
     strange = [name for name, value in given.items() if name not in expected and _holds_tensor(value)]
     if strange:
         return f"its blocks are given {' and '.join(strange)}, which vtc does not know how to shorten"
+    for index, args, kwargs in calls[1:]:
+        now = args[0] if args else next(iter(kwargs.values()))
+        if now.shape != x.shape:
+            return f"{now.shape[1]} tokens reach block {index}, and {x.shape[1]} the blocks before: they are no patches"
     count = _patch_count(patches)
     if count and not site.shuffled and x.shape[1] != site.prefix + count:
         return (
             f"{x.shape[1]} tokens reach its first block for {count} patches, and vtc counts {site.prefix} prefix "
-            "tokens: the others would be taken for patches"
+            f"token{'s' * (site.prefix != 1)}: the others would be taken for patches"
         )
     return ""
 

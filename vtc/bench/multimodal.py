@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from vtc.bench.models import ModelError, quiet
-from vtc.errors import first_line
 from vtc.bench.prompts import Picture, picture
 from vtc.checkpoints import tiny
+from vtc.errors import first_line
 
 PRESETS = ("llava-0.5b", "qwen2.5-vl-0.5b")
 _LARGE = 4_000_000_000  # parameters above which a model is not filled with random weights
