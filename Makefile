@@ -8,7 +8,7 @@ CHOICE := --split validation --methods all --limit 8 --seeds 3 --keep 0.25 0.1
 quote = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test lint docs wheel wheel-check old-transformers harness-check eval answers bench soak raised gpu-check
+.PHONY: help setup run demo test lint docs wheel wheel-check old-transformers harness-check eval answers bench registry soak raised gpu-check
 
 help:  ## this list
 	@echo "make TARGET, with TARGET one of"
@@ -83,6 +83,10 @@ answers: setup  ## every method on the small models, and docs/answers.md of it: 
 
 bench: setup  ## speed against the unpatched model
 	@$(BIN)/vtc bench
+
+registry: setup  ## explain every model of timm, open_clip and transformers, into docs/models.md; ARGS=--fresh
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tools/registry.py $(ARGS)
+	@$(BIN)/python tools/support_matrix.py
 
 soak: setup  ## a thousand pictures through the demo: does memory stay flat?
 	@VTC_SOAK=1000 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -s tests/test_robustness.py -k soak

@@ -53,11 +53,18 @@ def _timm(name: str, side: int = 64, resizes: bool = False, patch: int = 8, **op
     def build() -> nn.Module:
         import timm
 
+        given = {key: value() if callable(value) else value for key, value in options.items()}
         return timm.create_model(
-            name, pretrained=False, img_size=side, depth=3, num_classes=5, patch_size=patch, **options
+            name, pretrained=False, img_size=side, depth=3, num_classes=5, patch_size=patch, **given
         )
 
     return Entry(build, lambda batch: {"x": pixels(batch, side)}, one, (side // patch,) * 2, resizes)
+
+
+def _res_post_block() -> type:
+    from timm.models.vision_transformer import ResPostBlock
+
+    return ResPostBlock
 
 
 TIMM = {
@@ -66,6 +73,9 @@ TIMM = {
     "timm-vit-avg": _timm("vit_tiny_patch16_224", global_pool="avg"),
     "timm-augreg-map": _timm("vit_tiny_patch16_224", global_pool="map", class_token=False),
     "timm-qknorm": _timm("vit_tiny_patch16_224", qk_norm=True, init_values=0.1),
+    "timm-diff": _timm("vit_tiny_patch16_224", attn_layer="diff", embed_dim=64, num_heads=4),
+    "timm-respost": _timm("vit_tiny_patch16_224", block_fn=_res_post_block, init_values=0.1),
+    "timm-qwen3": _timm("qwen3_vit_88m", embed_dim=64, num_heads=4),
     "timm-deit": _timm("deit_tiny_patch16_224"),
     "timm-deit-distilled": _timm("deit_tiny_distilled_patch16_224"),
     "timm-deit3": _timm("deit3_small_patch16_224", embed_dim=64, num_heads=4),
@@ -203,6 +213,8 @@ def _hf_siglip2() -> Entry:
 HF = {
     "hf-vit": _hf("ViTModel", "ViTConfig"),
     "hf-vit-classifier": _hf("ViTForImageClassification", "ViTConfig", read="logits"),
+    "hf-pixio": _hf("PixioModel", "PixioConfig", n_cls_tokens=8, mlp_ratio=2, resizes=True),
+    "hf-internvit": _hf("InternVLVisionModel", "InternVLVisionConfig"),
     "hf-deit": _hf("DeiTModel", "DeiTConfig"),
     "hf-deit-distilled": _hf("DeiTForImageClassificationWithTeacher", "DeiTConfig", read="logits"),
     "hf-mae": _hf_mae(),

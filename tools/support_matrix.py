@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -24,6 +26,16 @@ HEAD = """# Models
 Written by `tools/support_matrix.py` from the models that the tests build (`tests/zoo.py`, `tests/mllm_zoo.py`): every
 "yes" is a model on which every promise of [the architecture](architecture.md#promises) is tested. Your own model:
 `vtc.explain(model)`, or `vtc explain --model timm:vit_base_patch16_224`.
+
+"""
+REGISTRY_HEAD = """
+## Whole registries
+
+What `vtc.explain` says of every name of {versions}, as `make registry` asked it (`tools/registry.py`): built on the
+meta device, names that differ in sizes alone as one. **Every supported kind also ran on weights: the same verdict,
+keep=1.0 to the last bit, keep=0.7 with an output of the same shape. Every other is refused by `compress` with the same
+words.**
+Multimodal LLMs of transformers are in [the next table](#multimodal-llms) instead.
 
 """
 LLM_HEAD = """
@@ -59,7 +71,50 @@ def table() -> str:
     notes = [f"{number}. {reason}" for number, reason in enumerate(notes, 1)]
     covers = [f"- **{name}**: {families}" for name, families in vtc.list_adapters().items()]
     page = HEAD + "\n".join(covers) + "\n\n" + "\n".join(lines) + "\n\n" + "\n".join(notes) + "\n"
-    return page + LLM_HEAD + "\n".join(multimodal()) + "\n"
+    return page + registry() + LLM_HEAD + "\n".join(multimodal()) + "\n"
+
+
+def registry() -> str:
+    """The answers that `make registry` wrote: names by verdict, and the classes behind them."""
+    paths = sorted((ROOT / "benchmarks" / "results").glob("registry-*.json"), reverse=True)
+    asked = {path.stem.partition("-")[2]: json.loads(path.read_text()) for path in paths}
+    counts: dict[str, dict[str, int]] = {}
+    kinds: dict[str, dict[str, int]] = {}
+    for library, record in asked.items():
+        for found in record["answers"].values():
+            verdict = _short(found["verdict"])
+            names = len(found["names"])
+            counts.setdefault(verdict, dict.fromkeys(asked, 0))[library] += names
+            kind = kinds.setdefault(verdict, {})
+            kind[found["kind"]] = kind.get(found["kind"], 0) + names
+    unasked = [verdict for verdict in ("multimodal", "not built") if verdict in counts]
+    order = sorted(set(counts) - {"supported", *unasked}, key=lambda v: (-sum(counts[v].values()), v))
+    lines = ["| | " + " | ".join(asked) + " | of these kinds |", "|---" * (len(asked) + 2) + "|"]
+    for verdict in [v for v in ("supported",) if v in counts] + order + unasked:
+        most = sorted(kinds[verdict], key=lambda kind: (-kinds[verdict][kind], kind))
+        listed = most if verdict == "supported" else most[:8]
+        told = ", ".join(listed) + (f" and {len(most) - len(listed)} more" if len(most) > len(listed) else "")
+        label = {"supported": "**supported**", "not built": "needs another package, or does not build by default"}
+        row = [label.get(verdict, verdict), *(str(n or "") for n in counts[verdict].values()), told]
+        lines.append("| " + " | ".join(row) + " |")
+    total = [str(sum(counts[v][library] for v in counts)) for library in asked]
+    lines.append("| names | " + " | ".join(total) + " | |")
+    versions = " and ".join(f"{library} {record['version']}" for library, record in asked.items())
+    return REGISTRY_HEAD.format(versions=versions) + "\n".join(lines) + "\n"
+
+
+def _short(verdict: str) -> str:
+    """A reason without the names of parts."""
+    reason = re.sub(r" \([^()]*\)", "", verdict.split("; ")[0])
+    for end in (" more than once", " behind it", " no account of"):
+        reason = reason.partition(f"{end}:")[0] + end if f"{end}:" in reason else reason
+    for pattern in (r"block \d+ (.*)", r"(its blocks are given) .*(, which .*)"):
+        if found := re.fullmatch(pattern, reason):
+            reason = "a block " + found[1] if "block \\d" in pattern else f"{found[1]} arguments{found[2]}"
+    reason = re.sub(
+        r"^\d+ tokens .* for \d+ patches.*", "more tokens reach its first block than prefix and patches", reason
+    )
+    return re.sub(r"(expects|knows it): .*", r"\1", reason)
 
 
 def multimodal() -> list[str]:

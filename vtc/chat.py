@@ -17,12 +17,12 @@ from torch import Tensor
 from vtc import checkpoints
 from vtc.adapters.multimodal.intake import Intake
 from vtc.api import Report, compress
-from vtc.bench.models import first_line, quiet
+from vtc.bench.models import quiet
 from vtc.bench.multimodal import find_config, sketch
 from vtc.bench.prefill import cache_bytes, watched
 from vtc.bench.timing import Tick, interleave, settle, shared_copy
 from vtc.checkpoints import tiny
-from vtc.errors import OptionError, UnsupportedModelError, VTCError
+from vtc.errors import OptionError, UnsupportedModelError, VTCError, first_line
 from vtc.methods import Method
 from vtc.plan import explain
 from vtc.token_map import TokenMap

@@ -17,3 +17,9 @@ class UnsupportedModelError(VTCError, ValueError):
 
 class InputError(VTCError, ValueError):
     """The tensors that reached a method are unusable (NaN, wrong shape)."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, in short."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".")

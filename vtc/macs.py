@@ -60,15 +60,18 @@ class EncoderMACs:
 
 
 def linear_weights(module: nn.Module | None) -> int:
-    """How many weights of `module` multiply a token: those of its linear layers, quantized or not, and of fused
-    attention projections."""
+    """How many weights of `module` multiply a token: those of its Linear layers and fused attention projections.
+    Counted from what layers say of their shapes: the weights may be packed (quantized)."""
     if module is None:
         return 0
-    leaves: list[Any] = [m for m in module.modules() if hasattr(m, "in_features") and not any(m.children())]
-    count = sum(m.in_features * m.out_features for m in leaves)
+    count = 0
     for m in module.modules():
         if isinstance(m, nn.MultiheadAttention) and m.in_proj_weight is not None:
             count += m.in_proj_weight.numel()
+        sizes = getattr(m, "in_features", None), getattr(m, "out_features", None)
+        wraps = any(hasattr(part, "in_features") for part in m.children())  # LoRA: its parts are counted
+        if isinstance(sizes[0], int) and isinstance(sizes[1], int) and not wraps:
+            count += sizes[0] * sizes[1]
     return count
 
 

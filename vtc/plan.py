@@ -16,7 +16,8 @@ from vtc.adapters.multimodal.rotary import axes
 from vtc.adapters.multimodal.trial import try_positions
 from vtc.adapters.patch import patch_on
 from vtc.adapters.rotary import column_slots
-from vtc.adapters.site import Refusal, Site, check_blocks
+from vtc.adapters.site import Refusal, Site
+from vtc.adapters.trial import check
 from vtc.errors import OptionError
 from vtc.macs import attention
 from vtc.methods import Method, make
@@ -58,6 +59,8 @@ def _find(model: nn.Module) -> Iterator[tuple[str, Site | Gate | Refusal]]:
     for gate in gates:
         yield (gate.family.name if isinstance(gate, Gate) else "multimodal"), gate
     for adapter, item in adapters.find(model):
+        if gates and not item.path:
+            continue  # the whole model is what its gate is judged as
         if not any(f"{item.path}.".startswith(f"{gate.path}." if gate.path else "") for gate in gates):
             yield adapter, item
 
@@ -218,7 +221,7 @@ def _refuses(site: Site, method: Method | None) -> str:
     if method is not None and method.merges and site.no_bias:
         return f'{site.no_bias} takes no size bias, which merged tokens need; load it with attn_implementation="sdpa"'
     if not any(map(patch_on, site.blocks)):
-        reason = check_blocks(site)  # an encoder that is patched has been tried already
+        reason = check(site)  # an encoder that is patched has been tried already
         if reason:
             return reason
     if method is None:

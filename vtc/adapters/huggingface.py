@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.adapters.site import NOT_ROTARY, Block, Refusal, Site
+from vtc.adapters import reasons
+from vtc.adapters.site import NOT_ROTARY, Block, Refusal, Site, examined
 from vtc.adapters.stage import Stage, relative_bias
+from vtc.adapters.timm import encodes as in_timm
 from vtc.macs import EncoderMACs, linear_weights
 
 name = "huggingface"
+_MASKS = ("attention_mask", "mask")
 covers = "ViT, DeiT, ViT-MAE, DINOv2 (with registers), DINOv3, CLIP, SigLIP, SigLIP 2, BEiT"
 
 
@@ -44,16 +47,38 @@ def _relative(mask: Tensor | None, x: Tensor, stage: Stage | None) -> Tensor | N
     return mask if bias is None else mask + bias
 
 
-# -- ViT, DeiT, ViT-MAE ---------------------------------------------------------------------------------------------
+# -- ViT, DeiT, ViT-MAE, Pixio -----------------------------------------------------------------------------------
 
 
 def _vit_attend(layer: Any, x: Tensor, stage: Stage | None, args: tuple, kwargs: dict) -> Tensor:
     mask = _biased(_mask(args, kwargs), x, stage)
-    return layer.dropout(layer.attention(layer.layernorm_before(x), mask, **_rest(kwargs))[0])
+    return _dropped(layer, layer.attention(layer.layernorm_before(x), mask, **_rest(kwargs))[0])
 
 
 def _vit_feed(layer: Any, x: Tensor) -> Tensor:
-    return layer.dropout(layer.mlp(layer.layernorm_after(x)))
+    return _dropped(layer, layer.mlp(layer.layernorm_after(x)))
+
+
+def _dropped(layer: Any, h: Tensor) -> Tensor:
+    """Dropout, and stochastic depth where the layer has it (Pixio)."""
+    h = layer.dropout(h)
+    return layer.drop_path(h) if hasattr(layer, "drop_path") else h
+
+
+# -- InternViT: a LayerScale of parameters ---------------------------------------------------------------------------
+
+
+def _intern_attend(layer: Any, x: Tensor, stage: Stage | None, args: tuple, kwargs: dict) -> Tensor:
+    bias = None if stage is None else stage.bias(x)
+    return layer.lambda_1 * layer.attention(layer.layernorm_before(x), bias)[0]
+
+
+def _intern_feed(layer: Any, x: Tensor) -> Tensor:
+    return layer.lambda_2 * layer.dropout(layer.mlp(layer.layernorm_after(x)))
+
+
+def _k_norm(layer: Any) -> nn.Module:
+    return layer.attention.k_norm  # of all heads at once; an Identity where keys are not normalised
 
 
 # -- BEiT: relative position bias computed by the layer for the full grid ------------------------------------------
@@ -77,8 +102,8 @@ def _beit_feed(layer: Any, x: Tensor) -> Tensor:
     return layer.drop_path(layer.lambda_2 * layer.dropout(layer.mlp(layer.layernorm_after(x))))
 
 
-def _beit_example(layer: Any) -> tuple[int, tuple, dict]:
-    return 7, (), {"resolution": (2 * layer.patch_size, 3 * layer.patch_size)}
+def _beit_example(layer: Any, prefix: int) -> tuple[int, tuple, dict]:
+    return prefix + 6, (), {"resolution": (2 * layer.patch_size, 3 * layer.patch_size)}
 
 
 # -- DINOv2, DINOv3 -------------------------------------------------------------------------------------------------
@@ -97,10 +122,11 @@ def _dino_feed(layer: Any, x: Tensor) -> Tensor:
     return layer.drop_path(layer.layer_scale2(layer.mlp(layer.norm2(x))))
 
 
-def _dino3_example(layer: Any) -> tuple[int, tuple, dict]:
-    weight = layer.attention.k_proj.weight
-    table = torch.ones(8, layer.attention.head_dim, device=weight.device, dtype=weight.dtype)
-    return 8, (), {"position_embeddings": (table, table * 0)}
+def _dino3_example(layer: Any, prefix: int) -> tuple[int, tuple, dict]:
+    like, width = next(layer.parameters()), layer.attention.head_dim
+    angle = torch.arange(23.0)[:, None] / (1 + torch.arange(width // 2)).repeat(2)
+    tables = (angle.cos().to(like.device, like.dtype), angle.sin().to(like.device, like.dtype))
+    return prefix + 23, (), {"position_embeddings": tables}
 
 
 # -- DINOv2 of transformers 5.17: separate query, key, value; its attention takes no mask ---------------------------
@@ -135,8 +161,8 @@ def _clip_feed(layer: Any, x: Tensor) -> Tensor:
     return layer.mlp(layer.layer_norm2(x))
 
 
-def _clip_example(layer: Any) -> tuple[int, tuple, dict]:
-    return 8, (), {"attention_mask": None}
+def _clip_example(layer: Any, prefix: int) -> tuple[int, tuple, dict]:
+    return prefix + 23, (), {"attention_mask": None}
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------
@@ -177,6 +203,7 @@ def _key517(layer: Any) -> nn.Module:
 
 _common: dict[str, Any] = {"parts": _parts, "width": _width, "heads": _heads, "keys": _k_proj}
 VIT = Block(_vit_attend, _vit_feed, **_common)
+INTERN = Block(_intern_attend, _intern_feed, **{**_common, "keys": _k_norm})
 BEIT = Block(_beit_attend, _beit_feed, example=_beit_example, relative=True, **_common)
 DINO2 = Block(_dino_attend, _dino_feed, **_common)
 DINO3 = Block(_dino_attend, _dino_feed, example=_dino3_example, **_common)
@@ -200,10 +227,12 @@ def _kind(layer: nn.Module) -> Block | None:
         return None
     if has("layernorm_before", "layernorm_after", "dropout", "lambda_1", "lambda_2", "drop_path"):
         return BEIT
+    if has("layernorm_before", "layernorm_after", "dropout", "lambda_1", "lambda_2") and hasattr(attn, "k_norm"):
+        return INTERN
     if has("layernorm_before", "layernorm_after", "dropout"):
         return VIT
     if dino:
-        return DINO3 if "DINOv3" in type(attn).__name__ else DINO2
+        return DINO3 if "position_embeddings" in signature(type(attn).forward).parameters else DINO2
     if has("layer_norm1", "layer_norm2", "self_attn"):
         return CLIP
     return None
@@ -213,30 +242,53 @@ def find(model: nn.Module) -> Iterator[Site | Refusal]:
     """Every vision encoder of transformers inside `model`, or why it cannot be reduced."""
     taken: set[int] = set()
     for path, module in model.named_modules():
-        if not any(cls.__module__ == "transformers.modeling_utils" for cls in type(module).__mro__):
+        if not _of_library(module):
             continue
-        if getattr(module, "main_input_name", "") != "pixel_values":
-            continue
-        embeddings = getattr(module, "embeddings", None)
-        if embeddings is None:
-            if path == "" and not any(map(_covered, model.modules())):
-                yield Refusal(path, type(module).__name__, _foreign(type(module).__name__))
+        if not _encodes(module):
+            if path == "" and _sees(module) and not any(map(_covered, model.modules())):
+                yield Refusal(path, type(module).__name__, reasons.why_not(module, _layers(module) or (), _MASKS))
             continue
         layers = _layers(module)
         if id(layers) in taken:
             continue
         taken.add(id(layers))
-        yield _site(path, module, layers)
+        yield examined(path, module, _site)
+
+
+def _of_library(module: Any) -> bool:
+    return any(cls.__module__.startswith("transformers.") for cls in type(module).__mro__)
+
+
+def _inputs(module: Any) -> tuple[str, ...]:
+    """What its main inputs are called; parts that are no model of their own have none."""
+    named = getattr(module, "main_input_name", ())
+    return (named,) if isinstance(named, str) else tuple(named)
+
+
+def _sees(module: Any) -> bool:
+    """Does a model take pixels?"""
+    named = [*_inputs(module), *signature(type(module).forward).parameters]
+    return any(name.startswith(("pixel_values", "flattened_patches")) for name in named)
+
+
+def _encodes(module: Any) -> bool:
+    """True for embeddings of images and layers behind them: a model of its own, or a part of one (OWL-ViT)."""
+    if not isinstance(getattr(module, "embeddings", None), nn.Module):
+        return False
+    if any(name.startswith("pixel_values") for name in _inputs(module)):
+        # without layers of its own, it may be a model around an encoder, whose embeddings are those of a text
+        return _layers(module) is not None or not any(_covered(m) for m in module.modules() if m is not module)
+    cuts = any(isinstance(part, nn.Conv2d) for part in module.embeddings.modules())
+    return cuts and _layers(module) is not None and _sees(module)
 
 
 def _covered(module: Any) -> bool:
     """True for an encoder that this adapter judges for itself, or that the timm adapter does (TimmWrapperModel)."""
-    own = getattr(module, "main_input_name", "") == "pixel_values" and hasattr(module, "embeddings")
-    return own or type(module).__module__.startswith("timm.models.")
+    return (_of_library(module) and _encodes(module)) or in_timm(module)
 
 
 def _layers(module: Any) -> Any:
-    for place in ("layers", "layer", "encoder.layers", "encoder.layer", "model.layers", "model.layer"):
+    for place in ("layers", "layer", "encoder.layers", "encoder.layer", "model.layers", "model.layer", "blocks"):
         found = module
         for step in place.split("."):
             found = getattr(found, step, None)
@@ -245,11 +297,11 @@ def _layers(module: Any) -> Any:
     return None
 
 
-def _site(path: str, model: Any, layers: Any) -> Site | Refusal:
-    kind = type(model).__name__
+def _site(path: str, model: Any) -> Site | Refusal:
+    layers, kind = _layers(model), type(model).__name__
     kinds = [_kind(layer) for layer in layers or ()]
     if not kinds or any(found is None or found is not kinds[0] for found in kinds):
-        return Refusal(path, kind, _foreign(kind))
+        return Refusal(path, kind, reasons.why_not(model, layers or (), _MASKS))
     block = kinds[0]
     assert block is not None
     embeddings = model.embeddings
@@ -288,7 +340,25 @@ def _site(path: str, model: Any, layers: Any) -> Site | Refusal:
         shuffled=hasattr(embeddings, "random_masking"),
         no_bias="" if attention in ("eager", "sdpa") else f'attn_implementation="{attention}"',
         rotary=_rotary(model, getattr(patchify, "stride", None)),
+        encoder=model,
+        probe=_probe(model, patchify),
     )
+
+
+def _probe(model: Any, patchify: Any) -> Any:
+    """Calls the encoder with an image of the size it was made for."""
+    like: dict[str, Any] = {"dtype": patchify.weight.dtype, "device": "meta"}
+    if isinstance(patchify, nn.Linear):  # patches, none of them padding, and their rows and columns
+        inputs = {
+            "pixel_values": torch.empty(1, 12, patchify.in_features, **like),
+            "pixel_attention_mask": None,
+            "spatial_shapes": torch.tensor([[3, 4]]),
+        }
+        return lambda net: net.forward(**inputs)
+    size = getattr(model.config, "image_size", None) or tuple(4 * step for step in patchify.stride)
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    image = torch.empty(1, patchify.in_channels, *size, **like)
+    return lambda net: net.forward(image)
 
 
 def _rotary(model: Any, patch: Any) -> Any:
@@ -306,11 +376,13 @@ def _rotary(model: Any, patch: Any) -> Any:
 
 
 def _prefix(embeddings: Any) -> int:
+    """Tokens in front of the patches, by the shapes of what is put there: [C], [1, C] or [1, tokens, C]."""
     count = 0
-    for attribute in ("cls_token", "class_embedding", "distillation_token"):
-        count += getattr(embeddings, attribute, None) is not None
-    registers = getattr(embeddings, "register_tokens", None)
-    return count + (0 if registers is None else registers.shape[1])
+    for attribute in ("cls_token", "class_embedding", "distillation_token", "register_tokens"):
+        token = getattr(embeddings, attribute, None)
+        if token is not None:
+            count += token.shape[1] if token.ndim == 3 else 1
+    return count
 
 
 def _interpolation(embeddings: Any) -> dict:
@@ -331,14 +403,3 @@ def _tail(model: Any) -> tuple[int, int]:
         return fused * 2 // 3, linear_weights(head) - fused * 2 // 3
     pooler = getattr(model, "pooler", None)
     return 0, linear_weights(pooler if isinstance(pooler, nn.Module) else None)
-
-
-def _foreign(kind: str) -> str:
-    lower = kind.lower()
-    if "swin" in lower:
-        return "its tokens live in windows of a fixed grid, which fewer tokens would not fill"
-    if any(word in lower for word in ("convnext", "resnet", "regnet", "efficientnet", "mobilenet")):
-        return "it is a convolutional network: there are no tokens to reduce"
-    if any(word in lower for word in ("hiera", "segformer", "pvt", "mvit")):
-        return "its stages pool a fixed grid of tokens, which fewer tokens would not fill"
-    return "its layers are not of a kind vtc knows (norm, attention, norm, MLP over one set of tokens)"

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.adapters.site import Block, Refusal, Site
+from vtc.adapters import reasons
+from vtc.adapters.site import Block, Refusal, Site, examined, projected_keys
 from vtc.adapters.stage import Stage
 from vtc.macs import EncoderMACs, linear_weights
 
@@ -58,13 +59,9 @@ def _custom_mask(block: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | N
 
 
 def _mha_keys(block: Any, x: Tensor) -> Tensor:
-    """The projection is fused into nn.MultiheadAttention; averaging its weights over the heads gives the mean key."""
+    """The projection is fused into nn.MultiheadAttention."""
     attn = block.attn
-    width, heads = attn.embed_dim, attn.num_heads
-    weight = attn.in_proj_weight[width : 2 * width].detach().float().unflatten(0, (heads, -1)).mean(0)
-    bias = attn.in_proj_bias
-    bias = None if bias is None else bias[width : 2 * width].detach().float().unflatten(0, (heads, -1)).mean(0)
-    return torch.nn.functional.linear(block.ln_1(x.detach()).float(), weight, bias)
+    return projected_keys(block.ln_1(x.detach()), attn.in_proj_weight, attn.in_proj_bias, attn.num_heads)
 
 
 def _ln_k(block: Any) -> nn.Module:
@@ -105,7 +102,7 @@ def find(model: nn.Module) -> Iterator[Site | Refusal]:
     for path, module in model.named_modules():
         mine = any(cls.__module__ == "open_clip.transformer" for cls in type(module).__mro__)
         if mine and hasattr(module, "conv1") and hasattr(module, "transformer"):
-            yield _site(path, module)
+            yield examined(path, module, _site)
         elif any(cls.__module__ == "open_clip.modified_resnet" for cls in type(module).__mro__) and path.endswith(
             "visual"
         ):
@@ -118,12 +115,7 @@ def _site(path: str, model: Any) -> Site | Refusal:
     kinds = [_kind(block) for block in blocks]
     block = kinds[0] if kinds else None
     if block is None or any(found is not block for found in kinds):
-        return Refusal(
-            path,
-            kind,
-            f"its blocks ({type(blocks[0]).__name__ if blocks else 'none'}) attend in a way vtc "
-            "does not know (batch_first=False, cross attention, or a newer open_clip)",
-        )
+        return Refusal(path, kind, _why_not(model, blocks))
     pool = linear_weights(getattr(model, "attn_pool", None))
     return Site(
         path,
@@ -142,7 +134,24 @@ def _site(path: str, model: Any) -> Site | Refusal:
         ),
         resizable="open_clip's towers take one image size",
         watched=(model, model.transformer) if hasattr(model, "forward_intermediates") else (),
+        encoder=model,
+        probe=_probe(model),
     )
+
+
+def _probe(model: Any) -> Any:
+    image = torch.empty(1, model.conv1.in_channels, *model.image_size, dtype=model.conv1.weight.dtype, device="meta")
+    return lambda net: net.forward(image)
+
+
+def _why_not(model: Any, blocks: tuple) -> str:
+    if any(isinstance(getattr(block, "attn", None), nn.MultiheadAttention) for block in blocks):
+        attn = blocks[0].attn
+        if not attn.batch_first:
+            return "its blocks take tokens as [N, B, C]: create the model with batch_first=True"
+        if hasattr(blocks[0], "ln_1_kv"):
+            return f"its blocks ({type(blocks[0]).__name__}) attend to something else than the image's tokens"
+    return reasons.why_not(model, blocks, ("attn_mask",))
 
 
 def _in_proj(attn: Any) -> int:

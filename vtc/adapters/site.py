@@ -6,18 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vtc.adapters.masks import given_mask
-from vtc.errors import UnsupportedModelError
+from vtc.errors import first_line
 from vtc.macs import EncoderMACs
 
 NOT_ROTARY = "its positions are not rotary, so a merged token has none to carry"
 
 
-def plain_example(block: nn.Module) -> tuple[int, tuple, dict]:
-    return 8, (), {}
+def plain_example(block: nn.Module, prefix: int) -> tuple[int, tuple, dict]:
+    return prefix + 23, (), {}  # no number of heads, so that keys cannot be read the wrong way round
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Block:
         heads: (block) -> number of key heads.
         width: (block) -> heads x head width.
         parts: (block) -> (attention module, MLP module), to count weights.
-        example: (block) -> (tokens, args, kwargs) for a trial run.
+        example: (block, prefix) -> (tokens, args, kwargs) for a trial run: every argument that the encoder gives it.
         relative: the attention mask is a relative position bias, never padding.
         mask: (block, x, args, kwargs) -> the caller's mask among them, as masks.py describes it.
     """
@@ -45,7 +44,7 @@ class Block:
     heads: Callable[[Any], int]
     keys: Callable[[Any], nn.Module] | None = None
     project: Callable[[Any, Tensor], Tensor] | None = None
-    example: Callable[[Any], tuple[int, tuple, dict]] = plain_example
+    example: Callable[[Any, int], tuple[int, tuple, dict]] = plain_example
     relative: bool = False
     mask: Callable[..., Tensor | None] = given_mask
 
@@ -66,6 +65,8 @@ class Site:
         shuffled: its embeddings reorder the patches, so that a grid means nothing.
         watched: objects with a `forward_intermediates` that returns every block's tokens.
         no_bias: why the attention takes no size bias, if it does not.
+        encoder, probe: the module whose call runs the blocks, and a function that calls it, or a copy of it on the
+            meta device, with one image; None = how many tokens reach the first block is seen in a call only.
         rotary: makes a rotary table, (table [rows x columns, C], (rows, columns), tables side by side); or why there is
             none that merged tokens could carry several rows of.
     """
@@ -83,6 +84,8 @@ class Site:
     watched: tuple[nn.Module, ...] = ()
     no_bias: str = ""
     rotary: Callable[[], tuple[Tensor, tuple[int, int], int]] | str = NOT_ROTARY
+    encoder: nn.Module | None = None
+    probe: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,43 +97,29 @@ class Refusal:
     reason: str
 
 
-def check_blocks(site: Site) -> str:
-    """Run every block both ways on random tokens. Returns why not, or "" if both agree to the last bit."""
-    for index, block in enumerate(site.blocks):
-        weight = next((p for p in block.parameters() if p.is_floating_point()), None)
-        if weight is None or weight.is_meta:
-            return ""
-        tokens, args, kwargs = site.block.example(block)
-        width = site.block.parts(block)[0]
-        channels = site_channels(block, width)
-        noise = torch.randn(1, tokens, channels, generator=torch.Generator().manual_seed(index))
-        x = noise.to(weight.device, weight.dtype)
-        training = {module: module.training for module in block.modules()}
-        block.eval()
-        try:
-            with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-                own = block.forward(x, *args, **kwargs)
-                ours = x + site.block.attend(block, x, None, args, kwargs)
-                ours = ours + site.block.feed(block, ours)
-        except Exception as error:  # whatever a foreign block may raise
-            return f"block {index} ({type(block).__name__}) does not run as vtc knows it: {error}"
-        finally:
-            for module, mode in training.items():
-                module.training = mode
-        if not own.isfinite().all():
-            return f"block {index} ({type(block).__name__}) gives NaN or infinity on a trial: check the model's weights"
-        if not torch.equal(own, ours):
-            return (
-                f"block {index} ({type(block).__name__}) computes something vtc does not know "
-                f"(difference {(own - ours).abs().max().item():.2g} on a trial); please report the model and versions"
-            )
-    return ""
+def examined(path: str, model: nn.Module, look: Callable[[str, Any], Site | Refusal]) -> Site | Refusal:
+    """`look(path, model)`, so that one strange encoder does not keep others from being found."""
+    try:
+        return look(path, model)
+    except Exception as error:  # of a model that is put together in a way nobody foresaw
+        return Refusal(path, type(model).__name__, unforeseen(error))
 
 
-def site_channels(block: nn.Module, attention: nn.Module) -> int:
-    for module in attention.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            return module.embed_dim
-        if isinstance(module, nn.Linear):
-            return module.in_features
-    raise UnsupportedModelError(f"{type(block).__name__}: its attention holds no Linear layer")
+def unforeseen(error: Exception) -> str:
+    return f"vtc could not look at it ({type(error).__name__}: {first_line(error)}); please report the model"
+
+
+def projected_keys(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
+    """Keys averaged over heads [B, N, D] float32, where one projection makes queries, keys and values and is applied
+    past every hook. Averaging the weights over the heads gives the mean key directly; weights that are packed
+    (quantized) are applied as they are, not read."""
+    rows = weight.shape[0] // 3
+    if bias is not None:
+        bias = bias[rows : 2 * rows].detach().float()
+    if type(weight) not in (nn.Parameter, Tensor) or weight.itemsize == 1:
+        keys = nn.functional.linear(x, weight)[..., rows : 2 * rows].float()
+        keys = keys if bias is None else keys + bias
+        return keys.unflatten(-1, (heads, -1)).mean(-2)
+    bias = None if bias is None else bias.unflatten(0, (heads, -1)).mean(0)
+    mean = weight[rows : 2 * rows].detach().float().unflatten(0, (heads, -1)).mean(0)
+    return nn.functional.linear(x.float(), mean, bias)

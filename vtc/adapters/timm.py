@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vtc.adapters import reasons
 from vtc.adapters.masks import broadcast_mask
-from vtc.adapters.site import NOT_ROTARY, Block, Refusal, Site
+from vtc.adapters.site import NOT_ROTARY, Block, Refusal, Site, examined, projected_keys
 from vtc.adapters.stage import Stage, relative_bias
 from vtc.macs import EncoderMACs, linear_weights
 
 name = "timm"
+_MASKS = ("attn_mask",)
 covers = "ViT, DeiT, DeiT-III, AugReg, MAE, DINOv2, DINOv3, EVA-02, SigLIP, SigLIP 2, CLIP, BEiT"
 
 
@@ -37,7 +40,12 @@ def _vit_feed(block: Any, x: Tensor) -> Tensor:
     return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
-# -- EvaBlock: LayerScale as parameters, rotary table as argument -------------------------------------------------
+def _vit_post_attend(block: Any, x: Tensor, stage: Stage | None, args: tuple, kwargs: dict) -> Tensor:
+    h = block.attn(x, attn_mask=_mask(stage, x, kwargs), is_causal=kwargs.get("is_causal", False))
+    return block.drop_path1(block.norm1(h))
+
+
+# -- EvaBlock, and others with a rotary table as argument: LayerScale as parameters -------------------------
 
 
 def _eva_rope(stage: Stage | None, kwargs: dict) -> Tensor | None:
@@ -53,13 +61,27 @@ def _eva_attention(block: Any, h: Tensor, x: Tensor, stage: Stage | None, kwargs
 
 
 def _eva_attend(block: Any, x: Tensor, stage: Stage | None, args: tuple, kwargs: dict) -> Tensor:
-    h = _eva_attention(block, block.norm1(x), x, stage, kwargs)
-    return block.drop_path1(h if block.gamma_1 is None else block.gamma_1 * h)
+    return block.drop_path1(_scaled(block, "gamma_1", _eva_attention(block, block.norm1(x), x, stage, kwargs)))
 
 
 def _eva_feed(block: Any, x: Tensor) -> Tensor:
-    h = block.mlp(block.norm2(x))
-    return block.drop_path2(h if block.gamma_2 is None else block.gamma_2 * h)
+    return block.drop_path2(_scaled(block, "gamma_2", block.mlp(block.norm2(x))))
+
+
+def _scaled(block: Any, name: str, h: Tensor) -> Tensor:
+    gamma = getattr(block, name, None)
+    return h if gamma is None else gamma * h
+
+
+def _eva_example(block: Any, prefix: int) -> tuple[int, tuple, dict]:
+    """With a rotary table that turns: sines and cosines of the patches behind the prefix, in neighbouring pairs, or in
+    halves."""
+    like = next(block.parameters())
+    tokens, width = prefix + 23, _width(block) // block.attn.num_heads
+    angle = torch.arange(23.0)[:, None] / (1 + torch.arange(width // 2))
+    half = getattr(block.attn, "rotate_half", False)
+    angle = angle.repeat(1, 2) if half else angle.repeat_interleave(2, -1)
+    return tokens, (), {"rope": torch.cat([angle.sin(), angle.cos()], -1).to(like.device, like.dtype)}
 
 
 def _eva_post_attend(block: Any, x: Tensor, stage: Stage | None, args: tuple, kwargs: dict) -> Tensor:
@@ -101,11 +123,8 @@ def _at_anchors(table: Tensor | None, x: Tensor, stage: Stage) -> Tensor | None:
 
 
 def _beit_keys(block: Any, x: Tensor) -> Tensor:
-    """BEiT projects with F.linear, past every hook; weights averaged over the heads give the mean key directly."""
-    attn = block.attn
-    rows = attn.qkv.weight.shape[0] // 3
-    weight = attn.qkv.weight[rows : 2 * rows].detach().float().unflatten(0, (attn.num_heads, -1)).mean(0)
-    return torch.nn.functional.linear(block.norm1(x.detach()).float(), weight)  # BEiT's keys have no bias
+    """BEiT projects with F.linear, past every hook."""
+    return projected_keys(block.norm1(x.detach()), block.attn.qkv.weight, None, block.attn.num_heads)  # without a bias
 
 
 # -- parts --------------------------------------------------------------------------------------------------------
@@ -121,77 +140,88 @@ def _width(block: Any) -> int:
 
 
 def _heads(block: Any) -> int:
-    return getattr(block.attn, "num_kv_heads", block.attn.num_heads)
+    """Key heads. Differential attention has two for each of its heads."""
+    attn = block.attn
+    if not hasattr(attn, "head_dim"):
+        return attn.num_heads
+    separate = getattr(attn, "k_proj", None)
+    return (attn.qkv.out_features // 3 if separate is None else separate.out_features) // attn.head_dim
 
 
 def _k_norm(block: Any) -> nn.Module:
     return block.attn.k_norm  # an Identity where keys are not normalised; its output are the keys before rotation
 
 
-def _beit_example(block: Any) -> tuple[int, tuple, dict]:
-    index = block.attn.relative_position_index
-    return (8 if index is None else index.shape[0]), (), {}
+def _beit_example(block: Any, prefix: int) -> tuple[int, tuple, dict]:
+    """As many tokens as the block's own table; without one, with the table that the blocks share."""
+    attn = block.attn
+    if attn.relative_position_index is not None:
+        return attn.relative_position_index.shape[0], (), {}
+    like, tokens = attn.qkv.weight, prefix + 23
+    shared = torch.linspace(-1, 1, attn.num_heads * tokens * tokens).view(attn.num_heads, tokens, tokens)
+    return tokens, (), {"shared_rel_pos_bias": shared.to(like.device, attn.proj.weight.dtype)}
 
 
 _common: dict[str, Any] = {"parts": _parts, "width": _width, "heads": _heads, "mask": broadcast_mask}
 VIT = Block(_vit_attend, _vit_feed, keys=_k_norm, **_common)
-EVA = Block(_eva_attend, _eva_feed, keys=_k_norm, **_common)
-EVA_POST = Block(_eva_post_attend, _eva_post_feed, keys=_k_norm, **_common)
+VIT_POST = Block(_vit_post_attend, _eva_post_feed, keys=_k_norm, **_common)
+EVA = Block(_eva_attend, _eva_feed, keys=_k_norm, example=_eva_example, **_common)
+EVA_POST = Block(_eva_post_attend, _eva_post_feed, keys=_k_norm, example=_eva_example, **_common)
 BEIT = Block(_beit_attend, _eva_feed, project=_beit_keys, example=_beit_example, relative=True, **_common)
 
-_VIT_PARTS = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
-_EVA_PARTS = ("norm1", "attn", "gamma_1", "drop_path1", "norm2", "mlp", "gamma_2", "drop_path2")
+_PARTS = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
 
 
 def _kind(block: nn.Module) -> Block | None:
-    def has(*names: str) -> bool:
-        return all(hasattr(block, name) for name in names)
-
     attn = getattr(block, "attn", None)
     if attn is None or not hasattr(attn, "num_heads") or not (hasattr(attn, "qkv") or hasattr(attn, "q_proj")):
         return None
-    if has(*_EVA_PARTS) and hasattr(attn, "relative_position_bias_table"):
-        return BEIT
-    if not hasattr(attn, "k_norm"):
+    if not all(hasattr(block, name) for name in _PARTS):
         return None
-    if has(*_VIT_PARTS):
-        return VIT
-    if has(*_EVA_PARTS):
-        return EVA
-    if type(block).__name__ == "EvaBlockPostNorm":
-        return EVA_POST
-    return None
+    if hasattr(attn, "relative_position_bias_table"):
+        return BEIT
+    if not hasattr(attn, "k_norm") or "attn_mask" not in signature(type(attn).forward).parameters:
+        return None
+    rotary = "rope" in signature(type(attn).forward).parameters
+    if rotary:
+        return EVA_POST if type(block).__name__ == "EvaBlockPostNorm" else EVA
+    return VIT if hasattr(block, "ls1") else VIT_POST  # ResPostBlock: its norms are its scales
 
 
 def find(model: nn.Module) -> Iterator[Site | Refusal]:
-    """Every timm encoder inside `model`, or why it cannot be reduced."""
+    """Every timm encoder inside `model`, or why it cannot be reduced. What is inside another (the network that cuts a
+    hybrid's patches) is judged with it; a head around an encoder (Qwen3VitClassifier) is none."""
+    judged: list[str] = []
     for path, module in model.named_modules():
-        if not any(cls.__module__.startswith("timm.models.") for cls in type(module).__mro__):
+        if not encodes(module) or any(path.startswith(above) for above in judged):
             continue
-        if not hasattr(module, "forward_features"):
+        if not hasattr(module, "blocks") and any(map(encodes, module.children())):
             continue
-        yield _site(path, module)
+        judged.append(f"{path}." if path else "")
+        yield examined(path, module, _site)
+
+
+def encodes(module: nn.Module) -> bool:
+    mine = any(cls.__module__.startswith("timm.models.") for cls in type(module).__mro__)
+    return mine and hasattr(module, "forward_features")
 
 
 def _site(path: str, model: Any) -> Site | Refusal:
     kind = type(model).__name__
-    blocks = list(getattr(model, "blocks", None) or [])
-    if not blocks or not hasattr(model, "num_prefix_tokens") or not hasattr(model, "patch_embed"):
-        return Refusal(path, kind, _foreign(kind))
+    blocks = getattr(model, "blocks", None)
+    blocks = list(blocks) if isinstance(blocks, (nn.ModuleList, nn.Sequential)) else []
+    if not blocks or not hasattr(model, "num_prefix_tokens"):
+        return Refusal(path, kind, reasons.why_not(model, blocks, _MASKS))
     kinds = [_kind(block) for block in blocks]
-    for index, found in enumerate(kinds):
-        if found is None or found is not kinds[0]:
-            return Refusal(
-                path,
-                kind,
-                f"block {index} is a {type(blocks[index]).__name__}, whose attention and MLP do not follow "
-                "one another in a way vtc knows, so there is no place to make tokens fewer",
-            )
     block = kinds[0]
-    assert block is not None
-    patchify = getattr(model.patch_embed, "proj", None)
+    if block is None or any(found is not block for found in kinds):
+        return Refusal(path, kind, reasons.why_not(model, blocks, _MASKS))
+    patchify = getattr(getattr(model, "patch_embed", None), "proj", None)
     if not isinstance(patchify, nn.Conv2d):
-        return Refusal(path, kind, "it does not cut images into patches with one convolution (NaFlex or hybrid stem)")
+        return Refusal(path, kind, "it does not cut images into patches with one convolution")
+    if isinstance(getattr(model.patch_embed, "backbone", None), nn.Module):
+        network = type(model.patch_embed.backbone).__name__
+        return Refusal(path, kind, f"its patches come out of a network ({network}), whose cost vtc does not count")
     resizable: Any = ((model.patch_embed, {}),)
     if not getattr(model, "dynamic_img_size", False):
         resizable = "its positions are fixed: create the model with dynamic_img_size=True"
@@ -215,7 +245,15 @@ def _site(path: str, model: Any) -> Site | Refusal:
         resizable=resizable,
         watched=(model,) if hasattr(model, "forward_intermediates") else (),
         rotary=_rotary(model),
+        encoder=model,
+        probe=_probe(model, patchify),
     )
+
+
+def _probe(model: Any, patchify: nn.Conv2d) -> Any:
+    size = getattr(model.patch_embed, "img_size", None) or tuple(4 * step for step in patchify.stride)
+    image = torch.empty(1, patchify.in_channels, *size, dtype=patchify.weight.dtype, device="meta")
+    return lambda net: net.forward_features(image)
 
 
 def _rotary(model: Any) -> Any:
@@ -241,16 +279,7 @@ def _tail(model: Any) -> tuple[int, int]:
     once = (
         linear_weights(pool)
         - per_token
-        + linear_weights(model.head)
+        + linear_weights(getattr(model, "head", None))
         + linear_weights(getattr(model, "head_dist", None))
     )
     return per_token, once
-
-
-def _foreign(kind: str) -> str:
-    lower = kind.lower()
-    if "swin" in lower or "window" in lower:
-        return "its tokens live in windows of a fixed grid, which fewer tokens would not fill"
-    if "hiera" in lower or "mvit" in lower or "pvt" in lower:
-        return "its stages pool a fixed grid of tokens, which fewer tokens would not fill"
-    return "it is not a plain stack of attention blocks over one set of tokens (a CNN or a pyramid)"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.errors import OptionError, VTCError
+from vtc.errors import OptionError, VTCError, first_line
 
 FORMS = "dinov2-small, timm:NAME, open_clip:NAME or hf:FOLDER_OR_ID"
 _LARGE = 1_000_000_000  # parameters above which a model is looked at, but not filled with numbers
@@ -176,9 +176,3 @@ class _needs:
 
 def _hint(near: list[str]) -> str:
     return f": did you mean {near[0]!r}?" if near else "; check the name"
-
-
-def first_line(error: Exception) -> str:
-    """What an error of another library says, in short."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".")

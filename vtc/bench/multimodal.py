@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from vtc.bench.models import ModelError, first_line, quiet
+from vtc.bench.models import ModelError, quiet
 from vtc.bench.prompts import Picture, picture
 from vtc.checkpoints import tiny
+from vtc.errors import first_line
 
 PRESETS = ("llava-0.5b", "qwen2.5-vl-0.5b")
 _LARGE = 4_000_000_000  # parameters above which a model is not filled with random weights

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 import vtc
-from vtc.bench.models import first_line
-from vtc.errors import OptionError, UnsupportedModelError
+from vtc.errors import OptionError, UnsupportedModelError, first_line
 from vtc.eval import common
 from vtc.eval.common import Results
 
