@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtc.adapters.patch import head_mean
 from vtc.adapters.site import Site, unforeseen
 from vtc.adapters.stage import Stage
-from vtc.adapters.patch import head_mean
 from vtc.errors import UnsupportedModelError, first_line
 from vtc.token_map import TokenMap
 
