@@ -153,6 +153,15 @@ def test_masks_that_cannot_be_cut(make, match):
         model(**{**inputs, "attention_mask": make(length)})
 
 
+@pytest.mark.parametrize("options", [{"method": "fastv"}, {"method": "dpc_knn", "cascade": {1: 0.5}}])
+def test_masks_that_are_no_tensors(options):
+    """FlexAttention's block masks cannot be cut between layers."""
+    model = zoo.build("llava", fresh=True)
+    zoo.text_model(model).config._attn_implementation = "flex_attention"
+    assert "flex_attention" in str(vtc.explain(model, keep=0.5, **options))
+    assert vtc.explain(model, "dpc_knn", keep=0.5).ok
+
+
 def test_positions_that_the_model_makes_of_a_mask():
     model, inputs = zoo.build("qwen2_5_vl"), zoo.inputs("qwen2_5_vl", "single")
     call = {**inputs, "attention_mask": allowed("prefix", inputs["input_ids"])}

@@ -155,7 +155,9 @@ def test_wrappers_that_hand_the_call_on(how):
         last = model(**inputs, logits_to_keep=3).logits
     outer = wrapped(how, model)
     run = outer[0] if how in ("sequential", "list") else outer
-    run = model if how == "compiled" else run  # to trace it all takes half a minute; test_mllm_life compiles the decoder
+    run = (
+        model if how == "compiled" else run
+    )  # to trace it all takes half a minute; test_mllm_life compiles the decoder
     with vtc.compress(outer, "divprune", keep=0.4) as handle:
         assert torch.allclose(run(**inputs).logits, want, atol=1e-5)
         assert torch.allclose(run(**inputs, logits_to_keep=3).logits, last, atol=1e-5)

@@ -71,7 +71,8 @@ def foreign(module: nn.Module, name: str) -> bool:
     own = inspect.unwrap(kind.forward)
     placed = (inspect.unwrap(module.__dict__[key]) for key in _PLACES if key in module.__dict__)
     replaced = any(getattr(one, "__func__", one) is not own for one in placed if not isinstance(one, StandIn))
-    return replaced or type(module).forward is not kind.forward or own.__module__ != kind.__module__
+    writer = next(base for base in kind.__mro__ if "forward" in vars(base))
+    return replaced or type(module).forward is not kind.forward or own.__module__ != writer.__module__
 
 
 def _holders(root: nn.Module, inner: nn.Module) -> Iterator[tuple[nn.Module, str]]:
