@@ -323,3 +323,31 @@ def test_a_second_patch_finds_the_same_owners():
     vtc.remove(twin)
     assert "forward" not in model.__dict__ and "forward" not in twin.__dict__
     assert dense_generate_positions("llava", model, zoo.inputs("llava", "single")) is not None
+
+
+class OurModel(transformers.LlavaModel):
+    def forward(self, input_ids=None, **kwargs):
+        return super().forward(input_ids, **kwargs)
+
+
+class OurForConditionalGeneration(transformers.LlavaForConditionalGeneration):
+    def forward(self, *args, logits_to_keep=0, **kwargs):
+        return super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
+
+
+@torch.no_grad()
+def test_a_family_of_the_users_own(monkeypatch):
+    """Its head is called after it and comes from where it comes from, or is one of transformers."""
+    from vtc.adapters.multimodal import FAMILIES
+    from vtc.adapters.multimodal.llava import Llava
+
+    model, inputs = zoo.build("llava", fresh=True), zoo.inputs("llava", "ragged")
+    with vtc.compress(model, "random", keep=0.4):
+        want = model(**inputs, logits_to_keep=2).logits
+    ours = type("Ours", (Llava,), {"name": "ours", "covers": "ours", "classes": ("OurModel",)})
+    model.model.__class__ = OurModel
+    monkeypatch.setitem(FAMILIES, "ours", ours())
+    for kind in (transformers.LlavaForConditionalGeneration, OurForConditionalGeneration):
+        model.__class__ = kind
+        with vtc.compress(model, "random", keep=0.4):
+            assert torch.equal(model(**inputs, logits_to_keep=2).logits, want)
