@@ -51,8 +51,9 @@ def of_those_that_stay(model, dense, kept, mask, row=0, rows=None):
     return model.get_output_embeddings()(out.last_hidden_state)[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "kind"), [(name, KINDS[i % 3 + 1]) for i, name in enumerate(NAMES)] + [("llava", "causal")]
+)
 @torch.no_grad()
 def test_a_mask_is_cut_along(name, kind):
     model, inputs = zoo.build(name), zoo.inputs(name, "pair")
