@@ -51,8 +51,9 @@ def of_those_that_stay(model, dense, kept, mask, row=0, rows=None):
     return model.get_output_embeddings()(out.last_hidden_state)[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "kind"), [(name, KINDS[i % 3 + 1]) for i, name in enumerate(NAMES)] + [("llava", "causal")]
+)
 @torch.no_grad()
 def test_a_mask_is_cut_along(name, kind):
     model, inputs = zoo.build(name), zoo.inputs(name, "pair")
@@ -151,6 +152,15 @@ def test_masks_that_cannot_be_cut(make, match):
     length = inputs["input_ids"].shape[1]
     with vtc.compress(model, "random", keep=0.4), pytest.raises(vtc.InputError, match=match.replace("39", str(length))):
         model(**{**inputs, "attention_mask": make(length)})
+
+
+@pytest.mark.parametrize("options", [{"method": "fastv"}, {"method": "dpc_knn", "cascade": {1: 0.5}}])
+def test_masks_that_are_no_tensors(options):
+    """FlexAttention's block masks cannot be cut between layers."""
+    model = zoo.build("llava", fresh=True)
+    zoo.text_model(model).config._attn_implementation = "flex_attention"
+    assert "flex_attention" in str(vtc.explain(model, keep=0.5, **options))
+    assert vtc.explain(model, "dpc_knn", keep=0.5).ok
 
 
 def test_positions_that_the_model_makes_of_a_mask():

@@ -155,7 +155,9 @@ def test_wrappers_that_hand_the_call_on(how):
         last = model(**inputs, logits_to_keep=3).logits
     outer = wrapped(how, model)
     run = outer[0] if how in ("sequential", "list") else outer
-    run = model if how == "compiled" else run  # to trace it all takes half a minute; test_mllm_life compiles the decoder
+    run = (
+        model if how == "compiled" else run
+    )  # to trace it all takes half a minute; test_mllm_life compiles the decoder
     with vtc.compress(outer, "divprune", keep=0.4) as handle:
         assert torch.allclose(run(**inputs).logits, want, atol=1e-5)
         assert torch.allclose(run(**inputs, logits_to_keep=3).logits, last, atol=1e-5)
@@ -321,3 +323,31 @@ def test_a_second_patch_finds_the_same_owners():
     vtc.remove(twin)
     assert "forward" not in model.__dict__ and "forward" not in twin.__dict__
     assert dense_generate_positions("llava", model, zoo.inputs("llava", "single")) is not None
+
+
+class OurModel(transformers.LlavaModel):
+    def forward(self, input_ids=None, **kwargs):
+        return super().forward(input_ids, **kwargs)
+
+
+class OurForConditionalGeneration(transformers.LlavaForConditionalGeneration):
+    def forward(self, *args, logits_to_keep=0, **kwargs):
+        return super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
+
+
+@torch.no_grad()
+def test_a_family_of_the_users_own(monkeypatch):
+    """Its head is called after it and comes from where it comes from, or is one of transformers."""
+    from vtc.adapters.multimodal import FAMILIES
+    from vtc.adapters.multimodal.llava import Llava
+
+    model, inputs = zoo.build("llava", fresh=True), zoo.inputs("llava", "ragged")
+    with vtc.compress(model, "random", keep=0.4):
+        want = model(**inputs, logits_to_keep=2).logits
+    ours = type("Ours", (Llava,), {"name": "ours", "covers": "ours", "classes": ("OurModel",)})
+    model.model.__class__ = OurModel
+    monkeypatch.setitem(FAMILIES, "ours", ours())
+    for kind in (transformers.LlavaForConditionalGeneration, OurForConditionalGeneration):
+        model.__class__ = kind
+        with vtc.compress(model, "random", keep=0.4):
+            assert torch.equal(model(**inputs, logits_to_keep=2).logits, want)

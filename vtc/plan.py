@@ -102,6 +102,12 @@ def _gate_refuses(gate: Gate, method: Method | None) -> str:
         return site if isinstance(site, str) else _refuses(site, in_tower(method))
     if method.keep is None:
         return "r= and flops= are for the layers of an encoder; at the decoder's input give keep="
+    between = method.in_decoder or method.cascade or method.proportional
+    if between and decoder.config._attn_implementation == "flex_attention":
+        return (
+            f"{method.name} cuts the masks of the decoder's layers, and those of flex_attention are no tensors; load "
+            'the model with attn_implementation="sdpa"'
+        )
     if method.in_decoder:
         return _layer_refuses(gate, method, method.layer)  # type: ignore[attr-defined]
     reasons = [_layer_refuses(gate, method, layer) for layer, _ in method.cascade]

@@ -39,7 +39,7 @@ def find(model: nn.Module) -> Iterator[Gate | Refusal]:
         kind = type(module).__name__
         name = kind if kind in known else known_as(module, known)
         if name:
-            owners = around(model, module, name)
+            owners = around(model, module, known)
             if name != kind and foreign(module, name):
                 owners = f"{kind} has a forward that is not that of transformers' {name}; use {name} itself"
             yield Refusal(path, kind, owners) if isinstance(owners, str) else Gate(path, known[name], module, owners)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ _FOR_HEADS = ("labels", "shift_labels", "logits_to_keep")  # models around hand 
 _PACKED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
 
-def check_arguments(call: Mapping[str, Any], own: Mapping[str, Any], length: int, total: int) -> None:
+def check_arguments(call: Mapping[str, Any], own: Collection[str], length: int, total: int) -> None:
     """Refuse what counts columns of the prompt (`length`, or `total` with the cache) and is not cut. `own`: what the
-    model's forward takes by name."""
+    model's forward and its encoders take by name."""
     for name, value in call.items():
         if name in _PACKED:
             raise InputError(

@@ -327,7 +327,11 @@ class Intake:
         past = Entries.before(cache, batch, device)
         padded = columns is not None and bool((columns < 0).any())
         if columns is not None or (question is not None and self.thinning is not None):
-            own = inspect.signature(type(self.inner).forward).parameters
+            own = {
+                *inspect.signature(type(self.inner).forward).parameters,
+                *(kind.pixels for kind in self.family.kinds),
+            }
+            own |= {name for encode in self.encoders.values() for name in encode.names}
             check_arguments(call, own, length, past.length + length)
         if self.went is not None:
             check_asked(self.asked, self.went)

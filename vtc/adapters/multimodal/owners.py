@@ -37,12 +37,14 @@ class Owners:
     classifiers: tuple[nn.Module, ...] = ()
 
 
-def around(root: nn.Module, inner: nn.Module, name: str) -> Owners | str:
-    """The models in `root` that hold `inner`, which is known as `name`; or why one of them is not known."""
-    head = f"{name.removesuffix('Model')}ForConditionalGeneration"
+def around(root: nn.Module, inner: nn.Module, families: Collection[str]) -> Owners | str:
+    """The models in `root` that hold `inner`; or why one of them is not known. `families`: the class names of what can
+    be an inner model, whose heads are called alike and come from transformers, or from where `inner` comes."""
+    names = {f"{name.removesuffix('Model')}ForConditionalGeneration" for name in families}
+    home = type(inner).__module__.split(".")[0]
     heads, classifiers = [], []
     for owner, path in _holders(root, inner):
-        kind, who = known_as(owner, {head, *_CLASSIFIERS, *_READERS}), type(owner).__name__
+        kind, who = known_as(owner, {*names, *_CLASSIFIERS, *_READERS}, home), type(owner).__name__
         way = f"; compress model.{path} itself if {who} only calls it"
         if who in _REASONS:
             return f"{who} holds it and {_REASONS[who]}; compress model.{path} itself, and call that"
@@ -50,17 +52,17 @@ def around(root: nn.Module, inner: nn.Module, name: str) -> Owners | str:
             return f"{who} holds it, with a forward that is not that of transformers' {kind}{way}"
         if not kind and not _hands_on(owner):
             return f"{who} holds it, and vtc does not know what {who} does with ids, masks and labels behind it{way}"
-        if kind == head:
+        if kind in names:
             heads.append(owner)
         elif kind in _CLASSIFIERS:
             classifiers.append(owner)
     return Owners(tuple(heads), tuple(classifiers))
 
 
-def known_as(module: nn.Module, names: Collection[str]) -> str:
-    """Which of `names`, classes of transformers, a module is or inherits from; "" = none of them."""
+def known_as(module: nn.Module, names: Collection[str], home: str = "transformers") -> str:
+    """Which of `names`, classes of transformers (or of `home`), a module is or inherits from; "" = none of them."""
     for kind in type(module).__mro__:
-        if kind.__name__ in names and kind.__module__.startswith("transformers."):
+        if kind.__name__ in names and kind.__module__.split(".")[0] in ("transformers", home):
             return kind.__name__
     return ""
 
@@ -71,7 +73,8 @@ def foreign(module: nn.Module, name: str) -> bool:
     own = inspect.unwrap(kind.forward)
     placed = (inspect.unwrap(module.__dict__[key]) for key in _PLACES if key in module.__dict__)
     replaced = any(getattr(one, "__func__", one) is not own for one in placed if not isinstance(one, StandIn))
-    return replaced or type(module).forward is not kind.forward or own.__module__ != kind.__module__
+    writer = next(base for base in kind.__mro__ if "forward" in vars(base))
+    return replaced or type(module).forward is not kind.forward or own.__module__ != writer.__module__
 
 
 def _holders(root: nn.Module, inner: nn.Module) -> Iterator[tuple[nn.Module, str]]:
