@@ -156,6 +156,12 @@ class Intake:
             return output
         call = {**dict(zip(encode.names, args, strict=False)), **kwargs}
         call[encode.kind.pixels] = call[encode.names[0]]  # which is what the argument is called, but for old versions
+        if self.tower is not None and self.family.prefix(self.inner, call) != self.tower.site.prefix:
+            given = call.get("vision_feature_select_strategy")
+            raise InputError(
+                f"vision_feature_select_strategy={given!r}: the model was compressed in its tower as its configuration "
+                'says; call it without, or use where="llm"'
+            )
         made = [x.numel() // x.shape[-1] for x in pooled]
         lengths = tuple(self.family.lengths(self.inner, encode.kind, made, call))
         layout = self.family.layout(self.inner, encode.kind, list(lengths), call)
