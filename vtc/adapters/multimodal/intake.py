@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.adapters.multimodal.cache import Entries, Shortened, cache_name, shorten
+from vtc.adapters.multimodal.cache import Entries, Shortened, cache_name, goes_on, shorten
 from vtc.adapters.multimodal.events import in_events
 from vtc.adapters.multimodal.evidence import Evidence
 from vtc.adapters.multimodal.family import Family, Kind
 from vtc.adapters.multimodal.layers import Call, Thinning
 from vtc.adapters.multimodal.question import Encoded, Question, Record, Seen, decide_all, two_d
-from vtc.adapters.multimodal.rotary import Positions
+from vtc.adapters.multimodal.rotary import Positions, check_unpacked
 from vtc.adapters.multimodal.standins import Encode, IntakeForward, Loss
 from vtc.adapters.multimodal.trial import try_positions
 from vtc.adapters.stage import Stage
@@ -109,7 +109,7 @@ class Intake:
         ]
         question = self.question(seen, call) if seen else None
         before = self.record, self.inside
-        bare = question is None and self.record is not None and not _goes_on(call)
+        bare = question is None and self.record is not None and not goes_on(call.get(cache_name()))
         try:
             output = self.answer(patch, call, seen, question)
         except BaseException:  # what did not come to an end is no last call
@@ -364,11 +364,8 @@ class Intake:
         self.columns = columns
         self.positions.ids = self.positions.taken(positions, at, self.carried)
         if self.told:
-            if mask is None and "position_ids" in call and bool((positions.diff(dim=-1) < 0).any()):
-                raise InputError(
-                    "position_ids pack several sequences in a row, and this decoder reads positions outside of its "
-                    "rotary table: give one sequence a row, with an attention_mask"
-                )
+            if mask is None:
+                check_unpacked(positions)
             short["position_ids"] = positions.gather(-1, at.expand(positions.shape[:-1] + at.shape[-1:]))
             if short["attention_mask"] is None:  # beside a mask, a gap is no border between packed sequences
                 short["attention_mask"] = torch.ones_like(entries.columns)
@@ -400,9 +397,3 @@ class Intake:
         """A token id to put where there is nothing; it is masked, so any that is no placeholder will do."""
         taken = {getattr(self.inner.config, kind.token) for kind in self.family.kinds}
         return next(token for token in range(len(taken) + 1) if token not in taken)
-
-
-def _goes_on(call: dict[str, Any]) -> bool:
-    """Whether a call continues a conversation: a decoding step, or a turn behind a cache."""
-    cache = call.get(cache_name())
-    return cache is not None and int(cache.get_seq_length()) > 0
