@@ -160,3 +160,19 @@ def test_pool_that_leaves_patches_out():
     with vtc.compress(model, "visionzip", keep=2) as handle, torch.no_grad():
         model(**inputs, token_type_ids=types)
         assert handle.grids == ((2, 2),) and handle.report.after == (2,)
+
+
+@pytest.mark.parametrize("tower", ["clip", "dinov2", "dinov2_registers"])
+def test_class_tokens_that_reach_the_decoder(tower):
+    """Merged in the tower they would shift every patch: refused, in the configuration and in a call."""
+    model = copy.deepcopy(llava(tower))
+    counts = {"clip": 26, "dinov2": 26, "dinov2_registers": 30}
+    if tower != "dinov2_registers":
+        inputs = {"input_ids": prompt(counts[tower]), "pixel_values": drawn(1, 3, 40, 40)}
+        with vtc.compress(model, "tome", keep=0.9, where="tower"), torch.no_grad():
+            with pytest.raises(vtc.InputError, match="vision_feature_select_strategy='full': the model was compressed"):
+                model(**inputs, vision_feature_select_strategy="full")
+        model.model.config.vision_feature_select_strategy = "full"
+    with pytest.raises(vtc.UnsupportedModelError, match="class and register tokens .* reach the decoder"):
+        vtc.compress(model, "tome", keep=0.9, where="tower")
+    assert vtc.explain(model, "divprune").ok

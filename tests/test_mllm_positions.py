@@ -182,6 +182,16 @@ def test_methods_that_work_between_layers_are_refused(decoder):
         model.model.language_model.config._attn_implementation = "sdpa"
 
 
+def test_packed_sequences_are_refused():
+    """A decoder that is told true positions needs a mask to tell gaps from borders."""
+    model, inputs = build("ministral3"), zoo.inputs("llava", "single")
+    ids = torch.cat([torch.arange(34), torch.arange(inputs["input_ids"].shape[1] - 34)])[None]
+    given = {"input_ids": inputs["input_ids"], "pixel_values": inputs["pixel_values"], "position_ids": ids}
+    with vtc.compress(model, "divprune", keep=0.3), torch.no_grad():
+        with pytest.raises(vtc.InputError, match="position_ids pack several sequences in a row"):
+            model(**given, use_cache=False)
+
+
 def test_a_count_of_its_own_is_refused():
     with pytest.raises(vtc.UnsupportedModelError, match="own count of the tokens in front"):
         vtc.compress(build("llama4"), "divprune", keep=0.5)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.resources
 import os
+import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
@@ -21,6 +23,7 @@ STD = (0.229, 0.224, 0.225)
 
 # plain pictures alone: some of Pillow's other readers start programs (EPS) or parse far more than a picture
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.ASCII)
 
 
 class ImageError(VTCError, ValueError):
@@ -35,15 +38,20 @@ def example_photo() -> Path:
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
     """Read a picture as RGB, turned upright as its EXIF orientation says; the first frame of a moving one.
 
-    Transparency is dropped; 16-bit grey is scaled to 8 bit. Nothing is decoded before the header's size is checked.
+    Transparency is dropped. Grey of 16 bits is scaled to 8, and so is what cameras store with 12 bits or 10 in 16: the
+    range is taken for the smallest of 8, 10, 12 and 16 bits that holds the brightest pixel. Nothing is decoded before
+    the header's size is checked, and nothing is fetched.
 
     Raises:
-        ImageError: no such file, not a regular file, not a picture, damaged, or above 64 megapixels.
+        ImageError: no such file, an address, not a regular file, not a picture, damaged, or above 64 megapixels.
     """
     try:
+        if _ADDRESS.match(os.fsdecode(path)) and not os.path.exists(path):
+            raise ImageError("this is an address, and vtc fetches nothing; save the picture and give its path")
         return _load(Path(path))
     except ImageError as error:
-        raise ImageError(f"{os.fspath(path)!r}: {error}") from error.__cause__
+        name = os.fsdecode(path)  # of a data: address, enough to know it by
+        raise ImageError(f"{name if len(name) <= 400 else name[:60] + '...'!r}: {error}") from error.__cause__
 
 
 def preprocess(image: Image.Image, size: int | tuple[int, int] = 224) -> Tensor:
@@ -68,7 +76,7 @@ def preprocess(image: Image.Image, size: int | tuple[int, int] = 224) -> Tensor:
     if 0 in image.size:
         raise ImageError(f"a picture of {image.width}×{image.height} pixels is empty; use another one")
     height, width = sides
-    picture = ImageOps.fit(_rgb(image), (width, height), method=Image.Resampling.BICUBIC)
+    picture = ImageOps.fit(_rgb(image, image.format), (width, height), method=Image.Resampling.BICUBIC)
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(1, height, width, 3)
     normal = (pixels.float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
     return normal.permute(0, 3, 1, 2).contiguous()
@@ -97,12 +105,13 @@ def _load(path: Path) -> Image.Image:
         raise ImageError("no permission to read it; change that first") from error
     except Exception as error:  # readers of broken headers raise whatever they stumble over
         raise ImageError(f"not a picture, or of an unknown format; use one of {', '.join(formats)}") from error
-    with image:
+    with image, warnings.catch_warnings():
         if image.width * image.height > MAX_PIXELS:
             raise ImageError(too_large)
+        warnings.simplefilter("ignore")  # of odd metadata, which say nothing about the pixels
         try:
             image.load()
-            return _rgb(ImageOps.exif_transpose(image))
+            return _rgb(ImageOps.exif_transpose(image), image.format)
         except ImageError:
             raise
         except Exception as error:  # the same for broken pixels
@@ -110,9 +119,24 @@ def _load(path: Path) -> Image.Image:
             raise ImageError(f"damaged or incomplete ({reason}); get or save it again") from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        image = image.point(lambda value: value * (1 / 256)).convert("L")
-    if image.mode in ("I", "F"):
+def _rgb(image: Image.Image, form: str | None) -> Image.Image:
+    if image.mode.startswith("I"):
+        image = _eight_bits(image, named=form == "PPM")
+    if image.mode == "F":
         raise ImageError("pixels of 32 bits have no known range; save the picture with 8 bits per channel")
-    return image.convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # straight to RGB Pillow warns of it
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ImageError(f"its colours ({image.mode}) are none that vtc reads; save the picture as RGB") from error
+
+
+def _eight_bits(image: Image.Image, named: bool) -> Image.Image:
+    """Grey of 16 bits, or of 32 whose values fit into 16, as 8 bits. `named`: the file said what its range is."""
+    whole: Any = image.convert("I")
+    least, most = whole.getextrema()
+    if least < 0 or most >= 1 << 16:
+        raise ImageError("pixels of 32 bits have no known range; save the picture with 8 bits per channel")
+    bits = 16 if named else next(bits for bits in (8, 10, 12, 16) if most < 1 << bits)
+    return whole.point(lambda value: value * 2.0 ** (8 - bits)).convert("L")

@@ -204,6 +204,12 @@ def tower_site(gate: Gate) -> Site | str:
     for _, item in adapters.find(gate.family.tower(gate.inner)):
         if isinstance(item, Refusal):
             return f'where="tower": {item.reason}'
+        away = gate.family.prefix(gate.inner, {})
+        if item.prefix != away:
+            return (
+                f'where="tower": of {item.prefix} class and register tokens of its tower {item.prefix - away} reach '
+                'the decoder among the image tokens, and vtc merges patches alone there; where="llm" works'
+            )
         depth = len(item.blocks) + 1 + gate.family.feature_layer(gate.inner)
         macs = item.macs
         macs = replace(

@@ -35,7 +35,8 @@ class LlavaNext(Family):
         for item, (trace, length, (count, grid)) in enumerate(zip(packed, lengths, crops, strict=True)):
             if len(trace) != length:
                 raise VTCError(
-                    f"image {item} has {length} tokens, but vtc traced {len(trace)}: please report the model"
+                    f"image {item} has {length} tokens, but {len(trace)} by its size: {type(inner).__name__} lays its "
+                    "images out in a way that vtc does not know; vtc.remove(model) takes the patch off"
                 )
             base, row, column = trace.float().round().long().cpu().unbind(1)
             crop = torch.where(base == 0, 1 + row // side * grid[1] + column // side, 0).masked_fill(base < 0, -1)

@@ -23,6 +23,11 @@ def cache_name() -> str:
     return "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
+def goes_on(cache: Any) -> bool:
+    """Whether a call with this cache continues a conversation: a decoding step, or another turn."""
+    return cache is not None and int(cache.get_seq_length()) > 0
+
+
 @dataclass(frozen=True)
 class Entries:
     """Which column of the full conversation each cache entry holds.

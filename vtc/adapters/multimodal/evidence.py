@@ -141,7 +141,10 @@ class Evidence:
             found["keys"] = self.to_tokens(mean, mask, layout, tokens, packed, total=False)
         if "projector" in self.needs:
             if self.projected is None:
-                raise VTCError(f"{type(self.inner).__name__}: its projector ran without its input being seen")
+                raise VTCError(
+                    f"{type(self.inner).__name__}: its projector did not run as a module, so vtc did not see what it "
+                    "reads; use a method that reads the tokens alone, such as divprune"
+                )
             blocks = self.family.blocks(self.inner, self.projected)
             found["inputs"] = _at(blocks.float(), layout.source, tokens)
             if self.hidden is not None and self.hidden[..., 0].numel() == len(blocks):
@@ -152,7 +155,10 @@ class Evidence:
     def states(self, calls: list, kind: Kind, call: dict) -> tuple[Tensor, Tensor, Tensor | None, float | None, int]:
         """Queries and keys [F, H, P, D], one row per image or frame, the mask of real patches, and the prefix."""
         if not calls:
-            raise VTCError(f"{type(self.inner).__name__}: its tower attended without being heard")
+            raise VTCError(
+                f"{type(self.inner).__name__}: its tower attended past transformers' attention interface, where vtc "
+                "listens; use a method that reads the tokens alone, such as divprune"
+            )
         query = torch.cat([c[0] for c in calls], dim=2 if len(calls) > 1 else 0)
         key = torch.cat([c[1] for c in calls], dim=2 if len(calls) > 1 else 0)
         lengths = self.family.segments(self.inner, kind, call)
@@ -191,7 +197,10 @@ def _at(rows: Tensor, source: Tensor | None, tokens: int) -> Tensor:
     """The rows that the tokens come from; a token from nowhere (a newline) gets 0, one of several rows their mean."""
     if source is None:
         if rows.shape[0] != tokens:
-            raise VTCError(f"{rows.shape[0]} rows of the tower for {tokens} tokens: please report the model")
+            raise VTCError(
+                f"{rows.shape[0]} rows of the tower for {tokens} image tokens: this model arranges its patches as "
+                "vtc does not know them; use a method that reads the tokens alone, such as divprune"
+            )
         return rows
     source = source.to(rows.device)
     taken = rows[source.clamp(min=0)]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc.adapters.multimodal import masks
-from vtc.adapters.multimodal.cache import Entries, Shortened, cache_name, shorten
+from vtc.adapters.multimodal.cache import Entries, Shortened, cache_name, goes_on, shorten
 from vtc.adapters.multimodal.columns import as_asked, check_arguments, check_asked, shorter
 from vtc.adapters.multimodal.events import in_events
 from vtc.adapters.multimodal.evidence import Evidence
@@ -28,7 +28,7 @@ from vtc.adapters.multimodal.guard import Guard
 from vtc.adapters.multimodal.layers import Call, Thinning
 from vtc.adapters.multimodal.owners import Owners
 from vtc.adapters.multimodal.question import Encoded, Question, Record, Seen, decide_all
-from vtc.adapters.multimodal.rotary import Positions
+from vtc.adapters.multimodal.rotary import Positions, check_unpacked
 from vtc.adapters.multimodal.standins import Encode, IntakeForward, Loss, MaskMaker, OwnerForward
 from vtc.adapters.multimodal.trial import try_positions
 from vtc.adapters.stage import Stage
@@ -121,7 +121,7 @@ class Intake:
         self.guard.saw(bool(seen), call)
         question = self.question(seen, call) if seen else None
         before = self.record, self.inside
-        bare = question is None and self.record is not None and not _goes_on(call)
+        bare = question is None and self.record is not None and not goes_on(call.get(cache_name()))
         try:
             output = self.answer(patch, call, seen, question)
         except BaseException:  # what did not come to an end is no last call
@@ -173,6 +173,12 @@ class Intake:
             return output
         call = {**dict(zip(encode.names, args, strict=False)), **kwargs}
         call[encode.kind.pixels] = call[encode.names[0]]  # which is what the argument is called, but for old versions
+        if self.tower is not None and self.family.prefix(self.inner, call) != self.tower.site.prefix:
+            given = call.get("vision_feature_select_strategy")
+            raise InputError(
+                f"vision_feature_select_strategy={given!r}: the model was compressed in its tower as its configuration "
+                'says; call it without, or use where="llm"'
+            )
         made = [x.numel() // x.shape[-1] for x in pooled]
         lengths = tuple(self.family.lengths(self.inner, encode.kind, made, call))
         layout = self.family.layout(self.inner, encode.kind, list(lengths), call)
@@ -375,11 +381,8 @@ class Intake:
         short["return_dict"] = True
         self.positions.ids = self.positions.taken(positions, at, self.carried)
         if self.told:
-            if mask is None and "position_ids" in call and bool((positions.diff(dim=-1) < 0).any()):
-                raise InputError(
-                    "position_ids pack several sequences in a row, and this decoder reads positions outside of its "
-                    "rotary table: give one sequence a row, with an attention_mask"
-                )
+            if mask is None:
+                check_unpacked(positions)
             short["position_ids"] = positions.gather(-1, at.expand(positions.shape[:-1] + at.shape[-1:]))
             if short["attention_mask"] is None:  # beside a mask, a gap is no border between packed sequences
                 short["attention_mask"] = torch.ones_like(entries.columns)
@@ -414,9 +417,3 @@ class Intake:
         """A token id to put where there is nothing; it is masked, so any that is no placeholder will do."""
         taken = {getattr(self.inner.config, kind.token) for kind in self.family.kinds}
         return next(token for token in range(len(taken) + 1) if token not in taken)
-
-
-def _goes_on(call: dict[str, Any]) -> bool:
-    """Whether a call continues a conversation: a decoding step, or a turn behind a cache."""
-    cache = call.get(cache_name())
-    return cache is not None and int(cache.get_seq_length()) > 0

@@ -195,7 +195,8 @@ class Question:
         grids = tuple(unit.grid for unit in self.units)
         if "grid" in method.needs and None in grids:
             raise InputError(
-                f"{method.name} needs every image to fill a grid, but one here does not (cut to its shape, or budgets "
+                f"{method.name} needs every image to fill a grid, but one here does not, or of an unknown size (cut to "
+                "its shape, class tokens among the patches, not square where the model folds squares, or budgets "
                 "pooled): use another method"
             )
         fields.setdefault("features", self.packed(self.rows.detach()))
