@@ -81,7 +81,7 @@ class Tower:
         Args:
             root: the model that holds the encoder.
         """
-        Guard(self, root).install()
+        Guard(self).install(root)
         self.place = container(root, self.site.blocks)
         if self.method.ppe:
             assert not isinstance(self.site.rotary, str)

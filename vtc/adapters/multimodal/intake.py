@@ -66,8 +66,8 @@ class Intake:
         self.positions = Positions(decoder.rotary_emb, self.method.ppe)
         self.encoders = {kind.name: Encode(self, kind) for kind in self.family.kinds}
         forward = IntakeForward(self, name)
-        self.guard = Guard(self, root)
-        self.guard.install()
+        self.guard = Guard(self)
+        self.guard.install(root)
         self.patched = [forward, self.positions, *self.encoders.values(), *(Loss(self, own) for own in self.owners)]
         for patch in self.patched:
             patch.install()
