@@ -138,13 +138,13 @@ def test_nan_names_the_place():
 
 
 @torch.no_grad()
-def test_attention_masks_that_are_no_padding_are_refused():
+def test_attention_masks_that_are_no_padding_are_refused_where_tokens_merge():
     net = model("timm-dinov2")
     with vtc.compress(net, "tome", keep=0.8):
         with pytest.raises(vtc.InputError, match="causal"):
             net(pixels(1), is_causal=True)
         mask = torch.ones(1, 1, 65, 65, dtype=torch.bool).tril()
-        with pytest.raises(vtc.InputError, match="not plain padding"):
+        with pytest.raises(vtc.InputError, match="tells tokens apart that were merged"):
             net(pixels(1), attn_mask=mask)
         padding = torch.ones(1, 1, 65, 65, dtype=torch.bool)
         padding[..., 50:] = False

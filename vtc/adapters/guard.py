@@ -16,21 +16,13 @@ import torch
 from torch import nn
 
 from vtc.adapters.hooks import Scope
-from vtc.adapters.tracing import unrecorded
+from vtc.adapters.tracing import SCRIPT, Unscriptable
 from vtc.errors import InputError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from vtc.adapters.tower import Tower
 
 METHODS = ("forward_features", "forward_intermediates")
-_SCRIPT = "__prepare_scriptable__"  # what torch.jit.script asks a module for first
-
-
-class Unscriptable:
-    """Stands in for that."""
-
-    def __call__(self) -> None:
-        raise UnsupportedModelError(unrecorded("torch.jit.script"))
 
 
 class Method:
@@ -38,15 +30,27 @@ class Method:
 
     def __init__(self, guard: Guard, module: nn.Module, name: str) -> None:
         self.guard, self.module, self.name = guard, module, name
+        self.replaced = module.__dict__.get(name)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
+
+    def remove(self) -> None:
+        if self.replaced is not None:
+            self.module.__dict__[self.name] = self.replaced
+        else:
+            del self.module.__dict__[self.name]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        now, original = self.guard.tower.now, getattr(type(self.module), self.name)
+        now = self.guard.tower.now
         before = now.wide
         self.guard.open(self)
         done = False
         try:  # every block's tokens are asked for, or of as many as somebody wants, at full length
             now.wide = before or self.name == "forward_intermediates"
-            output = original(self.module, *args, **kwargs)
+            output = self.original(*args, **kwargs)
             done = True
         finally:
             if not done:
@@ -60,20 +64,19 @@ class Method:
 class Guard:
     """Watches one tower's encoder in the model that was given to `compress`."""
 
-    def __init__(self, tower: Tower, root: nn.Module) -> None:
-        self.tower, self.root = tower, root
+    def __init__(self, tower: Tower) -> None:
+        self.tower = tower
 
-    def install(self) -> None:
+    def install(self, root: nn.Module) -> None:
         site = self.tower.site
-        around = enclosing(self.root, site.patchify, *site.blocks[:1])
+        around = enclosing(root, site.patchify, *site.blocks[:1])
         for module in around:
             module.register_forward_pre_hook(Scope("open", self))
             module.register_forward_hook(Scope("close", self), always_call=True)
-        for module in (*around, *site.blocks):
-            module.__dict__[_SCRIPT] = Unscriptable()
+            module.__dict__[SCRIPT] = Unscriptable()
         for module in dict.fromkeys((*around[-1:], *site.watched)):
             for name in METHODS:
-                if callable(getattr(type(module), name, None)):
+                if callable(getattr(module, name, None)):
                     module.__dict__[name] = Method(self, module, name)
 
     def open(self, module: Any) -> None:
@@ -170,6 +173,8 @@ def changed(place: tuple[nn.Module, str] | None, blocks: tuple[nn.Module, ...]) 
 
 
 def strip_methods(module: nn.Module) -> None:
-    for name in (*METHODS, _SCRIPT):
-        if isinstance(module.__dict__.get(name), (Method, Unscriptable)):
-            del module.__dict__[name]
+    for name in METHODS:
+        if isinstance(module.__dict__.get(name), Method):
+            module.__dict__[name].remove()
+    if isinstance(module.__dict__.get(SCRIPT), Unscriptable):
+        del module.__dict__[SCRIPT]

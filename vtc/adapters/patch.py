@@ -8,6 +8,7 @@ import einops
 from torch import Tensor, nn
 
 from vtc.adapters.hooks import Hook, unhook
+from vtc.adapters.tracing import SCRIPT, Unscriptable
 
 if TYPE_CHECKING:
     from vtc.adapters.tower import Tower
@@ -55,11 +56,15 @@ class PatchedForward:
 
     def install(self) -> None:
         self.block.__dict__[self.name] = self
+        self.block.__dict__[SCRIPT] = Unscriptable()
         self.installed = True
 
     def remove(self) -> None:
         """Take it off, also where accelerate has put a wrapper around it since: that one calls `_old_forward`."""
         self.installed = False
+        self.block.__dict__.pop(SCRIPT, None)
+        if self.ear is not None:
+            unhook(self.ear, self)
         for name in ("forward", "_old_forward"):
             if self.block.__dict__.get(name) is self:
                 if self.replaced is not None:

@@ -81,7 +81,7 @@ class Tower:
         Args:
             root: the model that holds the encoder.
         """
-        Guard(self, root).install()
+        Guard(self).install(root)
         self.place = container(root, self.site.blocks)
         if self.method.ppe:
             assert not isinstance(self.site.rotary, str)
@@ -233,8 +233,8 @@ class Tower:
         if pairs is not None:
             pairs = cut(pairs, token_map, self.method.merges, f"layer {patch.index} of {self.where}")
         maps = (*stage.maps, token_map)
-        fields = {"total": total, "size": size, "mask": mask, "pairs": pairs, "maps": maps}
-        return x, replace(stage, **fields, carried=carried, slot=self.slot)
+        stage = replace(stage, total=total, size=size, mask=mask, pairs=pairs, maps=maps)
+        return x, replace(stage, carried=carried, slot=self.slot)
 
     def enter(self, patch: PatchedForward, now: Running, x: Tensor, args: tuple, kwargs: dict) -> Stage:
         stage = self.noted(patch, x) if recomputing() else None
@@ -286,8 +286,8 @@ class Tower:
         padding, pairs = read(given, x, prefix)
         if padding is not None:
             plans = [self.plan(int(n) - prefix) for n in padding.sum(1)]
-            plan = torch.tensor(plans, device=x.device).view(-1, depth)
-            return replace(stage, plan=plan, mask=padding, size=padding.float())
+            each = torch.tensor(plans, device=x.device).view(-1, depth)
+            return replace(stage, plan=each, mask=padding, size=padding.float())
         plan = self.plan(patches)
         if any(plan):
             self.check_patches(stage, patches, room if now.open else None)
@@ -352,8 +352,9 @@ def strip(module: nn.Module) -> None:
     if patch is not None:
         patch.remove()
     for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-        if isinstance(getattr(hook, "target", None), Guard):  # also patches that somebody has wrapped
-            for patch in hook.target.tower.patched:
+        guard = getattr(hook, "target", None)
+        if isinstance(guard, Guard):  # also patches that somebody has wrapped
+            for patch in guard.tower.patched:
                 patch.remove()
     strip_methods(module)
     unhook(module)

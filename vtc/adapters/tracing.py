@@ -10,6 +10,15 @@ from torch._C import _functorch
 
 from vtc.errors import UnsupportedModelError
 
+SCRIPT = "__prepare_scriptable__"  # what torch.jit.script asks a module for first
+
+
+class Unscriptable:
+    """Stands in for that."""
+
+    def __call__(self) -> None:
+        raise UnsupportedModelError(unrecorded("torch.jit.script"))
+
 
 def tracer(x: Any) -> str:
     """What records this call as fixed steps, in which no method could look at the tokens; "" = nothing."""

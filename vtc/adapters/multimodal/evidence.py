@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc import scores
-from vtc.adapters.hooks import Hook, unhook
+from vtc.adapters.hooks import Hook
 from vtc.adapters.multimodal.family import Family, Kind, Layout
 from vtc.adapters.patch import head_mean
 from vtc.errors import VTCError
@@ -71,7 +71,6 @@ class Evidence:
     needs: frozenset[str]
     ears: dict[str, Listening] = field(default_factory=dict)
     projected: Tensor | None = None
-    entrance: nn.Module | None = None  # of the projector
     hidden: Tensor | None = None  # of the projector, before its activation
     listening: bool = False
     note: str = ""  # what a report should say of it
@@ -87,17 +86,9 @@ class Evidence:
         if "projector" in self.needs:
             projector = self.family.projector(self.inner)
             projector.register_forward_pre_hook(Hook("saw_projected", self))
-            self.hear_entrance()
-
-    def hear_entrance(self) -> None:
-        """Listen to the projector's first Linear where it is now: LoRA, or a quantizer, may have put another there."""
-        entrance = scores.entrance(self.family.projector(self.inner))
-        if entrance is not self.entrance:
-            if self.entrance is not None:
-                unhook(self.entrance, self)
+            entrance = scores.entrance(projector)
             if entrance is not None:
                 entrance.register_forward_hook(Hook("saw_hidden", self))
-            self.entrance = entrance
 
     def saw_projected(self, hook: Hook, args: tuple) -> None:
         if self.listening:
@@ -109,8 +100,6 @@ class Evidence:
 
     def start(self) -> None:
         self.listening, self.projected, self.hidden = True, None, None
-        if "projector" in self.needs:
-            self.hear_entrance()
         for ear in self.ears.values():
             ear.heard = []
 

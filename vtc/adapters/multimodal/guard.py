@@ -31,14 +31,14 @@ class Guard:
         ends: [2, C], the first and the last row of the projector's last output, until a prompt takes them in.
     """
 
-    def __init__(self, intake: Intake, root: nn.Module) -> None:
-        self.intake, self.root = intake, root
+    def __init__(self, intake: Intake) -> None:
+        self.intake = intake
         self.open: list[tuple[Any, int, int, int]] = []
         self.images = self.prompts = 0
         self.ends: Tensor | None = None
 
-    def install(self) -> None:
-        for module in enclosing(self.root, self.intake.inner):
+    def install(self, root: nn.Module) -> None:
+        for module in enclosing(root, self.intake.inner):
             module.register_forward_pre_hook(Scope("enter", self))
             module.register_forward_hook(Scope("close", self), always_call=True)
         self.intake.family.projector(self.intake.inner).register_forward_hook(Hook("projected", self))

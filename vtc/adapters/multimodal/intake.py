@@ -79,8 +79,8 @@ class Intake:
         self.told = try_positions(decoder).reads
         self.encoders = {kind.name: Encode(self, kind) for kind in self.family.kinds}
         forward = IntakeForward(self, name)
-        self.guard = Guard(self, root)
-        self.guard.install()
+        self.guard = Guard(self)
+        self.guard.install(root)
         self.patched = [forward, self.positions, *self.encoders.values()]
         for head in self.owners.heads:
             self.patched += [OwnerForward(self, head), Loss(self, head), MaskMaker(head)]
