@@ -97,8 +97,9 @@ def registry() -> str:
         label = {"supported": "**supported**", "not built": "needs another package, or does not build by default"}
         row = [label.get(verdict, verdict), *(str(n or "") for n in counts[verdict].values()), told]
         lines.append("| " + " | ".join(row) + " |")
-    total = [str(sum(counts[v][library] for v in counts)) for library in asked]
-    lines.append("| names | " + " | ".join(total) + " | |")
+    total = [sum(counts[v][library] for v in counts) for library in asked]
+    total = [f"{n} of {record['names']}" for n, record in zip(total, asked.values(), strict=True)]
+    lines.append("| names asked | " + " | ".join(total) + " | |")
     versions = " and ".join(f"{library} {record['version']}" for library, record in asked.items())
     return REGISTRY_HEAD.format(versions=versions) + "\n".join(lines) + "\n"
 

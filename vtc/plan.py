@@ -320,10 +320,7 @@ class Explanation:
     def __str__(self) -> str:
         if not self.encoders:
             known = "; ".join(f"{name}: {covers}" for name, covers in list_adapters().items())
-            return (
-                f"{self.model} holds no vision encoder that vtc knows: it is a CNN, a windowed or pooling pyramid, or "
-                f"of a family without an adapter. Known are {known}"
-            )
+            return f"{self.model} holds no vision encoder that vtc knows. Known are {known}"
         return "\n".join(map(str, self.encoders)) if len(self.encoders) > 1 else str(self.encoders[0])
 
 

@@ -259,14 +259,12 @@ def _of_library(module: Any) -> bool:
     return any(cls.__module__.startswith("transformers.") for cls in type(module).__mro__)
 
 
-def _inputs(module: Any) -> tuple[str, ...]:
-    """What its main inputs are called; parts that are no model of their own have none."""
+def _inputs(module: Any) -> tuple[str, ...]:  # a part that is no model of its own has none
     named = getattr(module, "main_input_name", ())
     return (named,) if isinstance(named, str) else tuple(named)
 
 
 def _sees(module: Any) -> bool:
-    """Does a model take pixels?"""
     named = [*_inputs(module), *signature(type(module).forward).parameters]
     return any(name.startswith(("pixel_values", "flattened_patches")) for name in named)
 
@@ -276,7 +274,7 @@ def _encodes(module: Any) -> bool:
     if not isinstance(getattr(module, "embeddings", None), nn.Module):
         return False
     if any(name.startswith("pixel_values") for name in _inputs(module)):
-        # without layers of its own, it may be a model around an encoder, whose embeddings are those of a text
+        # without layers, it may be a model around an encoder, whose embeddings are a text's
         return _layers(module) is not None or not any(_covered(m) for m in module.modules() if m is not module)
     cuts = any(isinstance(part, nn.Conv2d) for part in module.embeddings.modules())
     return cuts and _layers(module) is not None and _sees(module)
