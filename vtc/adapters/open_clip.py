@@ -23,8 +23,8 @@ def _mha_attend(block: Any, x: Tensor, stage: Stage | None, args: tuple, kwargs:
         return block.ls_1(block.attention(q_x=h, attn_mask=kwargs.get("attn_mask")))
     bias = stage.bias(h)
     if bias is not None and stage.pairs is not None:  # which has a row for every query
-        mask = bias.expand(h.shape[0], block.attn.num_heads, h.shape[1], -1).flatten(0, 1)
-        return block.ls_1(block.attn(h, h, h, need_weights=False, attn_mask=mask.to(h.dtype))[0])
+        pairs = bias.expand(h.shape[0], block.attn.num_heads, h.shape[1], -1).flatten(0, 1)
+        return block.ls_1(block.attn(h, h, h, need_weights=False, attn_mask=pairs.to(h.dtype))[0])
     # As a key padding mask [B, M] the bias is broadcast over heads and queries, never expanded to M x M.
     mask = None if bias is None else bias[:, 0, 0].to(h.dtype)
     return block.ls_1(block.attn(h, h, h, need_weights=False, key_padding_mask=mask)[0])
