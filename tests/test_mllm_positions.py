@@ -197,6 +197,18 @@ def test_a_count_of_its_own_is_refused():
         vtc.compress(build("llama4"), "divprune", keep=0.5)
 
 
+def test_the_trial_of_a_compiled_decoder_is_of_its_own_code():
+    model = copy.deepcopy(build("ministral3"))
+
+    def never(*args, **kwargs):
+        raise AssertionError("the compiled decoder ran")
+
+    model.model.language_model._compiled_call_impl = never
+    assert try_positions(model.model.language_model).reads
+    model.model.language_model = torch.compile(build("llama").model.language_model, backend=never)
+    assert try_positions(model.model.language_model) == try_positions(build("llama").model.language_model)
+
+
 def test_what_cannot_be_tried_is_refused():
     model = copy.deepcopy(build("llama"))
     model.model.language_model.layers[0].self_attn.o_proj = torch.nn.Linear(3, 3)

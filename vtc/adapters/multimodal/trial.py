@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vtc.adapters.multimodal.cache import cache_name
 
+_HUNG_ON = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
 _FAR = 10_000_000  # beyond every length from which decoders scale by position
 
 
@@ -55,7 +56,7 @@ def _try(decoder: Any) -> Trial:
         def get_seq_length(self, layer_idx: int = 0) -> int:
             return _FAR
 
-    start = _start(decoder)
+    start = _start(getattr(decoder, "_orig_mod", decoder))  # as it was before torch.compile
     weights = _weights(start)
     device, dtype = _place(start)
     x = torch.randn(1, 4, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -112,7 +113,7 @@ def _bare(module: nn.Module) -> Any:
     """A module of the same parts and tensors, without what others have hung on it (hooks, a `forward` of accelerate).
     What is set on it, as rotary tables that grow are, is not set on `module`."""
     bare = object.__new__(type(module))
-    bare.__dict__ = {k: v for k, v in module.__dict__.items() if k not in ("forward", "_old_forward", "_hf_hook")}
+    bare.__dict__ = {k: v for k, v in module.__dict__.items() if k not in _HUNG_ON}
     for name, value in bare.__dict__.items():
         if name in ("_modules", "_parameters", "_buffers"):
             bare.__dict__[name] = dict(value)
