@@ -330,6 +330,7 @@ TIMM = {
     "xcit_nano_12_p16_224": "hold convolutions over the grid of patches",
     "tnt_s_patch16_224": "attend more than once: attn_in (Attention) and attn_out (Attention)",
     "vit_small_patch16_18x2_224": "are not one attention and one MLP behind it: attns (ModuleList)",
+    "vit_dpwee_patch16_reg1_gap_256": "(DiffParallelScalingBlock) are not one attention and one MLP behind it: in_norm",
     "gemma4_vit_167m_enc": "its blocks (Gemma4Block) are put together in a way vtc has no account of: norm1",
     "crossvit_9_240": "it works on grids of several sizes",
     "mvitv2_tiny": "it works on grids of several sizes",

@@ -66,10 +66,11 @@ def _of_blocks(blocks: Sequence[nn.Module], masks: Sequence[str]) -> str:
 
 
 def _attends(name: str, module: nn.Module) -> bool:
-    """By the name of its class, or its own; dropouts and norms of an attention project nothing."""
+    """By the name of its class, its own, or its heads; dropouts and norms of an attention project nothing."""
     called = f"{type(module).__name__} {name.rpartition('.')[2]}".lower()
     named = any(word in called for word in ("attention", "attn")) and not isinstance(module, nn.ModuleList)
-    return named and any(parameter.ndim > 1 for parameter in module.parameters())
+    headed = isinstance(getattr(module, "num_heads", None), int)  # a block that attends by itself
+    return (named or headed) and any(parameter.ndim > 1 for parameter in module.parameters())
 
 
 def _mixers(model: nn.Module) -> str:
