@@ -92,14 +92,22 @@ def test_blocks_that_leave_by_another_way():
             return self.head(self._pos_embed(self.patch_embed(x))[:, 0])
 
     for cls, how in ((Early, "stopped behind 2 of 3"), (Past, "passed none of the 3")):
-        own = copy.deepcopy(net)
+        own, plain = copy.deepcopy(net), type(net)
         own.__class__ = cls
         dense = own(x)
-        with vtc.compress(own, "tome", keep=0.8), pytest.raises(vtc.InputError, match=how):
-            own(x)
-        with vtc.compress(own, "tome", keep=1.0):
-            assert torch.equal(own(x), dense)
+        for keep in (0.8, 1.0):
+            own.__class__ = plain  # it goes its other way from now on; the trial sees one that always does
+            with vtc.compress(own, "tome", keep=keep):
+                own.__class__ = cls
+                if keep == 1.0:
+                    assert torch.equal(own(x), dense)
+                else:
+                    with pytest.raises(vtc.InputError, match=how):
+                        own(x)
         assert torch.equal(own(x), dense)
+    net.__class__ = Early
+    with pytest.raises(vtc.UnsupportedModelError, match="its call with one image runs 2 of its 3 blocks"):
+        vtc.compress(net, "tome", keep=0.8)
 
 
 @pytest.mark.parametrize("method", ["tome", "downsample"])
@@ -202,7 +210,7 @@ def test_tokens_that_are_no_patches():
     net, x = copy.deepcopy(model("timm-dinov2")), pixels(1)
 
     class Queries(type(net)):  # EoMT's way: more tokens before one of the last blocks
-        at = 2
+        at = None
 
         def forward_features(self, x, **kwargs):
             x = self._pos_embed(self.patch_embed(x))
@@ -216,13 +224,21 @@ def test_tokens_that_are_no_patches():
     for at, message in ((2, "5[0-9] tokens, and 1 x 4[0-9] came out"), (0, "75 tokens of an image reached")):
         net.at = at
         dense = net(x)
+        with pytest.raises(vtc.UnsupportedModelError, match="75 tokens reach (block 2|its first block)"):
+            vtc.compress(net, "tome", keep=0.8)  # always; below, from some call on
         for method in ("tome", "random"):
+            net.at = None
             with vtc.compress(net, method, keep=0.8), pytest.raises(vtc.InputError, match=message):
+                net.at = at
                 net(x)
         for r in ([0, 0, 9], [9, 0, 0]):
+            net.at = None
             with vtc.compress(net, "tome", r=r), pytest.raises(vtc.InputError, match="1 x [67]|75 tokens"):
+                net.at = at
                 net(x)
+        net.at = None
         with vtc.compress(net, "tome", keep=1.0):
+            net.at = at
             assert torch.equal(net(x), dense)
     net.at = 9
     with vtc.compress(net, "tome", keep=0.8) as handle:

@@ -161,13 +161,13 @@ def test_models_that_work_otherwise_than_vtc_knows(monkeypatch):
     llava, inputs = mllm_zoo.build("llava"), mllm_zoo.inputs("llava", "single")
     with vtc.compress(llava, "visionzip", keep=0.5), monkeypatch.context() as patch:
         patch.setattr(evidence.Evidence, "stop", lambda self: {"attention": [], "middle": []})
-        with pytest.raises(vtc.VTCError, match="LlavaModel: its tower attended without being heard"):
+        with pytest.raises(vtc.VTCError, match="LlavaModel: its tower attended past transformers' attention interface"):
             llava(**inputs)
     with vtc.compress(llava, "zoo_prune", keep=0.5), monkeypatch.context() as patch:
         patch.setattr(evidence.Evidence, "saw_projected", lambda self, hook, args: None)
-        with pytest.raises(vtc.VTCError, match="LlavaModel: its projector ran without its input being seen"):
+        with pytest.raises(vtc.VTCError, match="LlavaModel: its projector did not run as a module, so"):
             llava(**inputs)
-    with pytest.raises(vtc.VTCError, match="3 rows of the tower for 4 tokens: please report"):
+    with pytest.raises(vtc.VTCError, match="3 rows of the tower for 4 image tokens: this model"):
         evidence._at(torch.zeros(3, 2), None, 4)
     anyres, inputs = mllm_zoo.build("llava_next"), mllm_zoo.inputs("llava_next", "single")
     with vtc.compress(anyres, "random", keep=0.5), monkeypatch.context() as patch:

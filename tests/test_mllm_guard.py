@@ -169,7 +169,8 @@ def test_the_projector_is_heard_where_it_is():
 
 
 @pytest.mark.parametrize(
-    ("method", "message"), [("visionzip", "without being heard"), ("fastv", "without being heard")]
+    ("method", "message"),
+    [("visionzip", "attended past transformers' attention interface"), ("fastv", "without being heard")],
 )
 @torch.no_grad()
 def test_attention_that_was_replaced_is_noticed(method, message):

@@ -77,7 +77,7 @@ def check_entry(site: Site) -> str:
     encoder = bare_copy(site.encoder, _on_meta, known)
     known[id(site.patchify)].register_forward_hook(lambda module, args, output: patches.append(output))
     try:
-        site.probe(encoder)
+        _probe(site, encoder, calls, patches)
     except _Passed:
         pass
     except Exception as error:  # whatever a foreign encoder may raise
@@ -112,6 +112,20 @@ def check_entry(site: Site) -> str:
             f"token{'s' * (site.prefix != 1)}: the others would be taken for patches"
         )
     return ""
+
+
+def _probe(site: Site, encoder: nn.Module, calls: list, patches: list) -> None:
+    """Call the copy; where that fails for a tensor that its forward makes on the CPU, once more with those on meta."""
+    assert site.probe is not None
+    try:
+        site.probe(encoder)
+    except RuntimeError as error:
+        if "meta" not in str(error):
+            raise
+        calls.clear()
+        patches.clear()
+        with torch.device("meta"):
+            site.probe(encoder)
 
 
 def _form(x: Any) -> str:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from vtc import scores
 from vtc.adapters.hooks import Hook
+from vtc.adapters.multimodal import masks
 from vtc.adapters.multimodal.family import Family, Kind, Layout
 from vtc.adapters.patch import head_mean
-from vtc.errors import VTCError
+from vtc.errors import InputError, VTCError
 
 _NAME = "vtc_listen"
 # What large images receive from all their patches would cost more than a layer of the decoder: there, each _EVERYth
@@ -203,3 +204,17 @@ def unlisten(module: nn.Module) -> None:
     ear = module.__dict__.get("config")
     if isinstance(ear, Listening):
         module.__dict__["config"] = ear.real
+
+
+def text(name: str, family: Family, inner: Any, call: dict[str, Any], prompts: list[int]) -> tuple[Tensor, Tensor]:
+    """Embeddings [U, T, C] of the text tokens of every unit's prompt, and which are real."""
+    ids = call.get("input_ids")
+    if ids is None:
+        raise InputError(f"{name} reads the prompt's words: pass input_ids, not inputs_embeds")
+    visual = torch.zeros_like(ids, dtype=torch.bool)
+    for kind in family.kinds:
+        visual |= ids == getattr(inner.config, kind.token)
+    real = masks.words(call.get("attention_mask"), ids.shape[1])
+    words = ~visual if real is None else ~visual & real
+    embeds = inner.get_input_embeddings()(torch.where(visual, 0, ids))
+    return embeds[prompts].detach(), words[prompts]

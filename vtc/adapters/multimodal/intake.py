@@ -22,13 +22,13 @@ from vtc.adapters.multimodal import masks
 from vtc.adapters.multimodal.cache import Entries, Shortened, cache_name, goes_on, shorten
 from vtc.adapters.multimodal.columns import as_asked, check_arguments, check_asked, shorter
 from vtc.adapters.multimodal.events import in_events
-from vtc.adapters.multimodal.evidence import Evidence
+from vtc.adapters.multimodal.evidence import Evidence, text
 from vtc.adapters.multimodal.family import Family, Kind
 from vtc.adapters.multimodal.guard import Guard
 from vtc.adapters.multimodal.layers import Call, Thinning
 from vtc.adapters.multimodal.owners import Owners
 from vtc.adapters.multimodal.question import Encoded, Question, Record, Seen, decide_all
-from vtc.adapters.multimodal.rotary import Positions, check_unpacked
+from vtc.adapters.multimodal.rotary import Positions
 from vtc.adapters.multimodal.standins import Encode, IntakeForward, Loss, MaskMaker, OwnerForward
 from vtc.adapters.multimodal.trial import try_positions
 from vtc.adapters.stage import Stage
@@ -252,7 +252,8 @@ class Intake:
                 if "projector" in method.needs:
                     fields["projector"] = self.family.projection(self.inner)
                 if "text" in method.needs:
-                    fields["text"], fields["text_mask"] = self.text(call, question.prompts)
+                    words = text(method.name, self.family, self.inner, call, question.prompts)
+                    fields["text"], fields["text_mask"] = words
                 tokens = question.tokens(method, said=[], **fields)
                 removed = question.removals(method.keep)
                 token_map, notes = decide_all(method, tokens, removed), ""
@@ -278,19 +279,6 @@ class Intake:
     def question(self, seen: list[Seen], call: dict[str, Any]) -> Question:
         given = call["input_ids"] if "input_ids" in call else call["inputs_embeds"]
         return Question(seen, given.shape[0], given.shape[1], self.method.pooled)
-
-    def text(self, call: dict[str, Any], prompts: list[int]) -> tuple[Tensor, Tensor]:
-        """Embeddings [U, T, C] of the text tokens of every unit's prompt, and which are real."""
-        ids = call.get("input_ids")
-        if ids is None:
-            raise InputError(f"{self.method.name} reads the prompt's words: pass input_ids, not inputs_embeds")
-        visual = torch.zeros_like(ids, dtype=torch.bool)
-        for kind in self.family.kinds:
-            visual |= ids == getattr(self.inner.config, kind.token)
-        real = masks.words(call.get("attention_mask"), ids.shape[1])
-        words = ~visual if real is None else ~visual & real
-        embeds = self.inner.get_input_embeddings()(torch.where(visual, 0, ids))
-        return embeds[prompts].detach(), words[prompts]
 
     def shrink(self, item: Seen, question: Question, span: slice, stays: Tensor, means: TokenMap | None) -> None:
         """Give an encoder's output the rows that stay: as they are, or the means of their groups."""
@@ -333,11 +321,8 @@ class Intake:
         past = Entries.before(cache, batch, device)
         padded = columns is not None and bool((columns < 0).any())
         if columns is not None or (question is not None and self.thinning is not None):
-            own = {
-                *inspect.signature(type(self.inner).forward).parameters,
-                *(kind.pixels for kind in self.family.kinds),
-            }
-            own |= {name for encode in self.encoders.values() for name in encode.names}
+            own = set(inspect.signature(type(self.inner).forward).parameters)
+            own |= {name for encode in self.encoders.values() for name in (encode.kind.pixels, *encode.names)}
             check_arguments(call, own, length, past.length + length)
         if self.went is not None:
             check_asked(self.asked, self.went)
@@ -347,6 +332,11 @@ class Intake:
         whole = call.get("attention_mask")
         mask = masks.padding(whole)
         packs = masks.packs(call.get("position_ids"), mask, length)
+        if packs is not None and self.told:
+            raise InputError(
+                "position_ids pack several sequences in a row, and this decoder reads positions outside of its rotary "
+                "table: give one sequence a row, with an attention_mask"
+            )
         if packs is not None and entries.padded and (whole is None or mask is not None):
             raise InputError(
                 "position_ids pack several sequences in a row, and vtc shortens the rows of this batch to different "
@@ -367,22 +357,10 @@ class Intake:
         short["position_ids"] = masks.counted(packs, at, before)
         if packs is not None and call["position_ids"].ndim == 3:  # text positions first: where packs are looked for
             short["position_ids"] = short["position_ids"].expand(4, -1, -1)
-        if whole is None:
-            short["attention_mask"] = (entries.columns >= 0).long() if entries.padded else None
-        elif mask is None:
-            short["attention_mask"] = masks.cut(whole, columns, entries, length)
-        else:
-            if mask.shape[1] != entries.length:
-                raise InputError(
-                    f"attention_mask has {mask.shape[1]} columns, but the conversation has {entries.length}: with a "
-                    "cache the mask covers the whole conversation, image tokens that vtc removed included"
-                )
-            short["attention_mask"] = entries.take(mask.long())
+        short["attention_mask"] = masks.shortened(whole, columns, entries, length)
         short["return_dict"] = True
         self.positions.ids = self.positions.taken(positions, at, self.carried)
         if self.told:
-            if mask is None:
-                check_unpacked(positions)
             short["position_ids"] = positions.gather(-1, at.expand(positions.shape[:-1] + at.shape[-1:]))
             if short["attention_mask"] is None:  # beside a mask, a gap is no border between packed sequences
                 short["attention_mask"] = torch.ones_like(entries.columns)

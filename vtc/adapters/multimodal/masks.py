@@ -46,6 +46,21 @@ def check_text(name: str, call: Mapping[str, Any], question: Question, past: int
         )
 
 
+def shortened(mask: Any, columns: Tensor, entries: Entries, length: int) -> Any:
+    """The mask of a call of `length` columns, 2-D or the caller's own, for the rows at `columns` [B, S], which are the
+    last of the `entries`; None where everything is real and sees what is before it."""
+    if mask is None:
+        return (entries.columns >= 0).long() if entries.padded else None
+    if padding(mask) is None:
+        return cut(mask, columns, entries, length)
+    if mask.shape[1] != entries.length:
+        raise InputError(
+            f"attention_mask has {mask.shape[1]} columns, but the conversation has {entries.length}: with a cache the "
+            "mask covers the whole conversation, image tokens that vtc removed included"
+        )
+    return entries.take(mask.long())
+
+
 def cut(mask: Any, columns: Tensor, entries: Entries, length: int) -> Any:
     """A mask of the caller's own, [B or 1, H or 1, L, K] or one by kind of layer, for the rows at `columns` [B, S] of L
     and the keys at the `entries` [B, E] of K. What is padding there sees itself, and nothing sees it."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc.adapters.multimodal.standins import StandIn
-from vtc.errors import InputError, OptionError
+from vtc.errors import OptionError
 from vtc.positions import PPE, combine, sections, slot_of_pair, slots_for
 
 
@@ -54,15 +54,6 @@ class Positions(StandIn):
             return self.original(x, ids, *args, **kwargs)
         every = [self.original(x, one, *args, **kwargs) for one in ids]
         return tuple(combine(list(tables), self.slot) for tables in zip(*every, strict=True))
-
-
-def check_unpacked(positions: Tensor) -> None:
-    """Raise InputError where the positions [..., B, L] of a row start again: several sequences, told apart by that."""
-    if bool((positions.diff(dim=-1) < 0).any()):
-        raise InputError(
-            "position_ids pack several sequences in a row, and this decoder reads positions outside of its rotary "
-            "table: give one sequence a row, with an attention_mask"
-        )
 
 
 def axes(rotary: Any) -> Tensor:
