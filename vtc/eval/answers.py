@@ -102,12 +102,18 @@ def prompts(processor: Any, asked: Sequence[Asked], closed: bool = False) -> Any
     """The inputs of a batch, padded on the left; closed: with the answers."""
     texts = []
     for q in asked:
-        content = [{"type": "video" if isinstance(q.about, scenes.Clip) else "image"}, {"type": "text", "text": q.text}]
+        shown = {"type": "video" if isinstance(q.about, scenes.Clip) else "image"}
+        many = len(q.about.scenes) if isinstance(q.about, scenes.Album) else 1
+        content = [*[shown] * many, {"type": "text", "text": q.text}]
         turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if closed:
             turns.append({"role": "assistant", "content": [{"type": "text", "text": q.answer}]})
         texts.append(processor.apply_chat_template(turns, add_generation_prompt=not closed, tokenize=False))
-    images = [[q.about.image] for q in asked if isinstance(q.about, scenes.Scene)]
+    images = [
+        q.about.images if isinstance(q.about, scenes.Album) else [q.about.image]
+        for q in asked
+        if not isinstance(q.about, scenes.Clip)
+    ]
     clips = [np.stack([np.asarray(f) for f in q.about.frames]) for q in asked if isinstance(q.about, scenes.Clip)]
     seen: dict[str, Any] = {"videos": clips, "do_sample_frames": False} if clips else {"images": images}
     return processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **seen)
