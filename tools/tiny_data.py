@@ -7,23 +7,21 @@ nothing is padded; then scene after scene of the training split.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tiny_models import GRID
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vtc.eval import scenes
+from vtc.eval.asking import View
 
 THINGS = (*scenes.SHAPES, *scenes.DIGITS, "number")
 TOKEN = 16  # pixels of a side, of the Qwen
-PLAIN = scenes.Level(numbers=2, backgrounds=scenes.BACKGROUNDS)
-CROWD = scenes.Level((5, 7), 3, (0.1, 0.22), scenes.BACKGROUNDS, numbers=2)  # a tower learns most from what is full
+CROWD = replace(scenes.FULL, things=(5, 7), digits=3, sides=(0.1, 0.22))  # a tower learns most from what is full
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,10 @@ class Text:
     target: Tensor  # the next word where it is of the answer, else -100
     hint: Tensor  # the answer's first word at the question's last three, which name the thing; else -100
     kinds: list[list[str]]
+
+    def to(self, device: Any) -> Text:
+        fields = (self.ids, self.block, self.offset, self.target, self.hint)
+        return Text(*(field.to(device) for field in fields), self.kinds)
 
     @classmethod
     def of(cls, batch: list[list[scenes.Question]], words: Any) -> Text:
@@ -83,29 +85,10 @@ def choose(questions: Sequence[scenes.Question], most: int) -> list[scenes.Quest
 # -- how pictures are shown -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class View:
-    """How the pictures of a batch are drawn. sizes: of each picture of a prompt, in pixels. canvas: what a single one is
-    letterboxed on. shown: what a single one is resized to. frames: of a clip; 1 = pictures."""
-
-    sizes: tuple[scenes.Size, ...] = ((scenes.SIDE, scenes.SIDE),)
-    canvas: scenes.Size | None = None
-    shown: scenes.Size | None = None
-    frames: int = 1
-    level: scenes.Level = PLAIN
-
-    @cached_property
-    def tokens(self) -> int:
-        """About how many a prompt has."""
-        sizes = [self.shown or self.canvas or size for size in self.sizes]
-        return -(-self.frames // 2) * sum(round(w / TOKEN) * round(h / TOKEN) for w, h in sizes)
-
-    def draw(self, split: str, number: int) -> scenes.Scene | scenes.Album | scenes.Clip:
-        if self.frames > 1:
-            return scenes.clip(split, number, self.frames, self.level, self.sizes[0])
-        if len(self.sizes) > 1:
-            return scenes.album(split, number, self.sizes, self.level)
-        return scenes.scene(split, number, self.level, self.sizes[0], self.canvas)
+def tokens(view: View) -> int:
+    """About how many a prompt has, of the Qwen."""
+    sizes = [view.resized or view.canvas or size for size in view.sizes]
+    return -(-view.frames // 2) * sum(round(w / TOKEN) * round(h / TOKEN) for w, h in sizes)
 
 
 def sides(rng: np.random.Generator, least: float, most: float, low: int = 8, high: int = 28) -> scenes.Size:
@@ -119,11 +102,11 @@ def sides(rng: np.random.Generator, least: float, most: float, low: int = 8, hig
 def view(name: str, rng: np.random.Generator, crowded: bool) -> View:
     """One of those that the model is to know. The LLaVA's pictures all become one size: what differs is what is drawn
     and what stands around it."""
-    level, turn = CROWD if crowded else PLAIN, rng.random()
+    level, turn = CROWD if crowded else scenes.FULL, rng.random()
     if name == "qwen" and turn < 0.2:
         size = sides(rng, 36, 144, 6, 16) if rng.random() < 0.75 else (scenes.SIDE, scenes.SIDE)
         return View((size,), frames=int(rng.integers(2, 9)), level=level)
-    if name == "qwen" and turn < 0.4 and not crowded:
+    if turn < (0.4 if name == "qwen" else 0.15) and not crowded:
         count = int(rng.integers(2, 4))
         return View(tuple(sides(rng, 64, 900 / count) for _ in range(count)), level=level)
     size, turn = sides(rng, 64, 784), rng.random()
@@ -134,7 +117,7 @@ def view(name: str, rng: np.random.Generator, crowded: bool) -> View:
             inner[full] = size[full]
         return View(((inner[0], inner[1]),), canvas=size, level=level)
     if turn < 0.4:
-        return View(shown=size, level=level)
+        return View(resized=size, level=level)
     return View((size,), level=level)
 
 
@@ -212,7 +195,8 @@ class Pictures(IterableDataset):
     def batch(self, at: int) -> Batch:
         """Batch number `at`: of about 4,096 image tokens, whatever their pictures' size."""
         chosen = view(self.name, np.random.default_rng([7, at]), at < self.crowded)
-        rows = max(2, min(ROWS, round(4096 / chosen.tokens)))
+        each = tokens(chosen) if self.name == "qwen" else GRID * GRID * len(chosen.sizes)
+        rows = max(2, min(ROWS, round(4096 / each)))
         return self.of(chosen, "train", range(ROWS * at, ROWS * at + rows), min(20, max(6, 256 // rows)))
 
     def of(self, chosen: View, split: str, numbers: Sequence[int], questions: int) -> Batch:
@@ -226,15 +210,13 @@ class Pictures(IterableDataset):
             shown = torch.stack([over_time(clip, prompt.grids[0]) for clip in drawn])
             return seen["pixel_values_videos"], shown, text, prompt
         every = [one.scenes if isinstance(one, scenes.Album) else (one,) for one in drawn]
-        images = [scene.image for row in every for scene in row]
-        if chosen.shown:
-            images = [image.resize(chosen.shown, Image.Resampling.BICUBIC) for image in images]
+        images = [image for one in drawn for image in chosen.images(one)]
         seen = self.processor.image_processor(images, return_tensors="pt")
         if self.name == "qwen":
             prompt = Prompt(tuple(self.grid(grid) for grid in seen["image_grid_thw"][: len(every[0])]))
         else:
-            prompt = Prompt()
-        stretched = self.name != "qwen" or chosen.shown is not None
+            prompt = Prompt(((1, GRID, GRID),) * len(every[0]))
+        stretched = self.name != "qwen" or chosen.resized is not None
         shown = torch.stack(
             [
                 torch.cat(

@@ -56,8 +56,8 @@ def gated(x: Tensor, weights: Weights) -> Tensor:
 def decode(
     x: Tensor, cos: Tensor, sin: Tensor, before: Tensor, behind: Tensor, weights: Weights, width: int, kind: torch.dtype
 ) -> Tensor:
-    """A layer of the decoder. before [P, P], behind [B, 1, L, P + L]: the masks of what stands before the questions, and
-    of these."""
+    """A layer of the decoder. before [P, P], behind [B, 1, L, P + L]: the masks of what stands before the questions,
+    and of these."""
     one, wq, bq, wk, bk, wv, bv, wo, two, *mlp = weights
     assert one is not None and wq is not None and wk is not None and wv is not None
     assert wo is not None and two is not None
@@ -90,12 +90,20 @@ def part(layer: nn.Module, names: str) -> Weights:
     return [found.get(name) for name in names.split()]
 
 
-MLP = "mlp.gate_proj.weight mlp.gate_proj.bias mlp.up_proj.weight mlp.up_proj.bias mlp.down_proj.weight mlp.down_proj.bias"
-DECODER = (
-    "input_layernorm.weight self_attn.q_proj.weight self_attn.q_proj.bias self_attn.k_proj.weight self_attn.k_proj.bias "
-    f"self_attn.v_proj.weight self_attn.v_proj.bias self_attn.o_proj.weight post_attention_layernorm.weight {MLP}"
+def pairs(*names: str) -> str:
+    return " ".join(f"{name}.weight {name}.bias" for name in names)
+
+
+MLP = pairs("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+DECODER = " ".join(
+    [
+        "input_layernorm.weight",
+        pairs("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "self_attn.o_proj.weight post_attention_layernorm.weight",
+        MLP,
+    ]
 )
-BLOCK = f"norm1.weight attn.qkv.weight attn.qkv.bias attn.proj.weight attn.proj.bias norm2.weight {MLP}"
+BLOCK = " ".join(["norm1.weight", pairs("attn.qkv", "attn.proj"), "norm2.weight", MLP])
 
 
 class Fast:
@@ -110,7 +118,7 @@ class Fast:
         """[B, P + L, width], positions, and the mask of the questions [B, 1, L, P + L] -> the decoder's output."""
         language = self.model.language_model
         cos, sin = (t[:, None] for t in language.rotary_emb(x, places))
-        before, behind = causal(x.shape[1] - behind.shape[2]).to(self.kind), behind.to(self.kind)
+        before, behind = (mask.to(x.device, self.kind) for mask in (causal(x.shape[1] - behind.shape[2]), behind))
         width = language.layers[0].self_attn.head_dim
         for layer in language.layers:
             x = self.decode(x, cos, sin, before, behind, part(layer, DECODER), width, self.kind)
@@ -122,14 +130,16 @@ class Fast:
         unit, heads = visual.spatial_merge_unit, visual.blocks[0].attn.num_heads
         where = get_vision_position_ids(grids, visual.spatial_merge_size)
         order, ends = get_vision_window_index(grids, visual.spatial_merge_size, visual.window_size, visual.patch_size)
-        x = linear(pixels.to(self.kind), visual.patch_embed.proj.weight.flatten(1), None).float()
-        every = torch.arange(len(x)).view(-1, unit)[order].flatten()  # patches, window after window
+        every = torch.arange(len(pixels)).view(-1, unit)[order].flatten()  # patches, window after window
         lengths = ends[1:] - ends[:-1]
         most = int(lengths.max())
         inside = torch.arange(most) < lengths[:, None]
-        at = every[(ends[:-1, None] + torch.arange(most)).clamp(max=len(x) - 1)]
+        at = every[(ends[:-1, None] + torch.arange(most)).clamp(max=len(pixels) - 1)]
+        mask = torch.zeros(inside.shape).masked_fill_(~inside, float("-inf"))[:, None, None]
+        found = (at, inside, mask.to(self.kind), where, order.argsort())
+        at, inside, mask, where, back = (t.to(pixels.device) for t in found)
+        x = linear(pixels.to(self.kind), visual.patch_embed.proj.weight.flatten(1), None).float()
         cos, sin = (t[at][:, None] for t in visual.rotary_pos_emb(x, where))
-        mask = torch.zeros(inside.shape).masked_fill_(~inside, float("-inf"))[:, None, None].to(self.kind)
         x = x[at]
         for block in visual.blocks:
             x = self.look(x, cos, sin, mask, part(block, BLOCK), heads, self.kind)
@@ -137,7 +147,7 @@ class Fast:
         x = norm(x[inside], merger.ln_q.weight).view(-1, unit * x.shape[-1]).to(self.kind)
         for layer in merger.mlp:
             x = linear(x, layer.weight, layer.bias) if isinstance(layer, nn.Linear) else layer(x)
-        return x.float()[order.argsort()]
+        return x.float()[back]
 
 
 @lru_cache(64)

@@ -19,13 +19,14 @@ MODELS = {"qwen": qwen, "llava": llava}
 
 
 def unseen(prefix: int, block: Tensor) -> Tensor:
-    """[B, 1, L, P + L], 0 or -inf: a word sees the pictures and what its own question says before it; padding itself."""
+    """[B, 1, L, P + L], 0 or -inf: a word sees the pictures and what its own question says before it; padding
+    itself."""
     total = block.shape[1]
-    causal = torch.ones(total, total, dtype=torch.bool).tril()
+    causal = torch.ones(total, total, dtype=torch.bool, device=block.device).tril()
     seen = (block[:, None, :] == block[:, :, None]) & (block[:, None, :] > 0)
-    hidden = ~(seen & causal | torch.eye(total, dtype=torch.bool))
+    hidden = ~(seen & causal | torch.eye(total, dtype=torch.bool, device=block.device))
     hidden = functional.pad(hidden, (prefix, 0))[:, None]
-    return torch.zeros(hidden.shape).masked_fill_(hidden, -math.inf)
+    return torch.zeros(hidden.shape, device=block.device).masked_fill_(hidden, -math.inf)
 
 
 @dataclass
@@ -35,7 +36,10 @@ class Front:
     ids: Tensor
     marks: Tensor
     places: Tensor
-    grids: Tensor
+    grids: Tensor  # on the processor always
+
+    def to(self, device: torch.device) -> Front:
+        return Front(self.ids.to(device), self.marks.to(device), self.places.to(device), self.grids)
 
 
 class Learner(nn.Module):
@@ -53,7 +57,14 @@ class Learner(nn.Module):
         self.sharp = nn.Parameter(torch.tensor(10.0))
         self.halves = nn.Linear(self.model.config.text_config.hidden_size, 22)  # numerals left and right in a token
         self.fronts: dict[Prompt, Front] = {}
-        self.mean, self.spread = torch.zeros(()), torch.ones(())  # of DINOv2's features
+        self.register_buffer("mean", torch.zeros(384))  # of DINOv2's features
+        self.register_buffer("spread", torch.ones(384))
+        if name == "llava":
+            self.model.model.vision_tower.to(kind)
+
+    @property
+    def device(self) -> torch.device:
+        return self.sharp.device
 
     def front(self, prompt: Prompt) -> Front:
         if prompt not in self.fronts:
@@ -72,7 +83,7 @@ class Learner(nn.Module):
         marks = ids == self.processor.tokenizer.convert_tokens_to_ids(mark)
         grids = torch.tensor(prompt.grids) * torch.tensor([1, 2, 2])
         if self.name == "llava":
-            return Front(ids, marks, torch.arange(len(ids))[None], grids)
+            return Front(ids, marks, torch.arange(len(ids))[None], grids).to(self.device)
         kinds, which = (marks * (2 if prompt.clip else 1))[None], "video" if prompt.clip else "image"
         places = self.model.model.get_rope_index(
             ids[None],
@@ -80,32 +91,38 @@ class Learner(nn.Module):
             second_per_grid_ts=torch.tensor([2 / 24]),  # what the processor says of frames without times
             **{f"{which}_grid_thw": grids},
         )[0]
-        return Front(ids, marks, places, grids)
+        return Front(ids, marks, places, grids).to(self.device)
 
     def features(self, pixels: Tensor) -> Tensor:
         """What `see` takes: of the LLaVA the tower's last layer, before its norm, as the model itself takes it."""
         if self.name == "qwen":
             return pixels
-        return self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+        tower = self.model.model.vision_tower
+        with torch.no_grad():
+            return tower(pixels.to(tower.dtype), output_hidden_states=True).hidden_states[-1][:, 1:].float()
+
+    def centre(self, features: Tensor) -> None:
+        """Learn from features without their mean, 43 of their 46 in length, and their spread."""
+        self.mean, self.spread = features.flatten(0, 1).mean(0), features.flatten(0, 1).std(0)
 
     def see(self, pixels: Tensor, prompt: Prompt) -> Tensor:
-        """Patches of all pictures [patches, values], or features of DINOv2 [B, tokens, 384] -> image tokens
+        """Patches of all pictures [patches, values], or features of DINOv2 [pictures, tokens, 384] -> image tokens
         [B, tokens, width]."""
         if self.name == "llava":
-            return self.model.model.multi_modal_projector((pixels - self.mean) / self.spread)
+            seen = self.model.model.multi_modal_projector((pixels - self.mean) / self.spread)
+            return seen.flatten(0, 1).unflatten(0, (-1, prompt.tokens))
         grids = self.front(prompt).grids
         grids = grids.repeat(len(pixels) // int(grids.prod(1).sum()), 1)
         return self.fast.tower(pixels, grids).unflatten(0, (-1, prompt.tokens))
 
     def fold(self) -> None:
-        """Into the projector's first layer what it is trained without: the features' mean, 43 of their 46 in length,
-        and their spread."""
+        """`centre` into the projector's first layer."""
         if self.name == "llava":
             first = self.model.model.multi_modal_projector.linear_1
             with torch.no_grad():
                 first.weight.copy_(first.weight / self.spread)
-                first.bias.copy_(first.bias - first.weight @ self.mean.expand(first.in_features))
-            self.mean, self.spread = torch.zeros(()), torch.ones(())
+                first.bias.copy_(first.bias - first.weight @ self.mean)
+            self.mean, self.spread = torch.zeros(384), torch.ones(384)
 
     def shown(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, list[float]]:
         """How far the image tokens are from saying what they show in the language of the words: by cosine to these; and
@@ -113,7 +130,7 @@ class Learner(nn.Module):
         words = functional.normalize(self.model.get_input_embeddings().weight, dim=-1)
         near = self.sharp * functional.normalize(tokens, dim=-1) @ words.T
         there, total, right = labels[..., 0] > 0, tokens.new_zeros(()), []
-        for i, ids in zip((0, 1, 4, 5), self.says):  # noqa: B905: of the Qwen two
+        for i, ids in zip((0, 1, 4, 5), self.says, strict=False):  # of the Qwen two
             said = near[..., ids]
             each = functional.cross_entropy(said.flatten(0, 1), labels[..., i].flatten(), reduction="none")
             total = total + each[there.flatten()].mean() + 0.5 * each[~there.flatten()].mean()

@@ -28,7 +28,8 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<bot> ' if m['role'] == 'assistant' else '<user> ' }}"
     "{% if m['content'] is string %}{{ m['content'] }} {% else %}{% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}{% set seen.now = seen.now + 1 %}"
-    "{{ 'picture %d ' % seen.now if seen.all > 1 else '' }}IMAGE {% elif c['type'] == 'video' %}VIDEO {% else %}{{ c['text'] }} {% endif %}"
+    "{{ 'picture %d ' % seen.now if seen.all > 1 else '' }}IMAGE "
+    "{% elif c['type'] == 'video' %}VIDEO {% else %}{{ c['text'] }} {% endif %}"
     "{% endfor %}{% endif %}{{ '<eos> ' if m['role'] == 'assistant' else '' }}{% endfor %}"
     "{{ '<bot> ' if add_generation_prompt else '' }}"
 )

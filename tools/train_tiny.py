@@ -1,8 +1,9 @@
 """Train the two small multimodal LLMs of `vtc.checkpoints` on `vtc.eval.scenes`, from nothing; the LLaVA's tower is the
 real DINOv2-S and stays as it is.
 
-    python tools/train_tiny.py qwen --out out/tiny_qwen            # resumes what it finds there
-    python tools/train_tiny.py llava --out out/tiny_llava --cache out/dinov2
+    python tools/train_tiny.py qwen --out out/tiny_qwen            # goes on with what it finds there
+    python tools/train_tiny.py llava --out out/tiny_llava
+    python tools/train_tiny.py qwen --out out/tiny_qwen --device cuda --workers 14   # in minutes
 
 A sequence holds a picture, several, or a clip, of any size, and several questions, each of which sees the pictures and
 itself alone: a mask, and positions that go on behind the pictures for each of them. Two more losses, without which
@@ -16,12 +17,13 @@ import argparse
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tiny_data import CROWD, PLAIN, Pictures, View
+from tiny_data import Batch, Pictures, tokens
 from tiny_learner import MODELS, Learner
 from tiny_models import seal
 from torch import nn
@@ -29,18 +31,22 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from vtc.eval import scenes
+from vtc.eval.asking import View
 
 CELLS = {
-    "192": View(((192, 192),)),
-    "256": View(),
-    "320": View(((320, 320),)),
-    "448": View(((448, 448),)),
-    "448x224": View(((448, 224),)),
-    "padded": View(((288, 192),), canvas=(320, 320)),
-    "two": View(((256, 256), (192, 256))),
-    "three": View(((192, 192), (256, 192), (192, 192))),
-    "clip8": View(frames=8),
-    "clip4": View(((192, 128),), frames=4),
+    name: replace(view, level=scenes.FULL)
+    for name, view in {
+        "192": View(((192, 192),)),
+        "256": View(),
+        "320": View(((320, 320),)),
+        "448": View(((448, 448),)),
+        "448x224": View(((448, 224),)),
+        "padded": View(((288, 192),), canvas=(320, 320)),
+        "two": View(((256, 256), (192, 256))),
+        "three": View(((192, 192), (256, 192), (192, 192))),
+        "clip8": View(frames=8),
+        "clip4": View(((192, 128),), frames=4),
+    }.items()
 }
 
 
@@ -52,11 +58,13 @@ def check(learner: Learner, count: int, cells: dict[str, View] | None = None) ->
     learner.eval()
     with torch.inference_mode():
         for name, chosen in (cells or CELLS).items():
-            rows = max(2, min(count, 8192 // chosen.tokens))
+            rows = max(2, min(count, 8192 // tokens(chosen)))
             for at in range(0, count, rows):
                 values, _, text, prompt = pictures.of(chosen, "validation", range(at, at + rows), 12)
+                values, text = values.to(learner.device), text.to(learner.device)
                 logits, target = learner.answers(learner.see(learner.features(values), prompt), text, prompt)
-                owner = (torch.arange(len(text.kinds))[:, None] * 100 + text.block)[text.target >= 0]
+                row = torch.arange(len(text.kinds), device=learner.device)[:, None]
+                owner = (row * 100 + text.block)[text.target >= 0]
                 for number in owner.unique().tolist():
                     words = owner == number
                     kind = text.kinds[number // 100][number % 100 - 1]
@@ -65,7 +73,7 @@ def check(learner: Learner, count: int, cells: dict[str, View] | None = None) ->
                         right.setdefault(name, {}).setdefault(key, []).append(hit)
                         right.setdefault("all", {}).setdefault(key, []).append(hit)
     learner.train()
-    order = (*scenes.KINDS, "when", "all")
+    order = (*scenes.EVERY, "all")
     return {cell: {k: round(float(np.mean(of[k])), 3) for k in order if k in of} for cell, of in right.items()}
 
 
@@ -90,7 +98,7 @@ def save(
     from safetensors.torch import save_file
 
     names = {p: n for n, p in learner.named_parameters() if p.requires_grad}
-    state = {f"weight/{n}": p for p, n in names.items()}
+    state = {f"weight/{n}": p for p, n in names.items()} | {"mean": learner.mean, "spread": learner.spread}
     for optimizer in optimizers:
         for p, entry in optimizer.state.items():  # none yet of what has not learned
             state |= {f"{key}/{names[p]}": value for key, value in entry.items()}
@@ -116,10 +124,12 @@ def resume(path: Path, learner: Learner, optimizers: list[torch.optim.Optimizer]
     with torch.no_grad():
         for p, name in names.items():
             p.copy_(state[f"weight/{name}"])
+    learner.mean, learner.spread = (state[name].to(learner.device) for name in ("mean", "spread"))
     for optimizer, keys in zip(optimizers, (("momentum_buffer",), ("step", "exp_avg", "exp_avg_sq")), strict=True):
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             if f"{keys[0]}/{names[p]}" in state:
-                optimizer.state[p] = {key: state[f"{key}/{names[p]}"] for key in keys}
+                entry = {key: state[f"{key}/{names[p]}"] for key in keys}
+                optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in entry.items()}
     return int(about["done"])
 
 
@@ -127,7 +137,7 @@ def export(folder: Path, learner: Learner) -> None:
     """The model and its processor as Transformers reads them, in bfloat16, without DINOv2."""
     from safetensors.torch import save_file
 
-    learner.fold()
+    learner.cpu().fold()
     model, processor = MODELS[learner.name]()  # whose layers are Transformers' own
     processor.save_pretrained(folder)
     model.config.save_pretrained(folder)
@@ -141,57 +151,73 @@ def export(folder: Path, learner: Learner) -> None:
 # -- the run --------------------------------------------------------------------------------------------------------
 
 
+def step(
+    learner: Learner, optimizers: list[torch.optim.Optimizer], batch: Batch, rate: float, alone: bool
+) -> list[float]:
+    """Learn from a batch, of the tower alone or of everything: the loss, and the share of tokens that say the right
+    thing, colour, and numerals."""
+    values, shown, text, prompt = batch
+    values, shown, text = (x.to(learner.device) for x in (values, shown, text))
+    seen = learner.see(learner.features(values), prompt)
+    loss, right = learner.shown(seen, shown)
+    if not alone:
+        loss = 0.2 * loss + learner.loss(seen, text, prompt)
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for p in learner.parameters() if p.requires_grad], 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+    return [loss.item(), *right]
+
+
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parse.add_argument("model", choices=tuple(MODELS))
     parse.add_argument("--out", type=Path, required=True, help="folder; a run that stopped there goes on")
-    parse.add_argument("--start", type=Path, help="a state to start from where there is none in --out")
+    parse.add_argument("--from", dest="start", type=Path, help="a state to start from where there is none in --out")
     parse.add_argument("--batches", type=int, default=6_000, help="how many to learn from, in all: 4,096 tokens each")
     parse.add_argument("--see", type=int, default=700, help="qwen: batches from which only the tower learns")
     parse.add_argument("--fall", type=float, default=0.25, help="share of the batches, the last, with a falling rate")
     parse.add_argument("--rate", type=float, default=2e-3)
-    parse.add_argument("--every", type=int, default=100, help="batches between two states")
+    parse.add_argument("--every", type=int, default=50, help="batches between two states")
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument("--threads", type=int, default=1, help="of torch")
-    parse.add_argument("--eager", action="store_true", help="without torch.compile, for which a C++ compiler is needed")
+    parse.add_argument("--workers", type=int, default=1, help="processes that draw")
+    parse.add_argument("--device", default="cpu")
+    parse.add_argument("--compile", action="store_true", help="with torch.compile, for which a C++ compiler is needed")
     args = parse.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    learner = Learner(args.model, torch.bfloat16, not args.eager).train()
+    learner = Learner(args.model, torch.bfloat16, args.compile).to(args.device).train()
     run = {k: v for k, v in vars(args).items() if k in ("model", "seed")}
-    trained = [p for p in learner.parameters() if p.requires_grad]
     both = optimizers(learner, args.rate)
     args.out.mkdir(parents=True, exist_ok=True)
     state = args.out / "state.safetensors"
     done = resume(state if state.exists() or not args.start else args.start, learner, both, run)
     alone = args.see if args.model == "qwen" else 0
     pictures = Pictures(args.model, learner.processor, done, args.batches, alone)
-    data = DataLoader(pictures, batch_size=None, num_workers=1, prefetch_factor=3)
-    bar, began, sums = tqdm(total=args.batches, initial=done, unit="batch", mininterval=20), time.time(), []
-    for values, shown, text, prompt in data:
-        for group in (group for optimizer in both for group in optimizer.param_groups):
-            left = (args.batches - done) / (args.fall * args.batches)
-            group["lr"] = args.rate * min(1.0, (done + 1) / 60, max(0.02, left))
-        tokens = learner.see(values, prompt)
-        loss, right = learner.shown(tokens, shown)
-        if done >= alone:
-            loss = 0.2 * loss + learner.loss(tokens, text, prompt)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        for optimizer in both:
-            optimizer.step()
-            optimizer.zero_grad()
+    if args.model == "llava" and not done:
+        learner.centre(learner.features(pictures.of(View(), "train", range(64), 1)[0].to(args.device)))
+    data = DataLoader(pictures, batch_size=None, num_workers=args.workers, prefetch_factor=3)
+    bar = tqdm(total=args.batches, initial=done, unit="batch", mininterval=20)
+    before, began, lines = done, time.time(), []
+    for batch in data:
+        left = (args.batches - done) / (args.fall * args.batches)
+        rate = args.rate * min(1.0, (done + 1) / 60, max(0.02, left))
+        lines.append(step(learner, both, batch, rate, done < alone))
         done += 1
         bar.update()
-        sums.append([loss.item(), *right[:2], *right[2:][-1:]])
+        about = {"batches": done, "of these": done - before, "minutes": round((time.time() - began) / 60, 1)}
         if done % 20 == 0:
-            means = [round(float(np.mean(x)), 3) for x in zip(*(row for row in sums if len(row) == 4), strict=True)]
-            note(args.out, {"batches": done, "minutes": round((time.time() - began) / 60, 1), "loss, shown": means})
-            sums.clear()
+            whole = [line for line in lines if len(line) == max(map(len, lines))]
+            note(args.out, about | {"loss, shown": [round(float(np.mean(x)), 3) for x in zip(*whole, strict=True)]})
+            lines.clear()
         if done % args.every == 0 or done >= args.batches:
             save(args.out, learner, both, run, done)
-        if done % (4 * args.every) == 0 and done > alone or done >= args.batches:
-            note(args.out, {"batches": done, "minutes": round((time.time() - began) / 60, 1), **check(learner, 16)})
+        if (done % (4 * args.every) == 0 and done > alone) or done >= args.batches:
+            note(args.out, about | check(learner, 16))
     export(args.out, learner)
 
 

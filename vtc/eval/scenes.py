@@ -36,7 +36,8 @@ PLURAL = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPES
 DIGITS = tuple("0123456789")
 PLACES = tuple(" ".join(filter(None, (v, h))) or "middle" for v in ("top", "", "bottom") for h in ("left", "", "right"))
 TIMES = ("first", "second", "third", "last")
-KINDS = ("colour", "shape", "position", "count", "digit", "relation", "reading")
+KINDS = ("colour", "shape", "position", "count", "digit", "relation")
+EVERY = (*KINDS, "reading", "when")  # of scenes with numbers too, and of clips
 SPLITS = {"train": range(8), "validation": range(8, 9), "test": range(9, 10)}
 BACKGROUNDS = ("plain", "texture", "photo")
 SIDE = 256  # pixels
@@ -97,9 +98,12 @@ class Level:
         low, high = self.things
         if not 1 <= low <= high <= 7:
             raise OptionError(f"things={self.things}: it takes two numbers from 1 to 7, the smaller first")
-        for name, given, known in (("kinds", self.kinds, KINDS), ("backgrounds", self.backgrounds, BACKGROUNDS)):
+        for name, given, known in (("kinds", self.kinds, EVERY), ("backgrounds", self.backgrounds, BACKGROUNDS)):
             if not given or any(one not in known for one in given):
                 raise OptionError(f"{name}={given!r}: choose from {', '.join(known)}")
+
+
+FULL = Level(numbers=2, backgrounds=BACKGROUNDS, kinds=EVERY)  # all that there is
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,10 @@ class Scene:
         shown = Image.new("RGB", self.canvas, (self.seed % 3 * 127,) * 3)  # black, grey, white
         shown.paste(picture, self.box[:2])
         return shown
+
+    @property
+    def images(self) -> list[Image.Image]:
+        return [self.image]
 
     @property
     def box(self) -> tuple[int, int, int, int]:
