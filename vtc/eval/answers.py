@@ -229,9 +229,9 @@ def _folder(folder: Path, setting: dict[str, Any]) -> Path:
             before = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             before = {}
-        differ = [k for k in setting if before.get(k) != setting[k]]
+        differ = [k for k in {**setting, **before} if before.get(k) != setting.get(k)]
         if differ:
-            what = ", ".join(f"{k}={before.get(k)!r}, not {setting[k]!r}" for k in differ)
+            what = ", ".join(f"{k}={before.get(k)!r}, not {setting.get(k)!r}" for k in differ)
             raise OptionError(f"{folder} holds the results of another run ({what}): choose another --out, or remove it")
     else:
         folder.mkdir(parents=True, exist_ok=True)
@@ -261,7 +261,8 @@ def _results(
     rows = []
     for cell in cells:
         found, dense, those = done[cell.key], done[f"dense|1|{cell.seed}"]["said"], asked[cell.seed]
-        whole = next(f["before"] for c in cells if c.seed == cell.seed and "before" in (f := done[c.key]))
+        pruned = (done[c.key] for c in cells if c.seed == cell.seed)
+        whole = next((found["before"] for found in pruned if "before" in found), math.nan)  # dense alone: not counted
         for kind in [*dict.fromkeys(q.kind for q in those), "all"]:
             at = [i for i, q in enumerate(those) if kind in (q.kind, "all")]
             row = {"method": cell.label, "keep": cell.keep, "tokens": found.get("tokens", whole), "kind": kind}

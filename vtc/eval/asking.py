@@ -43,9 +43,7 @@ class View:
     def __post_init__(self) -> None:
         several = [bool(self.canvas), bool(self.resized), self.frames > 1, len(self.sizes) > 1]
         if not self.sizes or sum(several) > 1:
-            raise OptionError(
-                "several pictures, a canvas, resizing and clips of several frames: one of these at a time"
-            )
+            raise OptionError("several pictures, a canvas, resizing, and clips do not go together: take one of them")
 
     @property
     def unusual(self) -> dict[str, Any]:
