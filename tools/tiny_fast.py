@@ -66,7 +66,7 @@ def decode(
     q, k, v = (
         linear(inner, w, b).unflatten(-1, (-1, width)).transpose(1, 2) for w, b in ((wq, bq), (wk, bk), (wv, bv))
     )
-    q, k = (turned(q, cos, sin) * width**-0.5).to(kind), turned(k, cos, sin).to(kind)
+    q, k = turned(q * width**-0.5, cos, sin), turned(k, cos, sin)
     first = attend(q[:, :, :prefix], k[:, :, :prefix], v[:, :, :prefix], before)
     second = attend(q[:, :, prefix:], k, v, behind)
     x = x + linear(torch.cat([first, second], 1), wo, None)
@@ -79,7 +79,7 @@ def look(x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, weights: Weights, he
     assert one is not None and w is not None and wo is not None and two is not None
     count, most, width = x.shape
     q, k, v = (t.transpose(1, 2) for t in linear(norm(x, one).to(kind), w, b).view(count, most, 3, heads, -1).unbind(2))
-    q, k = (turned(q, cos, sin) * (width // heads) ** -0.5).to(kind), turned(k, cos, sin).to(kind)
+    q, k = turned(q * (width // heads) ** -0.5, cos, sin), turned(k, cos, sin)
     x = x + linear(attend(q, k, v, mask), wo, bo)
     return x + gated(norm(x, two).to(kind), mlp)
 
@@ -117,7 +117,7 @@ class Fast:
     def decoder(self, x: Tensor, places: Tensor, behind: Tensor) -> Tensor:
         """[B, P + L, width], positions, and the mask of the questions [B, 1, L, P + L] -> the decoder's output."""
         language = self.model.language_model
-        cos, sin = (t[:, None] for t in language.rotary_emb(x, places))
+        cos, sin = (t[:, None].to(self.kind) for t in language.rotary_emb(x, places))
         before, behind = (mask.to(x.device, self.kind) for mask in (causal(x.shape[1] - behind.shape[2]), behind))
         width = language.layers[0].self_attn.head_dim
         for layer in language.layers:
@@ -139,7 +139,7 @@ class Fast:
         found = (at, inside, mask.to(self.kind), where, order.argsort())
         at, inside, mask, where, back = (t.to(pixels.device) for t in found)
         x = linear(pixels.to(self.kind), visual.patch_embed.proj.weight.flatten(1), None).float()
-        cos, sin = (t[at][:, None] for t in visual.rotary_pos_emb(x, where))
+        cos, sin = (t[at][:, None].to(self.kind) for t in visual.rotary_pos_emb(x, where))
         x = x[at]
         for block in visual.blocks:
             x = self.look(x, cos, sin, mask, part(block, BLOCK), heads, self.kind)
