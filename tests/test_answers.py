@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import mllm_processor
 import mllm_zoo as zoo
@@ -14,7 +15,8 @@ import torch
 from vtc import scores
 from vtc.checkpoints import CheckpointError, tiny
 from vtc.errors import OptionError
-from vtc.eval import answers, scenes
+from vtc.eval import answers, asking, scenes
+from vtc.eval.asking import View
 
 COLUMNS = ["method", "keep", "tokens", "kind", "seed", "n", "accuracy", "loyalty", "seconds"]
 SMALL = {"methods": ("tome",), "keep": (1.0, 0.5), "limit": 1, "seeds": 2}
@@ -142,6 +144,43 @@ def test_scores():
     assert found["tome", 0.5]["all"]["accuracy"] == (1.0, 0.0)
     assert found["tome", 0.5]["all"]["loyalty"][0] == 0.5
     assert found["tome", 0.5]["colour"]["accuracy"][0] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"size": (160, 128), "full": True}, "(size 160x128, full True)"),
+        ({"size": (128, 96), "canvas": (160, 160)}, "(size 128x96, canvas 160x160)"),
+        ({"pictures": 2}, "(pictures 2)"),
+    ],
+)
+def test_other_views(model, tmp_path, options, said):
+    """They are asked, named in the text, and not mixed with others; dense alone is a run too."""
+    run = {"methods": ("random",), "keep": (1.0,), "limit": 1, "seeds": 1, "out": tmp_path / "a"}
+    found = answers.run(model, **run, **options)
+    assert {r["method"] for r in found.rows} == {"dense"} and f"scenes {said} of the test" in found.about
+    with pytest.raises(OptionError, match="results of another run"):
+        answers.run(model, **run)
+    with pytest.raises(OptionError, match="results of another run"):
+        answers.run(model, **run, **(options | {"size": (192, 192)}))
+
+
+def test_questions_of_every_view():
+    """Of the same scenes the same questions, whatever their size; of an album with the picture's number."""
+    usual = asking.questions(0, 3, View(level=scenes.FULL))
+    for view in (View(((448, 224),)), View(((192, 128),), canvas=(256, 256)), View(resized=(128, 192))):
+        some = asking.questions(0, 3, replace(view, level=scenes.FULL))
+        assert [(q.text, q.answer) for q in some] == [(q.text, q.answer) for q in usual]
+        assert view.images(some[0].about)[0].size == (view.resized or view.canvas or view.sizes[0])
+    assert all(q.text.startswith("In picture ") for q in asking.questions(0, 2, View(((128, 128),) * 3)))
+    assert {q.kind for q in asking.questions(0, 2, View(frames=5))} == {"when"}
+    with pytest.raises(OptionError, match="do not go together"):
+        View(((128, 128),) * 2, canvas=(256, 256))
+
+
+def test_numerals_are_one_number():
+    assert asking.plain(" 4 8 2 1 ") == asking.plain("4821.") == "4821"
+    assert asking.plain("Top left.") == "top left"
 
 
 def test_seeds_have_their_own_scenes_and_seeded_methods():

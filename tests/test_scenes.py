@@ -1,5 +1,6 @@
 """Scenes: the same from the same number, no picture in two splits, and every answer checked against what is drawn."""
 
+import hashlib
 import re
 
 import numpy as np
@@ -33,9 +34,10 @@ def matching(scene, text):
     return [t for t in scene.things if noun in (t.noun, "thing") and (not colour or t.colour == colour[0])]
 
 
-def test_answers_are_what_is_there():
+@pytest.mark.parametrize("level", [scenes.Level(), scenes.FULL])
+def test_answers_are_what_is_there(level):
     kinds = set()
-    for scene in scenes.scenes("train", MANY):
+    for scene in scenes.scenes("train", MANY, level):
         for q in scene.questions:
             kinds.add(q.kind)
             if q.kind == "relation":
@@ -47,16 +49,16 @@ def test_answers_are_what_is_there():
                 noun = re.fullmatch(r"How many (.+) are there\?", q.text)[1]
                 singular = {v: k for k, v in scenes.PLURAL.items()} | {"digits": "digit", "things": "thing"}
                 assert q.answer == str(len(matching(scene, singular[noun])))
-            elif q.kind == "digit":
-                colour = re.fullmatch(r"Which digit is (.+)\?", q.text)[1]
-                (one,) = matching(scene, "digit" if colour == "there" else f"{colour} digit")
+            elif q.kind in ("digit", "reading"):
+                noun, colour = re.fullmatch(r"Which (digit|number) is (.+)\?", q.text).groups()
+                (one,) = matching(scene, noun if colour == "there" else f"{colour} {noun}")
                 assert q.answer == one.name
             else:
                 (one,) = matching(scene, re.fullmatch(r"(?:What|Where) .*?the (.+)\?", q.text)[1])
                 place = ["top", "", "bottom"][int(3 * one.y)], ["left", "", "right"][int(3 * one.x)]
                 where = " ".join(filter(None, place)) or "middle"
                 assert q.answer == {"colour": one.colour, "shape": one.name, "position": where}[q.kind]
-    assert kinds == set(scenes.KINDS)
+    assert kinds == {*scenes.KINDS, *(["reading"] if level.numbers else [])}
 
 
 def test_things_are_drawn_where_they_are_and_do_not_touch():
@@ -74,12 +76,82 @@ def test_things_are_drawn_where_they_are_and_do_not_touch():
     assert checked > 40
 
 
-@pytest.mark.parametrize("frames", [2, 8])
+# -- of any size ----------------------------------------------------------------------------------------------------
+
+BEFORE = "829e8ff0ce21a4f6"  # of scenes and clips 0 to 4 of the test split, when they had one size only
+
+
+def test_the_usual_questions_are_what_they_were():
+    digest = hashlib.sha256()
+    for number in range(5):
+        for about in (scenes.scene("test", number), scenes.clip("test", number), scenes.clip("test", number, 2)):
+            digest.update(repr([(q.kind, q.text, q.answer) for q in about.questions]).encode())
+    assert digest.hexdigest()[:16] == BEFORE
+
+
+@pytest.mark.parametrize("size", [(128, 128), (448, 224), (150, 333)])
+def test_a_size_changes_no_question(size):
+    """What is where stays; shapes keep their form, and the shorter side says how large they are."""
+    for n in range(12):
+        usual, scene = scenes.scene("test", n, scenes.FULL), scenes.scene("test", n, scenes.FULL, size)
+        assert (scene.things, scene.questions, scene.image.size) == (usual.things, usual.questions, size)
+        pixels = np.asarray(scene.image).astype(int)
+        for t in scene.things:
+            if t.name in ("square", "circle", "cross"):
+                x, y, reach = size[0] * t.x, size[1] * t.y, 0.4 * t.side * min(size)
+                for across, down in ((0, 0), (reach, 0), (0, reach), (-reach, 0), (0, -reach)):
+                    there = pixels[int(y + down), int(x + across)]
+                    assert np.abs(there - scenes.COLOURS[t.colour]).max() < 25
+
+
+def test_letterboxed():
+    """The picture is in its box, unchanged, and around it one plain colour."""
+    boxes = set()
+    for n in range(24):
+        alone, scene = (scenes.scene("test", n, None, (192, 96), canvas) for canvas in (None, (320, 256)))
+        assert scene.image.size == (320, 256) and scene.questions == alone.questions
+        assert scene.image.crop(scene.box).tobytes() == alone.image.tobytes()
+        left, top, right, bottom = scene.box
+        around = np.asarray(scene.image).copy()
+        mask = np.ones(around.shape[:2], bool)
+        mask[top:bottom, left:right] = False
+        assert len(np.unique(around[mask].reshape(-1, 3), axis=0)) == 1
+        boxes.add(scene.box[:2])
+    assert (64, 80) in boxes and len(boxes) == 5
+
+
+def test_numbers_are_small_and_in_one_line():
+    found = set()
+    for scene in scenes.scenes("train", 200, scenes.FULL):
+        for t in scene.things:
+            if t.number:
+                found.add(len(t.name))
+                height = t.side / len(t.name) / scenes.NARROW
+                assert 0.055 <= height <= 0.08 and t.name[0] != "0" and t.noun == "number"
+    assert found == {2, 3, 4}
+
+
+def test_albums():
+    """Every question names its picture, and is one of that picture's; no scene is in two albums."""
+    sizes, numbers = ((128, 160), (256, 128), (144, 144)), set()
+    for n in range(6):
+        album = scenes.album("test", n, sizes, scenes.FULL)
+        assert album == scenes.album("test", n, sizes, scenes.FULL) and [i.size for i in album.images] == list(sizes)
+        numbers |= {scene.number for scene in album.scenes}
+        own = [{(q.text.lower(), q.answer) for q in scene.questions} for scene in album.scenes]
+        assert len(album.questions) == sum(len(scene.questions) for scene in album.scenes)
+        for q in album.questions:
+            which, text = re.fullmatch(r"In picture (\d), (.+)", q.text).groups()
+            assert (text.lower(), q.answer) in own[int(which) - 1]
+    assert len(numbers) == 18
+
+
+@pytest.mark.parametrize("frames", range(2, 9))
 def test_clips(frames):
     """A thing's colour is at its centre in the frames that the answer names, and in no other."""
-    answers, count = set(), 2 if frames == 2 else 4
+    answers, count = set(), scenes.PARTS[frames]
     times = (*scenes.TIMES[: count - 1], "last")
-    for number in range(20):
+    for number in range(24):
         clip = scenes.clip("test", number, frames)
         assert len(clip.frames) == frames and {q.kind for q in clip.questions} == {"when"}
         assert len({(t.colour, t.noun) for t in clip.things}) == len(clip.things)
@@ -102,7 +174,10 @@ def test_clips(frames):
     [
         (lambda: scenes.scene("exam", 0), "choose one of train, validation, test"),
         (lambda: scenes.scene("test", -1), "numbered from 0"),
-        (lambda: scenes.clip("test", 0, 3), "clips have 2 or 8"),
+        (lambda: scenes.clip("test", 0, 9), "clips have 2 to 8"),
+        (lambda: scenes.scene("test", 0, None, (256, 16)), "at least 32 pixels"),
+        (lambda: scenes.scene("test", 0, None, (256, 256), (320, 200)), "as large as the picture"),
+        (lambda: scenes.album("test", 0, [(256, 256)]), "an album has 2 to 9 pictures"),
         (lambda: scenes.Level(things=(3, 9)), "two numbers from 1 to 7"),
         (lambda: scenes.Level(kinds=("taste",)), "choose from colour"),
     ],

@@ -20,15 +20,22 @@ WORDS = (
     "what which where when how many is are there the thing things digit digits colour shape "
     "left right top bottom middle of above yes no ? ."
 )
+LATER = "number in picture ,"  # words that came when the others had their numbers
 TEMPLATE = (
+    "{% set seen = namespace(all=0, now=0) %}{% for m in messages %}{% if m['content'] is not string %}"
+    "{% for c in m['content'] if c['type'] == 'image' %}{% set seen.all = seen.all + 1 %}{% endfor %}"
+    "{% endif %}{% endfor %}"  # several pictures are numbered, as Qwen's own template can do it
     "{% for m in messages %}{{ '<bot> ' if m['role'] == 'assistant' else '<user> ' }}"
     "{% if m['content'] is string %}{{ m['content'] }} {% else %}{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}IMAGE {% elif c['type'] == 'video' %}VIDEO {% else %}{{ c['text'] }} {% endif %}"
+    "{% if c['type'] == 'image' %}{% set seen.now = seen.now + 1 %}"
+    "{{ 'picture %d ' % seen.now if seen.all > 1 else '' }}IMAGE "
+    "{% elif c['type'] == 'video' %}VIDEO {% else %}{{ c['text'] }} {% endif %}"
     "{% endfor %}{% endif %}{{ '<eos> ' if m['role'] == 'assistant' else '' }}{% endfor %}"
     "{{ '<bot> ' if add_generation_prompt else '' }}"
 )
-GRID = 16  # image tokens across and down
-CLIP = 128  # pixels of a frame's side
+GRID = 16  # image tokens across and down: of DINOv2 always, of the Qwen for a picture of 256 pixels
+PICTURE = (128**2, 448**2)  # pixels of a picture, at least and at most; others are resized
+FRAME = (96**2, 192**2)  # of a clip's frame
 TEXT = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 6, "num_attention_heads": 4}
 TEXT |= {"num_key_value_heads": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
 TEXT |= {"initializer_range": 0.05}
@@ -52,18 +59,20 @@ def vocabulary(name: str) -> dict[str, int]:
         *scenes.PLURAL.values(),
         *scenes.DIGITS,
         *scenes.TIMES,
+        *LATER.split(),
     )
     return {word: i for i, word in enumerate(dict.fromkeys(known))}
 
 
 def tokenizer(name: str) -> Any:
-    """One token per word, without regard to case."""
+    """One token per word and per numeral, without regard to case."""
     from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     inside = Tokenizer(models.WordLevel(vocabulary(name), unk_token="<unk>"))
     inside.normalizer = normalizers.Lowercase()
-    inside.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    parts = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.Digits(True)]
+    inside.pre_tokenizer = pre_tokenizers.Sequence(parts)
     inside.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*SPECIAL, *MARKS[name])])
     named = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=inside, padding_side="left", **named)
@@ -75,8 +84,8 @@ def text_config() -> dict[str, Any]:
 
 
 def qwen() -> tuple[nn.Module, Any]:
-    """Patches of 8 pixels: a scene is 32 x 32 of them and 16 x 16 tokens, a frame of a clip a quarter of that, two
-    frames one step of time. Sections of 8 pairs: PPE takes K = 8."""
+    """Patches of 8 pixels, 2 x 2 of them a token: a scene of 256 x 256 pixels is 16 x 16 tokens, a larger one more; two
+    frames of a clip are one step of time. Sections of 8 pairs: PPE takes K = 8."""
     import transformers
 
     start, end, image, clip = MARKS["qwen"]
@@ -97,13 +106,10 @@ def qwen() -> tuple[nn.Module, Any]:
         video_token_id=ids[clip],
         tie_word_embeddings=True,
     )
-    side = scenes.SIDE
-    size = {"shortest_edge": side * side // 4, "longest_edge": 4 * side * side}
     parts = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
-    pictures = transformers.Qwen2VLImageProcessor(**parts, size=size)
-    video = transformers.Qwen2VLVideoProcessor(
-        **parts, size={k: n // 4 for k, n in size.items()} | {"longest_edge": CLIP**2}
-    )
+    still, moving = ({"shortest_edge": least, "longest_edge": most} for least, most in (PICTURE, FRAME))
+    pictures = transformers.Qwen2VLImageProcessor(**parts, size=still)
+    video = transformers.Qwen2VLVideoProcessor(**parts, size=moving, cap_pixels_per_frame=False)
     words = tokenizer("qwen")
     template = TEMPLATE.replace("IMAGE", f"{start} {image} {end}").replace("VIDEO", f"{start} {clip} {end}")
     model = transformers.Qwen2_5_VLForConditionalGeneration(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
@@ -40,6 +41,13 @@ def count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is too small: give a whole number of at least 1")
     return value
+
+
+def size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: give width and height in pixels, such as 448x224")
+    return int(found[1]), int(found[2])
 
 
 def _positions(add: Callable[..., Any]) -> None:
@@ -211,7 +219,11 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
     add("--seeds", type=count, metavar="N", help="scenes: how many sets of scenes (default: 5)")
     add("--balances", type=float, nargs="+", metavar="B", help="scenes: IDPruner at these balances too")
     add("--scorer", metavar="SAFETENSORS", help="scenes: a scorer from vtc.train, for idpruner+scorer")
-    add("--frames", type=count, metavar="N", help="scenes: clips of 2 or 8 frames instead of pictures")
+    add("--frames", type=count, metavar="N", help="scenes: clips of 2 to 8 frames instead of pictures")
+    add("--size", type=size, metavar="WxH", help="scenes: pixels of a picture (default: 256x256)")
+    add("--canvas", type=size, metavar="WxH", help="scenes: letterboxed on so many pixels")
+    add("--pictures", type=count, metavar="N", help="scenes: so many in a prompt, with a question about one of them")
+    add("--full", action="store_true", default=None, help="scenes: with numbers to read and photographs behind, too")
     add("--split", choices=("validation", "test"), help="scenes, clip: to choose by, or to report (default)")
     add("--data", metavar="FOLDER", help="clip: the data set, by default a webdataset with the names of its classes")
     add("--dataset", metavar="NAME", help="clip: as clip_benchmark names it, if FOLDER is no webdataset: cifar10 ...")

@@ -331,7 +331,21 @@ _MEASURES = {
     "photos": ("images", "levels", "dtype"),
     "spectral": ("images", "levels"),  # always in float32 or better, as the next
     "positions": ("images", "levels"),
-    "scenes": ("model", "methods", "keep", "limit", "seeds", "balances", "scorer", "frames", "split"),
+    "scenes": (
+        "model",
+        "methods",
+        "keep",
+        "limit",
+        "seeds",
+        "balances",
+        "scorer",
+        "frames",
+        "split",
+        "size",
+        "canvas",
+        "pictures",
+        "full",
+    ),
     "clip": ("images", "levels", "model", "methods", "split", "data", "dataset", "pretrained"),
 }
 

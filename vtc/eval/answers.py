@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +21,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -29,21 +28,14 @@ import vtc
 from vtc.checkpoints import tiny
 from vtc.errors import OptionError
 from vtc.eval import common, scenes
+from vtc.eval.asking import Asked, View, questions, replies
+from vtc.eval.asking import plain as plain
+from vtc.eval.asking import prompts as prompts
 from vtc.eval.common import Results
 from vtc.methods import METHODS, PLUS, Method, make
 
 KEEP = (0.5, 0.25, 0.1, 0.05)
 ALWAYS = ("random", "downsample")  # what every method has to beat
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One question and what it is about. Nothing is drawn before it is asked."""
-
-    kind: str
-    text: str
-    answer: str
-    about: scenes.Scene | scenes.Clip
 
 
 @dataclass(frozen=True)
@@ -67,52 +59,6 @@ class Cell:
         return make(self.name, keep=self.keep, **options)
 
 
-def questions(seed: int, limit: int, frames: int = 1, split: str = "test") -> list[Asked]:
-    """What seed `seed` asks: of `limit` scenes one question of every kind that they have; or of as many clips."""
-    rng = np.random.default_rng(seed)
-    out = []
-    for number in range(seed * limit, (seed + 1) * limit):
-        about = scenes.scene(split, number) if frames == 1 else scenes.clip(split, number, frames)
-        for kind in dict.fromkeys((*scenes.KINDS, "when")):
-            some = [q for q in about.questions if q.kind == kind]
-            if some:
-                q = some[int(rng.integers(len(some)))]
-                out.append(Asked(q.kind, q.text, q.answer, about))
-    return out
-
-
-def replies(model: nn.Module, processor: Any, asked: Sequence[Asked], batch: int) -> Iterator[str]:
-    """The model's answers, greedy, in batches."""
-    weights = next(model.parameters())
-    for start in range(0, len(asked), batch):
-        some = asked[start : start + batch]
-        inputs = prompts(processor, some).to(weights.device, weights.dtype)
-        with torch.inference_mode():
-            ids = model.generate(**inputs, do_sample=False, max_new_tokens=6)  # type: ignore[operator]
-        for text in processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True):
-            yield plain(text)
-
-
-def plain(answer: str) -> str:
-    """An answer as it is compared."""
-    return answer.strip().strip(".").lower()
-
-
-def prompts(processor: Any, asked: Sequence[Asked], closed: bool = False) -> Any:
-    """The inputs of a batch, padded on the left; closed: with the answers."""
-    texts = []
-    for q in asked:
-        content = [{"type": "video" if isinstance(q.about, scenes.Clip) else "image"}, {"type": "text", "text": q.text}]
-        turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if closed:
-            turns.append({"role": "assistant", "content": [{"type": "text", "text": q.answer}]})
-        texts.append(processor.apply_chat_template(turns, add_generation_prompt=not closed, tokenize=False))
-    images = [[q.about.image] for q in asked if isinstance(q.about, scenes.Scene)]
-    clips = [np.stack([np.asarray(f) for f in q.about.frames]) for q in asked if isinstance(q.about, scenes.Clip)]
-    seen: dict[str, Any] = {"videos": clips, "do_sample_frames": False} if clips else {"images": images}
-    return processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **seen)
-
-
 # -- the run --------------------------------------------------------------------------------------------------------
 
 
@@ -128,6 +74,10 @@ def run(
     frames: int = 1,
     batch: int = 16,
     split: str = "test",
+    size: scenes.Size = (scenes.SIDE, scenes.SIDE),
+    canvas: scenes.Size | None = None,
+    pictures: int = 1,
+    full: bool = False,
     progress: bool = False,
 ) -> Results:
     """Ask, score, and write scenes.csv, .md and .png into `out`.
@@ -141,8 +91,10 @@ def run(
         out: folder of the results, and of what is done of them: the same call goes on where it was stopped.
         balances: IDPruner at these balances too (importance against diversity).
         scorer: the path of IDPruner's trained scorer (`vtc.train`), which is asked too; tiny models bring their own.
-        frames: 1 = pictures; 2 or 8 = clips, with the question when something is there.
+        frames: 1 = pictures; 2 to 8 = clips, with the question when something is there.
         split: "validation" to choose by, "test" to report.
+        size: width and height of what is drawn, in pixels. canvas: of what it is letterboxed on. pictures: in a
+            prompt, with the question about one of them. full: with numbers to read and photographs behind, too.
 
     Raises:
         OptionError: an option out of range; a folder that holds another run.
@@ -151,12 +103,13 @@ def run(
     for name, number in (("limit", limit), ("seeds", seeds), ("batch", batch)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise OptionError(f"{name}={number!r}: it takes a whole number >= 1")
+    view = View((size,) * pictures, canvas, None, frames, scenes.FULL if full else scenes.Level())
     lead, rank, world = _processes()
     network, processor = load(model)
     scorer = scorer or (tiny.scorer(model) if model in tiny.TINY else None)
     chosen = _chosen(network, methods, balances, scorer)
     setting = {"model": model, "keep": keep, "limit": limit, "seeds": seeds, "frames": frames, "split": split}
-    setting |= {"weights": _fingerprint(network), "scorer": scorer and _digest(scorer)}
+    setting |= {"weights": _fingerprint(network), "scorer": scorer and _digest(scorer), **view.unusual}
     if lead:
         _folder(Path(out), setting)
     _wait(world)
@@ -169,13 +122,13 @@ def run(
     with common.bar(len(mine), "cells", progress and lead) as bar:
         for cell in mine:
             if cell.seed not in drawn:
-                drawn = {cell.seed: questions(cell.seed, limit, frames, split)}
+                drawn = {cell.seed: questions(cell.seed, limit, view, split)}
             found = _ask(network, processor, cell, drawn[cell.seed], batch)
             with (folder / f"cells-{rank}.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": cell.key, **found}) + "\n")
             bar.update()
     _wait(world)
-    results = _results(cells, _done(folder), setting, {s: questions(s, limit, frames, split) for s in range(seeds)})
+    results = _results(cells, _done(folder), setting, {s: questions(s, limit, view, split) for s in range(seeds)})
     if lead:
         results.write(folder)
     return results
@@ -276,9 +229,9 @@ def _folder(folder: Path, setting: dict[str, Any]) -> Path:
             before = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             before = {}
-        differ = [k for k in setting if before.get(k) != setting[k]]
+        differ = [k for k in {**setting, **before} if before.get(k) != setting.get(k)]
         if differ:
-            what = ", ".join(f"{k}={before.get(k)!r}, not {setting[k]!r}" for k in differ)
+            what = ", ".join(f"{k}={before.get(k)!r}, not {setting.get(k)!r}" for k in differ)
             raise OptionError(f"{folder} holds the results of another run ({what}): choose another --out, or remove it")
     else:
         folder.mkdir(parents=True, exist_ok=True)
@@ -308,7 +261,8 @@ def _results(
     rows = []
     for cell in cells:
         found, dense, those = done[cell.key], done[f"dense|1|{cell.seed}"]["said"], asked[cell.seed]
-        whole = next(f["before"] for c in cells if c.seed == cell.seed and "before" in (f := done[c.key]))
+        pruned = (done[c.key] for c in cells if c.seed == cell.seed)
+        whole = next((found["before"] for found in pruned if "before" in found), math.nan)  # dense alone: not counted
         for kind in [*dict.fromkeys(q.kind for q in those), "all"]:
             at = [i for i, q in enumerate(those) if kind in (q.kind, "all")]
             row = {"method": cell.label, "keep": cell.keep, "tokens": found.get("tokens", whole), "kind": kind}
@@ -316,12 +270,23 @@ def _results(
             row |= {"accuracy": mean(float(found["said"][i] == those[i].answer) for i in at)}
             row |= {"loyalty": mean(float(found["said"][i] == dense[i]) for i in at)}
             rows.append(row | {"seconds": found["seconds"] * len(at) / len(those)})
+    what = ("clips" if setting["frames"] > 1 else "scenes") + _shown(setting)
     about = (
-        f"Accuracy of {setting['model']} on {setting['seeds']} x {setting['limit']} "
-        f"{'clips' if setting['frames'] > 1 else 'scenes'} of the {setting['split']} split, mean of the seeds with its "
-        f"95 % interval (Student's t); loyalty: answers that are the dense model's. {common.environment()}."
+        f"Accuracy of {setting['model']} on {setting['seeds']} x {setting['limit']} {what} of the {setting['split']} "
+        "split, mean of the seeds with its 95 % interval (Student's t); loyalty: answers that are the dense model's. "
+        f"{common.environment()}."
     )
     return Scored("scenes", rows, {}, about, notes={"draw": draw})
+
+
+def _shown(setting: dict[str, Any]) -> str:
+    """How pictures differ from the usual ones, in brackets."""
+    said = [
+        f"{name} {'x'.join(map(str, n)) if isinstance(n, list) else n}"
+        for name, n in setting.items()
+        if name in ("size", "canvas", "pictures", "full")
+    ]
+    return f" ({', '.join(said)})" if said else ""
 
 
 class Scored(Results):

@@ -37,14 +37,19 @@ DIGITS = tuple("0123456789")
 PLACES = tuple(" ".join(filter(None, (v, h))) or "middle" for v in ("top", "", "bottom") for h in ("left", "", "right"))
 TIMES = ("first", "second", "third", "last")
 KINDS = ("colour", "shape", "position", "count", "digit", "relation")
+EVERY = (*KINDS, "reading", "when")  # of scenes with numbers too, and of clips
 SPLITS = {"train": range(8), "validation": range(8, 9), "test": range(9, 10)}
 BACKGROUNDS = ("plain", "texture", "photo")
 SIDE = 256  # pixels
+NARROW = 0.8  # a numeral's width in parts of its height
+PARTS = {2: 2, 3: 3, 4: 4, 5: 4, 6: 3, 7: 4, 8: 4}  # of a clip, by its frames
+Size = tuple[int, int]  # width and height in pixels
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A shape or a digit; its centre and its side in parts of the picture's side."""
+    """A shape, a digit or a number: its centre in parts of the picture's width and height, its side (a number's width)
+    in parts of the shorter of these."""
 
     name: str
     colour: str
@@ -57,8 +62,12 @@ class Thing:
         return self.name in DIGITS
 
     @property
+    def number(self) -> bool:
+        return len(self.name) > 1 and self.name.isdigit()
+
+    @property
     def noun(self) -> str:
-        return "digit" if self.digit else self.name
+        return "digit" if self.digit else "number" if self.number else self.name
 
     @property
     def place(self) -> str:
@@ -74,26 +83,33 @@ class Question:
 
 @dataclass(frozen=True)
 class Level:
-    """How hard scenes are: how many things, how many of them digits (at most), their sides, and what is behind."""
+    """How hard scenes are: how many things, how many of them digits and numbers (at most), their sides, how high the
+    numerals of a number are, and what is behind."""
 
     things: tuple[int, int] = (2, 5)
     digits: int = 2
     sides: tuple[float, float] = (0.11, 0.22)
     backgrounds: tuple[str, ...] = ("plain", "texture")
     kinds: tuple[str, ...] = KINDS
+    numbers: int = 0
+    heights: tuple[float, float] = (0.055, 0.08)
 
     def __post_init__(self) -> None:
         low, high = self.things
         if not 1 <= low <= high <= 7:
             raise OptionError(f"things={self.things}: it takes two numbers from 1 to 7, the smaller first")
-        for name, given, known in (("kinds", self.kinds, KINDS), ("backgrounds", self.backgrounds, BACKGROUNDS)):
+        for name, given, known in (("kinds", self.kinds, EVERY), ("backgrounds", self.backgrounds, BACKGROUNDS)):
             if not given or any(one not in known for one in given):
                 raise OptionError(f"{name}={given!r}: choose from {', '.join(known)}")
 
 
+FULL = Level(numbers=2, backgrounds=BACKGROUNDS, kinds=EVERY)  # all that there is
+
+
 @dataclass(frozen=True)
 class Scene:
-    """Things on a background. `image` is drawn when first asked for: [SIDE, SIDE] RGB."""
+    """Things on a background. `image` is drawn when first asked for, RGB: of `size`, which changes neither things nor
+    questions; or so letterboxed on a `canvas`, which the questions do not mind."""
 
     split: str
     number: int
@@ -101,23 +117,53 @@ class Scene:
     background: str
     seed: int = field(repr=False)
     questions: tuple[Question, ...] = field(repr=False)
+    size: Size = (SIDE, SIDE)
+    canvas: Size | None = None
 
     @cached_property
     def image(self) -> Image.Image:
         rng = np.random.default_rng(self.seed)
-        return draw(self.things, _background(self.background, rng))
+        picture = draw(self.things, _background(self.background, rng, self.size))
+        if self.canvas is None:
+            return picture
+        shown = Image.new("RGB", self.canvas, (self.seed % 3 * 127,) * 3)  # black, grey, white
+        shown.paste(picture, self.box[:2])
+        return shown
+
+    @property
+    def images(self) -> list[Image.Image]:
+        return [self.image]
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Where on the canvas the picture is: left, top, right, bottom."""
+        free = [whole - part for whole, part in zip(self.canvas or self.size, self.size, strict=True)]
+        if self.seed // 3 % 2:  # centred; else in a corner
+            left, top = (n // 2 for n in free)
+        else:
+            left, top = (n * (self.seed // turn % 2) for n, turn in zip(free, (6, 12), strict=True))
+        return left, top, left + self.size[0], top + self.size[1]
 
 
-def scene(split: str, number: int, level: Level | None = None) -> Scene:
-    """Scene `number` of a split; always the same one.
+def scene(
+    split: str, number: int, level: Level | None = None, size: Size = (SIDE, SIDE), canvas: Size | None = None
+) -> Scene:
+    """Scene `number` of a split; always the same one, with the same questions at every size.
+
+    Args:
+        size: width and height in pixels. canvas: of what it is letterboxed or padded to, at least as large.
 
     Raises:
-        OptionError: an unknown split, a number below 0.
+        OptionError: an unknown split, a number below 0, a size below 32 pixels, a canvas smaller than the picture.
     """
     if split not in SPLITS:
         raise OptionError(f"split={split!r} is unknown; choose one of {', '.join(SPLITS)}")
     if isinstance(number, bool) or not isinstance(number, int) or number < 0:
         raise OptionError(f"number={number!r}: scenes are numbered from 0")
+    if min(size) < 32:
+        raise OptionError(f"size={size}: a picture has at least 32 pixels a side")
+    if canvas is not None and (canvas[0] < size[0] or canvas[1] < size[1]):
+        raise OptionError(f"canvas={canvas}: it is at least as large as the picture, {size}")
     level = level or Level()
     rng = np.random.default_rng([list(SPLITS).index(split), number])
     things = _things(rng, level)
@@ -125,7 +171,7 @@ def scene(split: str, number: int, level: Level | None = None) -> Scene:
         things = _things(rng, level)
     background, seed = str(rng.choice(level.backgrounds)), int(rng.integers(1 << 32))
     asked = [q for q in ask(things, rng) if q.kind in level.kinds]
-    return Scene(split, number, things, background, seed, tuple(asked))
+    return Scene(split, number, things, background, seed, tuple(asked), size, canvas)
 
 
 def scenes(split: str, count: int, level: Level | None = None, start: int = 0) -> Iterator[Scene]:
@@ -146,10 +192,15 @@ def _things(rng: np.random.Generator, level: Level) -> tuple[Thing, ...]:
     """So many things that do not touch one another, the picture's border, or the border of two places."""
     count = int(rng.integers(level.things[0], level.things[1] + 1))
     digits = int(rng.integers(0, min(level.digits, count) + 1))
+    numbers = int(rng.integers(0, min(level.numbers, count - digits) + 1)) if level.numbers else 0
     made: list[Thing] = []
     while len(made) < count:
-        name = str(rng.choice(DIGITS)) if len(made) < digits else str(rng.choice(SHAPES))
-        side = float(rng.uniform(*level.sides))
+        if digits <= len(made) < digits + numbers:
+            name = str(rng.integers(10, 10 ** int(rng.integers(2, 5))))
+            side = NARROW * len(name) * float(rng.uniform(*level.heights))
+        else:
+            name = str(rng.choice(DIGITS)) if len(made) < digits else str(rng.choice(SHAPES))
+            side = float(rng.uniform(*level.sides))
         for _ in range(50):
             x, y = (float(v) for v in rng.uniform(side / 2, 1 - side / 2, 2))
             inside = min(abs(v - border / 3) for v in (x, y) for border in (1, 2)) > 0.03
@@ -171,13 +222,16 @@ def ask(things: Sequence[Thing], rng: np.random.Generator) -> list[Question]:
     for t in things:
         if only(noun=t.noun):
             found.append(Question("colour", f"What colour is the {t.noun}?", t.colour))
-        if only(colour=t.colour) and not t.digit:
+        if only(colour=t.colour) and not t.digit and not t.number:
             found.append(Question("shape", f"What shape is the {t.colour} thing?", t.name))
         if only(colour=t.colour, noun=t.noun):
             found.append(Question("position", f"Where is the {t.colour} {t.noun}?", t.place))
             if t.digit:
                 text = "Which digit is there?" if only(noun="digit") else f"Which digit is {t.colour}?"
                 found.append(Question("digit", text, t.name))
+            if t.number:
+                text = "Which number is there?" if only(noun="number") else f"Which number is {t.colour}?"
+                found.append(Question("reading", text, t.name))
     for noun in (*SHAPES, "digit"):
         number = sum(t.noun == noun for t in things)
         if number or rng.random() < 0.2:
@@ -207,20 +261,20 @@ class Clip:
     questions: tuple[Question, ...]
 
 
-def clip(split: str, number: int, frames: int = 8, level: Level | None = None) -> Clip:
-    """Clip `number` of a split: 2 or 8 frames, in halves or quarters. Most things are there in one of these.
+def clip(split: str, number: int, frames: int = 8, level: Level | None = None, size: Size = (SIDE, SIDE)) -> Clip:
+    """Clip `number` of a split: 2 to 8 frames, in halves, thirds or quarters. Most things are there in one of these.
 
     Raises:
         OptionError: as `scene`; another number of frames.
     """
-    if frames not in (2, 8):
-        raise OptionError(f"frames={frames!r}: clips have 2 or 8")
-    still = scene(split, number, replace(level or Level(), things=(2, 4)))
+    if frames not in PARTS:
+        raise OptionError(f"frames={frames!r}: clips have 2 to 8")
+    still = scene(split, number, replace(level or Level(), things=(2, 4)), size)
     rng = np.random.default_rng([still.seed, frames])
     things = tuple({(t.colour, t.noun): t for t in still.things}.values())  # of what looks alike, the last one
-    count = 2 if frames == 2 else 4
+    count = PARTS[frames]
     parts = tuple(None if i and rng.random() < 0.25 else int(rng.integers(count)) for i in range(len(things)))
-    back = _background(still.background, np.random.default_rng(still.seed))
+    back = _background(still.background, np.random.default_rng(still.seed), size)
     looks = [draw([t for t, p in zip(things, parts, strict=True) if p in (None, now)], back) for now in range(count)]
     times = (*TIMES[: count - 1], TIMES[-1])
     asked = [
@@ -231,17 +285,53 @@ def clip(split: str, number: int, frames: int = 8, level: Level | None = None) -
     return Clip(tuple(looks[i * count // frames] for i in range(frames)), things, parts, tuple(asked))
 
 
+# -- several pictures -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Album:
+    """Scenes that stand in one prompt, and questions that are each about one of them."""
+
+    scenes: tuple[Scene, ...]
+
+    @property
+    def images(self) -> list[Image.Image]:
+        return [scene.image for scene in self.scenes]
+
+    @cached_property
+    def questions(self) -> tuple[Question, ...]:
+        every = [
+            Question(q.kind, f"In picture {i}, {q.text[0].lower()}{q.text[1:]}", q.answer)
+            for i, scene in enumerate(self.scenes, 1)
+            for q in scene.questions
+        ]
+        return tuple(every[i] for i in np.random.default_rng(self.scenes[0].seed).permutation(len(every)))
+
+
+def album(split: str, number: int, sizes: Sequence[Size], level: Level | None = None) -> Album:
+    """Album `number` of a split: a scene of each of these sizes, which are no other album's of as many pictures.
+
+    Raises:
+        OptionError: as `scene`; fewer than two pictures or more than nine.
+    """
+    count = len(sizes)
+    if not 2 <= count <= 9:
+        raise OptionError(f"sizes={sizes}: an album has 2 to 9 pictures")
+    return Album(tuple(scene(split, count * number + i, level, size) for i, size in enumerate(sizes)))
+
+
 # -- drawing --------------------------------------------------------------------------------------------------------
 
 
 def draw(things: Sequence[Thing], background: Image.Image) -> Image.Image:
-    """The things on a background of SIDE x SIDE pixels, edges smoothed."""
-    large = background.resize((2 * SIDE, 2 * SIDE), Image.Resampling.BILINEAR)
+    """The things on a background, edges smoothed."""
+    width, height = background.size
+    large = background.resize((2 * width, 2 * height), Image.Resampling.BILINEAR)
     pen = ImageDraw.Draw(large)
     for t in things:
-        x, y, r = (2 * SIDE * v for v in (t.x, t.y, t.side / 2))
+        x, y, r = 2 * width * t.x, 2 * height * t.y, 2 * min(width, height) * (t.side / 2)
         _shape(pen, t.name, x, y, r, COLOURS[t.colour])
-    return large.resize((SIDE, SIDE), Image.Resampling.BOX)
+    return large.resize((width, height), Image.Resampling.BOX)
 
 
 def _shape(pen: ImageDraw.ImageDraw, name: str, x: float, y: float, r: float, colour: tuple[int, int, int]) -> None:
@@ -252,6 +342,8 @@ def _shape(pen: ImageDraw.ImageDraw, name: str, x: float, y: float, r: float, co
 
     if name in DIGITS:
         pen.text((x, y), name, colour, _font(round(2.4 * r)), anchor="mm")
+    elif name.isdigit():
+        pen.text((x, y), name, colour, _font(round(2 * r / (0.556 * len(name)))), anchor="mm")
     elif name == "circle":
         pen.ellipse((x - r, y - r, x + r, y + r), colour)
     elif name == "ring":
@@ -278,22 +370,24 @@ def _photo() -> Image.Image:
         return Image.open(file).convert("RGB")
 
 
-def _background(kind: str, rng: np.random.Generator) -> Image.Image:
+def _background(kind: str, rng: np.random.Generator, size: Size = (SIDE, SIDE)) -> Image.Image:
     """Between dark and light, so that every colour stands out; never quite even."""
     base = rng.uniform(90, 165) + rng.uniform(-12, 12, 3)
     if kind == "photo":
-        photo, side = _photo(), int(rng.integers(SIDE // 2, min(_photo().size)))
-        left, top = (int(rng.integers(0, whole - side + 1)) for whole in photo.size)
-        crop = photo.crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+        photo, longer = _photo(), max(size)
+        side = int(rng.integers(SIDE // 2, min(photo.size)))
+        part = [max(1, side * n // longer) for n in size]
+        left, top = (int(rng.integers(0, whole - n + 1)) for whole, n in zip(photo.size, part, strict=True))
+        crop = photo.crop((left, top, left + part[0], top + part[1])).resize(size, Image.Resampling.BILINEAR)
         values = np.asarray(crop, dtype=np.float64)
         values = base + 0.35 * (values - values.mean((0, 1)))
     else:
-        across = np.linspace(-1, 1, SIDE)
-        waves = np.zeros((SIDE, SIDE))
+        across, down = (np.linspace(-1, 1, n) for n in size)
+        waves = np.zeros((size[1], size[0]))
         for _ in range(3 if kind == "texture" else 0):
             u, v = rng.uniform(-30, 30, 2)
-            waves += np.sin(u * across[:, None] + v * across + rng.uniform(0, 6.3))
+            waves += np.sin(u * down[:, None] + v * across + rng.uniform(0, 6.3))
         slope = rng.uniform(-12, 12, 2)
-        plane = slope[0] * across[:, None] + slope[1] * across + rng.uniform(4, 9) * waves
-        values = base + plane[..., None] + rng.normal(0, 2, (SIDE, SIDE, 1))
+        plane = slope[0] * down[:, None] + slope[1] * across + rng.uniform(4, 9) * waves
+        values = base + plane[..., None] + rng.normal(0, 2, (size[1], size[0], 1))
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))

@@ -1,0 +1,133 @@
+"""What multimodal LLMs are asked about `vtc.eval.scenes`, and how: prompts through a model's own processor, replies by
+its own `generate`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from vtc.errors import OptionError
+from vtc.eval import scenes
+
+USUAL = (scenes.SIDE, scenes.SIDE)
+
+
+@dataclass(frozen=True)
+class View:
+    """How pictures are shown, without a change to what is in them.
+
+    Args:
+        sizes: width and height in pixels of every picture in a prompt.
+        canvas: of what a single picture is letterboxed on.
+        resized: to what a single picture is resized, whatever its aspect was.
+        frames: 1 = pictures; 2 to 8 = a clip of so many, of the first size.
+        level: how hard scenes are.
+
+    Raises:
+        OptionError: several pictures with a canvas, resized or as a clip.
+    """
+
+    sizes: tuple[scenes.Size, ...] = (USUAL,)
+    canvas: scenes.Size | None = None
+    resized: scenes.Size | None = None
+    frames: int = 1
+    level: scenes.Level = scenes.Level()
+
+    def __post_init__(self) -> None:
+        several = [bool(self.canvas), bool(self.resized), self.frames > 1, len(self.sizes) > 1]
+        if not self.sizes or sum(several) > 1:
+            raise OptionError("several pictures, a canvas, resizing, and clips do not go together: take one of them")
+
+    @property
+    def unusual(self) -> dict[str, Any]:
+        """What differs from the usual picture, as JSON has it."""
+        out: dict[str, Any] = {"size": list(self.sizes[0])} if self.sizes[0] != USUAL else {}
+        out |= {"canvas": list(self.canvas)} if self.canvas else {}
+        out |= {"pictures": len(self.sizes)} if len(self.sizes) > 1 else {}
+        return out | ({"full": True} if self.level == scenes.FULL else {})
+
+    def draw(self, split: str, number: int) -> scenes.Scene | scenes.Album | scenes.Clip:
+        """Number `number` of a split, drawn when it is first looked at.
+
+        Raises:
+            OptionError: as `scenes.scene`.
+        """
+        if self.frames != 1:
+            return scenes.clip(split, number, self.frames, self.level, self.sizes[0])
+        if len(self.sizes) > 1:
+            return scenes.album(split, number, self.sizes, self.level)
+        return scenes.scene(split, number, self.level, self.sizes[0], self.canvas)
+
+    def images(self, about: scenes.Scene | scenes.Album) -> list[Image.Image]:
+        """What the model is given."""
+        if self.resized is None:
+            return about.images
+        return [image.resize(self.resized, Image.Resampling.BICUBIC) for image in about.images]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question and what it is about. Nothing is drawn before it is asked."""
+
+    kind: str
+    text: str
+    answer: str
+    about: scenes.Scene | scenes.Album | scenes.Clip
+    view: View = View()
+
+
+def questions(seed: int, limit: int, view: View | None = None, split: str = "test") -> list[Asked]:
+    """What seed `seed` asks: of `limit` scenes, albums or clips one question of every kind that they have."""
+    rng, view = np.random.default_rng(seed), view or View()
+    out = []
+    for number in range(seed * limit, (seed + 1) * limit):
+        about = view.draw(split, number)
+        for kind in scenes.EVERY:
+            some = [q for q in about.questions if q.kind == kind]
+            if some:
+                q = some[int(rng.integers(len(some)))]
+                out.append(Asked(q.kind, q.text, q.answer, about, view))
+    return out
+
+
+def replies(model: nn.Module, processor: Any, asked: Sequence[Asked], batch: int) -> Iterator[str]:
+    """The model's answers, greedy, in batches."""
+    weights = next(model.parameters())
+    for start in range(0, len(asked), batch):
+        some = asked[start : start + batch]
+        inputs = prompts(processor, some).to(weights.device, weights.dtype)
+        with torch.inference_mode():
+            ids = model.generate(**inputs, do_sample=False, max_new_tokens=6)  # type: ignore[operator]
+        for text in processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True):
+            yield plain(text)
+
+
+def plain(answer: str) -> str:
+    """An answer as it is compared: numerals that are words of their own are one number."""
+    return re.sub(r"(?<=\d) (?=\d)", "", answer.strip().strip(".").lower())
+
+
+def prompts(processor: Any, asked: Sequence[Asked], closed: bool = False) -> Any:
+    """The inputs of a batch, padded on the left; closed: with the answers."""
+    texts, images, clips = [], [], []
+    for q in asked:
+        if isinstance(q.about, scenes.Clip):
+            clips.append(np.stack([np.asarray(f) for f in q.about.frames]))
+            content: list[dict[str, str]] = [{"type": "video"}]
+        else:
+            images.append(q.view.images(q.about))
+            content = [{"type": "image"}] * len(images[-1])
+        content = [*content, {"type": "text", "text": q.text}]
+        turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if closed:
+            turns.append({"role": "assistant", "content": [{"type": "text", "text": q.answer}]})
+        texts.append(processor.apply_chat_template(turns, add_generation_prompt=not closed, tokenize=False))
+    seen: dict[str, Any] = {"videos": clips, "do_sample_frames": False} if clips else {"images": images}
+    return processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **seen)
