@@ -115,3 +115,18 @@ def test_embeddings_without_pixels(name):
     dense = model(inputs_embeds=embeds).logits
     with vtc.compress(model, "divprune", keep=0.4):
         assert torch.equal(model(inputs_embeds=embeds).logits, dense)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled():
+    """A compressed model that is compiled, called and asked to generate: many graphs, the same answers."""
+    model, inputs = zoo.build("llava"), zoo.inputs("llava", "single")
+    with vtc.compress(model, "divprune", keep=0.4):
+        want, said = model(**inputs).logits, model.generate(**inputs, **OPTIONS)
+        torch.testing.assert_close(torch.compile(model, backend="eager")(**inputs).logits, want, atol=1e-5, rtol=0)
+        model.forward = torch.compile(model.forward, backend="eager")
+        try:
+            assert torch.equal(model.generate(**inputs, **OPTIONS), said)
+        finally:
+            del model.forward
