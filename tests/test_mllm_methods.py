@@ -179,7 +179,7 @@ def test_attention_is_the_towers(name):
             model(**inputs)
     finally:
         space.eager_attention_forward = original
-    prefix = gate.family.prefix(inner)
+    prefix = gate.family.prefix(inner, {})
     received = []
     for chunk in maps:  # [n, heads, P, P]
         for image in chunk.double().mean(1):
