@@ -131,7 +131,7 @@ def test_zoo_prune_vectors(monkeypatch):
     tokens = Tokens(z.float(), inputs=x.float()[:, :, None], projector=net)
     method = vtc.ZOOPrune(keep=8, probes=5, step=h, exact=False, seed=3)
     assert method.decide(tokens, 16).order[0].tolist() == expected
-    assert asked == {"probes": 5, "step": h, "exact": False, "seed": 3, "mask": None, "hidden": None}
+    assert asked == {"probes": 5, "step": h, "exact": False, "seed": 3, "mask": None, "hidden": None, "said": None}
 
 
 def test_dpc_knn_vectors():

@@ -72,6 +72,8 @@ def timm_cases() -> Iterator[Case]:
         module.build_model_with_cfg = capture
     try:
         for name in timm.list_models():
+            if not timm.models.model_entrypoint(name).__module__.startswith("timm."):  # somebody's own
+                continue
             try:
                 timm.create_model(name)
             except _Captured as found:
@@ -188,8 +190,10 @@ def transformers_cases(names: Sequence[str] = ()) -> Iterator[Case]:
 
 
 def _shallow(config: Any, layers: int = 2) -> Any:
-    if hasattr(config, "stage_names"):
-        return config  # a backbone names the layers it gives out
+    if hasattr(config, "stage_names"):  # a backbone names the layers it gives out, when it is made
+        with contextlib.suppress(Exception):
+            return type(config)(num_hidden_layers=layers) if hasattr(config, "num_hidden_layers") else config
+        return config
     for name in ("num_hidden_layers", "num_layers", "encoder_layers", "decoder_layers", "depth"):
         if isinstance(getattr(config, name, None), int) and getattr(config, name) > layers:
             with contextlib.suppress(Exception):  # derived from something else
@@ -261,6 +265,7 @@ def _runs(case: Case, plan: Any) -> str:
         image = {"generator": torch.Generator().manual_seed(0)}
 
         def run(encoder: nn.Module = encoder, found: Any = found, image: dict = image) -> torch.Tensor:
+            torch.manual_seed(0)  # some shuffle the patches
             return _tensor(_probed(found, encoder))
 
         dense = run()
@@ -281,6 +286,9 @@ def _filled(case: Case, site: Any) -> nn.Module:
     if case.library == "transformers" and hasattr(site.encoder, "config"):
         with contextlib.suppress(TypeError):
             return _drawn(type(site.encoder)(site.encoder.config))
+    if case.library == "transformers":  # what it draws besides the encoder may be a language model, and large
+        with mock.patch("transformers.PreTrainedModel.init_weights"):
+            return _drawn(case.build())
     return _drawn(case.build())
 
 

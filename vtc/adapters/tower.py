@@ -101,6 +101,8 @@ class Tower:
             assert not isinstance(self.site.resizable, str)
             for module, extra in self.site.resizable:
                 module.register_forward_pre_hook(Hook("shrink", self, extra), with_kwargs=True)
+        # what only tells whether it can be done is done with, and no function of an adapter's can be pickled
+        self.site = replace(self.site, encoder=None, probe=None, rotary="")
 
     # -- hooks --------------------------------------------------------------------------------------------------
 

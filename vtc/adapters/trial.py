@@ -12,6 +12,7 @@ import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -386,16 +387,13 @@ def _here(block: nn.Module) -> bool:
     return not any(parameter.is_meta for parameter in block.parameters())
 
 
-class _evaluating:
+@contextmanager
+def _evaluating(block: nn.Module) -> Iterator[None]:
     """In this context dropout is off in `block`."""
-
-    def __init__(self, block: nn.Module) -> None:
-        self.block = block
-
-    def __enter__(self) -> None:
-        self.modes = {module: module.training for module in self.block.modules()}
-        self.block.eval()
-
-    def __exit__(self, *error: Any) -> None:
-        for module, mode in self.modes.items():
+    modes = {module: module.training for module in block.modules()}
+    block.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
             module.training = mode
