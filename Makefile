@@ -8,7 +8,7 @@ CHOICE := --split validation --methods all --limit 8 --seeds 3 --keep 0.25 0.1
 quote = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test lint docs wheel wheel-check old-transformers harness-check eval answers bench registry soak raised gpu-check
+.PHONY: help setup run demo test slow lint docs wheel wheel-check old-transformers harness-check eval answers bench registry soak raised gpu-check
 
 help:  ## this list
 	@echo "make TARGET, with TARGET one of"
@@ -43,8 +43,11 @@ run: setup  ## compress a real ViT on a photograph; IMAGE=path METHOD=tome KEEP=
 demo: setup  ## see and ask in a browser; PORT=7860
 	@$(BIN)/vtc demo $(if $(PORT),--port $(call quote,$(PORT)))
 
-test: lint  ## lint, types and tests; ARGS='-m "not slow"' goes to pytest
-	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
+test: lint  ## lint, types and tests, but for the slow ones; ARGS='-k pitome' goes to pytest
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 -m "not slow" $(ARGS)
+
+slow: setup  ## the slow tests: sanitizers, compilers, notebooks, training
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 -m slow $(ARGS)
 
 lint: setup  ## ruff and mypy
 	@$(BIN)/ruff check

@@ -102,6 +102,7 @@ def test_what_is_unknown(model, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(model, whole, tmp_path):
     """With Accelerate's launcher, each with its own cells. --multi_gpu starts several on processors too."""
     arguments = ["--model", model, "--methods", "tome", "--keep", "1", "0.5", "--limit", "1", "--seeds", "2"]

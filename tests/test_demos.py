@@ -12,6 +12,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demos"))
 
 
+@pytest.mark.slow
 def test_finetuning_with_ppe(tmp_path):
     """The loss falls from that of a guess among all words to about that of a guess among the four answers."""
     import finetune_ppe

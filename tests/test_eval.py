@@ -235,6 +235,7 @@ def test_interval_holds_the_mean():
     assert common.interval(torch.ones(7)) == (1.0, 1.0)
 
 
+@pytest.mark.slow
 def test_positions(tmp_path):
     """A reader of a few steps beats chance by far, every row is there, and the files are written."""
     from vtc.eval import positions

@@ -60,6 +60,7 @@ def mined(level: str, *others: str) -> subprocess.CompletedProcess[str]:
     return python("-c", MINED, "|".join(FUNCTIONS[other] for other in others), VTC_CPU=level)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BEST < 2 or not shutil.which("nm"), reason="the processor has one level, or no nm")
 def test_the_level_that_is_asked_for_runs() -> None:
     for level in LEVELS:

@@ -45,6 +45,7 @@ def test_compile_fullgraph(name, method):
         assert handle.report == tokens
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_model_follows_compress_and_remove():
     net, x = copy.deepcopy(model("timm-dinov2")), pixels(1)

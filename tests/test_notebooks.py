@@ -24,6 +24,7 @@ def test_outputs_are_stripped(path):
     assert notebook.metadata.kernelspec.name == "python3"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path, tmp_path, monkeypatch):
     pytest.importorskip("onnx", reason="the checkpoint needs onnx")

@@ -343,6 +343,7 @@ def small_encoder(monkeypatch):
     return see
 
 
+@pytest.mark.slow
 def test_soak_see(small_encoder, tmp_path):
     see, methods = small_encoder, ("pitome", "tome", "random", "downsample")
 
