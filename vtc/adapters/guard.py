@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 METHODS = ("forward_features", "forward_intermediates")
 
 
-class Method:
+class WatchedMethod:
     """Stands in for one of an encoder's `METHODS`, which are called where others call the encoder itself."""
 
     def __init__(self, guard: Guard, module: nn.Module, name: str) -> None:
@@ -77,7 +77,7 @@ class Guard:
         for module in dict.fromkeys((*around[-1:], *site.watched)):
             for name in METHODS:
                 if callable(getattr(module, name, None)):
-                    module.__dict__[name] = Method(self, module, name)
+                    module.__dict__[name] = WatchedMethod(self, module, name)
 
     def open(self, module: Any) -> None:
         if torch.compiler.is_compiling():
@@ -174,7 +174,7 @@ def changed(place: tuple[nn.Module, str] | None, blocks: tuple[nn.Module, ...]) 
 
 def strip_methods(module: nn.Module) -> None:
     for name in METHODS:
-        if isinstance(module.__dict__.get(name), Method):
+        if isinstance(module.__dict__.get(name), WatchedMethod):
             module.__dict__[name].remove()
     if isinstance(module.__dict__.get(SCRIPT), Unscriptable):
         del module.__dict__[SCRIPT]
