@@ -214,3 +214,17 @@ def test_what_cannot_be_tried_is_refused():
     model.model.language_model.layers[0].self_attn.o_proj = torch.nn.Linear(3, 3)
     with pytest.raises(vtc.UnsupportedModelError, match="could not be tried on positions with gaps: mat1 and mat2"):
         vtc.compress(model, "divprune", keep=0.5)
+
+
+def test_rounding_is_no_position():
+    """A kernel that adds in another order now and then: the first two runs may agree by chance."""
+    text, calls = copy.deepcopy(build("llama").model.language_model), []
+
+    class Uneven(type(text.layers[0].mlp)):
+        def forward(self, x):
+            calls.append(x)
+            return super().forward(x) * (1 + 2e-7 * (len(calls) > 2))
+
+    for layer in text.layers:
+        layer.mlp.__class__ = Uneven
+    assert not try_positions(text).reads and len(calls) > 2
