@@ -152,6 +152,11 @@ def test_a_run_goes_on_exactly(tmp_path):
         assert torch.equal(a, b), name
     with pytest.raises(SystemExit, match="another run"):
         train_tiny.resume(path, other, again, {"seed": 1})
+    train_tiny.pack(path, tmp_path / "packed.safetensors")  # the weights alone
+    anew = train_tiny.optimizers(other, 1e-3)
+    assert train_tiny.resume(tmp_path / "packed.safetensors", other, anew, {"seed": 0}) == 1
+    assert not any(optimizer.state for optimizer in anew)
+    torch.testing.assert_close(other.sharp, learner.sharp, atol=0.1, rtol=0.01)
 
 
 def test_what_is_exported_is_what_learned(tmp_path):

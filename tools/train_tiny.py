@@ -124,13 +124,23 @@ def resume(path: Path, learner: Learner, optimizers: list[torch.optim.Optimizer]
     with torch.no_grad():
         for p, name in names.items():
             p.copy_(state[f"weight/{name}"])
-    learner.mean, learner.spread = (state[name].to(learner.device) for name in ("mean", "spread"))
+    learner.mean, learner.spread = (state[name].float().to(learner.device) for name in ("mean", "spread"))
     for optimizer, keys in zip(optimizers, (("momentum_buffer",), ("step", "exp_avg", "exp_avg_sq")), strict=True):
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             if f"{keys[0]}/{names[p]}" in state:
                 entry = {key: state[f"{key}/{names[p]}"] for key in keys}
                 optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in entry.items()}
     return int(about["done"])
+
+
+def pack(state: Path, target: Path) -> None:
+    """A state's weights alone, in bfloat16: small enough for the repository, and `resume` takes them."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(state, "pt") as file:
+        names = [key for key in file.keys() if key.startswith("weight/") or key in ("mean", "spread")]  # noqa: SIM118
+        save_file({name: file.get_tensor(name).bfloat16() for name in names}, target, file.metadata())
 
 
 def export(folder: Path, learner: Learner) -> None:
@@ -187,7 +197,11 @@ def main() -> None:
     parse.add_argument("--workers", type=int, default=1, help="processes that draw")
     parse.add_argument("--device", default="cpu")
     parse.add_argument("--compile", action="store_true", help="with torch.compile, for which a C++ compiler is needed")
+    parse.add_argument("--pack", type=Path, metavar="FILE", help="only write the weights of the state in --out there")
     args = parse.parse_args()
+    if args.pack:
+        pack(args.out / "state.safetensors", args.pack)
+        return
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     learner = Learner(args.model, torch.bfloat16, args.compile).to(args.device).train()
@@ -203,9 +217,10 @@ def main() -> None:
     data = DataLoader(pictures, batch_size=None, num_workers=args.workers, prefetch_factor=3)
     bar = tqdm(total=args.batches, initial=done, unit="batch", mininterval=20)
     before, began, lines = done, time.time(), []
+    warm = 0 if both[0].state else done  # where the optimizers began
     for batch in data:
         left = (args.batches - done) / (args.fall * args.batches)
-        rate = args.rate * min(1.0, (done + 1) / 60, max(0.02, left))
+        rate = args.rate * min(1.0, (done - warm + 1) / 60, max(0.02, left))
         lines.append(step(learner, both, batch, rate, done < alone))
         done += 1
         bar.update()
