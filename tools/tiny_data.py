@@ -21,7 +21,7 @@ from vtc.eval.asking import View
 
 THINGS = (*scenes.SHAPES, *scenes.DIGITS, "number")
 TOKEN = 16  # pixels of a side, of the Qwen
-CROWD = replace(scenes.FULL, things=(5, 7), digits=3, sides=(0.1, 0.22))  # a tower learns most from what is full
+CROWD = replace(scenes.FULL, things=(5, 7), digits=4, sides=(0.1, 0.22))  # a tower learns most from what is full
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def view(name: str, rng: np.random.Generator, crowded: bool) -> View:
     if turn < (0.4 if name == "qwen" else 0.15) and not crowded:
         count = int(rng.integers(2, 4))
         return View(tuple(sides(rng, 64, 900 / count) for _ in range(count)), level=level)
-    size, turn = sides(rng, 64, 784), rng.random()
+    size, turn = sides(rng, 64, 324 if crowded else 784), rng.random()  # at first, things that fit into a window
     if turn < 0.2:
         inner = [max(96, round(n * part)) for n, part in zip(size, rng.uniform(0.5, 1, 2), strict=True)]
         if rng.random() < 0.6:  # as wide or as high as the canvas

@@ -45,11 +45,11 @@ class Front:
 class Learner(nn.Module):
     """A model and what only its training needs."""
 
-    def __init__(self, name: str, kind: torch.dtype = torch.float32, compiled: bool = False) -> None:
+    def __init__(self, name: str, kind: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.name = name
         self.model, self.processor = MODELS[name]()
-        self.fast = Fast(self.model, kind, compiled)
+        self.fast = Fast(self.model, kind)
         ids = self.processor.tokenizer.convert_tokens_to_ids
         self.says = [ids([".", *THINGS]), ids([".", *scenes.COLOURS])]
         if name == "llava":  # DINOv2 knows where its patches are; of the Qwen, positions alone are to say it

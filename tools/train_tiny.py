@@ -188,7 +188,7 @@ def main() -> None:
     parse.add_argument("--out", type=Path, required=True, help="folder; a run that stopped there goes on")
     parse.add_argument("--from", dest="start", type=Path, help="a state to start from where there is none in --out")
     parse.add_argument("--batches", type=int, default=6_000, help="how many to learn from, in all: 4,096 tokens each")
-    parse.add_argument("--see", type=int, default=700, help="qwen: batches from which only the tower learns")
+    parse.add_argument("--see", type=int, default=1_100, help="qwen: batches from which only the tower learns")
     parse.add_argument("--fall", type=float, default=0.25, help="share of the batches, the last, with a falling rate")
     parse.add_argument("--rate", type=float, default=2e-3)
     parse.add_argument("--every", type=int, default=50, help="batches between two states")
@@ -196,7 +196,6 @@ def main() -> None:
     parse.add_argument("--threads", type=int, default=1, help="of torch")
     parse.add_argument("--workers", type=int, default=1, help="processes that draw")
     parse.add_argument("--device", default="cpu")
-    parse.add_argument("--compile", action="store_true", help="with torch.compile, for which a C++ compiler is needed")
     parse.add_argument("--pack", type=Path, metavar="FILE", help="only write the weights of the state in --out there")
     args = parse.parse_args()
     if args.pack:
@@ -204,7 +203,7 @@ def main() -> None:
         return
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    learner = Learner(args.model, torch.bfloat16, args.compile).to(args.device).train()
+    learner = Learner(args.model, torch.bfloat16).to(args.device).train()
     run = {k: v for k, v in vars(args).items() if k in ("model", "seed")}
     both = optimizers(learner, args.rate)
     args.out.mkdir(parents=True, exist_ok=True)
