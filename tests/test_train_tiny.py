@@ -103,8 +103,8 @@ def test_batches_are_of_every_kind_and_size():
     """A batch's number says how it looks; sides are those that the model is to know, the tokens about as many."""
     seen, sides = set(), set()
     for at in range(300):
-        view = tiny_data.view("qwen", np.random.default_rng([7, at]), at < 100)
-        assert view == tiny_data.view("qwen", np.random.default_rng([7, at]), at < 100)
+        view = tiny_data.view("qwen", np.random.default_rng([7, at]), at // 100)
+        assert view == tiny_data.view("qwen", np.random.default_rng([7, at]), at // 100)
         seen |= {("canvas", view.canvas is not None), ("resized", view.resized is not None), len(view.sizes)}
         seen.add(("frames", view.frames))
         if view.frames == 1:

@@ -99,17 +99,21 @@ def sides(rng: np.random.Generator, least: float, most: float, low: int = 8, hig
     return TOKEN * width, TOKEN * height
 
 
-def view(name: str, rng: np.random.Generator, crowded: bool) -> View:
-    """One of those that the model is to know. The LLaVA's pictures all become one size: what differs is what is drawn
-    and what stands around it."""
-    level, turn = CROWD if crowded else scenes.FULL, rng.random()
-    if name == "qwen" and turn < 0.2:
+def view(name: str, rng: np.random.Generator, age: int) -> View:
+    """One of those that the model is to know; as the training goes on (age 0, 1, 2) more of what is large, of clips and
+    of several pictures. Many small pictures teach more than a few large ones in the same time, and what is learned of
+    them holds for these. The LLaVA's pictures all become one size: what differs is what is drawn, and what stands
+    around it."""
+    level, turn = scenes.FULL if age else CROWD, rng.random()
+    clips, several = ((0.2, 0.0), (0.1, 0.1), (0.2, 0.2))[age] if name == "qwen" else (0.0, 0.1)
+    if turn < clips:
         size = sides(rng, 36, 144, 6, 16) if rng.random() < 0.75 else (scenes.SIDE, scenes.SIDE)
         return View((size,), frames=int(rng.integers(2, 9)), level=level)
-    if turn < (0.4 if name == "qwen" else 0.15) and not crowded:
+    if turn < clips + several:
         count = int(rng.integers(2, 4))
         return View(tuple(sides(rng, 64, 900 / count) for _ in range(count)), level=level)
-    size, turn = sides(rng, 64, 324 if crowded else 784), rng.random()  # at first, things that fit into a window
+    most = 324 if age == 0 else 256 if age == 1 and rng.random() < 0.7 else 784
+    size, turn = sides(rng, 64, most), rng.random()
     if turn < 0.2:
         inner = [max(96, round(n * part)) for n, part in zip(size, rng.uniform(0.5, 1, 2), strict=True)]
         if rng.random() < 0.6:  # as wide or as high as the canvas
@@ -180,10 +184,12 @@ ROWS = 64  # of a batch, at most
 
 
 class Pictures(IterableDataset):
-    """Batches `start` to `stop` of the training split; the first `crowded` of scenes that are full."""
+    """Batches `start` to `stop` of the training split. ages: the batches at which the second and third age begin."""
 
-    def __init__(self, name: str, processor: Any, start: int = 0, stop: int = 0, crowded: int = 0) -> None:
-        self.name, self.processor, self.start, self.stop, self.crowded = name, processor, start, stop, crowded
+    def __init__(
+        self, name: str, processor: Any, start: int = 0, stop: int = 0, ages: tuple[int, int] = (0, 0)
+    ) -> None:
+        self.name, self.processor, self.start, self.stop, self.ages = name, processor, start, stop, ages
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -194,7 +200,7 @@ class Pictures(IterableDataset):
 
     def batch(self, at: int) -> Batch:
         """Batch number `at`: of about 4,096 image tokens, whatever their pictures' size."""
-        chosen = view(self.name, np.random.default_rng([7, at]), at < self.crowded)
+        chosen = view(self.name, np.random.default_rng([7, at]), sum(at >= age for age in self.ages))
         each = tokens(chosen) if self.name == "qwen" else GRID * GRID * len(chosen.sizes)
         rows = max(2, min(ROWS, round(4096 / each)))
         return self.of(chosen, "train", range(ROWS * at, ROWS * at + rows), min(20, max(6, 256 // rows)))
