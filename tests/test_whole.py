@@ -6,21 +6,10 @@ import accelerate
 import pytest
 import torch
 from torch import nn
-from zoo import _SIZES, ZOO, model, pixels, randomise
+from zoo import _SIZES, TEXT, ZOO, model, pixels, randomise
 
 import vtc
 
-TEXT = {
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "vocab_size": 50,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "projection_size": 32,
-}
 DINO = {**_SIZES, "mlp_ratio": 2}
 BACKBONE = {**DINO, "out_features": ["stage2", "stage3"], "reshape_hidden_states": False}
 WORDS = torch.tensor([[1, 5, 2]])

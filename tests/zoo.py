@@ -146,6 +146,19 @@ _SIZES = {
 }
 
 
+TEXT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 50,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "projection_size": 32,
+}
+
+
 def _hf(kind: str, config: str, *, resizes: bool = True, read: str = "last_hidden_state", **options: Any) -> Entry:
     def build() -> nn.Module:
         import transformers
@@ -168,18 +181,7 @@ def _hf_pair(kind: str, config: str) -> Entry:
     def build() -> nn.Module:
         import transformers
 
-        text = {
-            "hidden_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 64,
-            "vocab_size": 50,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-            "projection_size": 32,
-        }
-        settings = {"vision_config": dict(_SIZES), "text_config": text}
+        settings = {"vision_config": dict(_SIZES), "text_config": dict(TEXT)}
         if "CLIP" in kind:
             settings["projection_dim"] = 32
         else:

@@ -41,7 +41,8 @@ class StandIn:
     def original(self, *args: Any, **kwargs: Any) -> Any:
         if self.replaced is not None:
             return self.replaced(*args, **kwargs)
-        return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
+        name = "forward" if self.name == "_old_forward" else self.name  # accelerate's name for it
+        return getattr(type(self.module), name)(self.module, *args, **kwargs)
 
 
 class IntakeForward(StandIn):
@@ -50,11 +51,6 @@ class IntakeForward(StandIn):
     def __init__(self, intake: Intake, name: str) -> None:
         super().__init__(intake.inner, name)
         self.intake = intake
-
-    def original(self, *args: Any, **kwargs: Any) -> Any:
-        if self.replaced is not None:
-            return self.replaced(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)  # the name may be accelerate's `_old_forward`
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         names = inspect.signature(type(self.module).forward).parameters
@@ -86,11 +82,6 @@ class LayerForward(StandIn):
         super().__init__(module, "_old_forward" if "_old_forward" in module.__dict__ else "forward")
         self.thinning, self.index = thinning, index
 
-    def original(self, *args: Any, **kwargs: Any) -> Any:
-        if self.replaced is not None:
-            return self.replaced(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
-
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.thinning.run(self, hidden_states, args, kwargs)
 
@@ -101,11 +92,6 @@ class OwnerForward(StandIn):
     def __init__(self, intake: Intake, module: nn.Module, asked: str | None = None) -> None:
         super().__init__(module, "_old_forward" if "_old_forward" in module.__dict__ else "forward")
         self.intake, self.asked = intake, asked
-
-    def original(self, *args: Any, **kwargs: Any) -> Any:
-        if self.replaced is not None:
-            return self.replaced(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         asked: Any = self.asked
