@@ -50,7 +50,7 @@ def arguments(cls: type) -> dict[str, str]:
 
 def options(cls: type, base: type | None = None) -> list[str]:
     known = {field.name for field in fields(base)} if base else set()  # type: ignore[arg-type]
-    said = arguments(cls)
+    said = {name: text for each in reversed(cls.__mro__) for name, text in arguments(each).items()}
     rows = []
     for field in fields(cls):  # type: ignore[arg-type]
         if field.name not in known:

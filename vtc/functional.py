@@ -25,9 +25,10 @@ from vtc.methods import idpruner, zoo_prune
 from vtc.methods.base import Tokens, check_budget, in_rounds
 from vtc.methods.downsample import coarse_grid, pool_map
 from vtc.methods.dpc_knn import dpc_knn_map
+from vtc.methods.order import selected
 from vtc.methods.pitome import check_pitome, pitome_round
 from vtc.methods.random import random_round
-from vtc.methods.selector import check_number, check_seed, selected
+from vtc.methods.selector import check_number, check_seed
 from vtc.methods.tome import tome_round
 from vtc.positions import ppe_positions
 from vtc.token_map import TokenMap

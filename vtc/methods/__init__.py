@@ -14,6 +14,7 @@ from vtc.methods.divprune import DivPrune
 from vtc.methods.downsample import Downsample
 from vtc.methods.dpc_knn import DPCKNN
 from vtc.methods.fastv import FastV
+from vtc.methods.frame import USUAL
 from vtc.methods.hiprune import HiPrune
 from vtc.methods.idpruner import IDPruner
 from vtc.methods.norm import Norm
@@ -34,8 +35,12 @@ METHODS: dict[str, type[Method]] = {
     cls.name: cls for cls in (*_MATCHING, *_AT_THE_INPUT, *_IN_THE_DECODER, *_BASELINES)
 }
 
-# What may follow a name and a +: options of methods that merge.
-PLUS: dict[str, dict[str, Any]] = {"ppe": {"positions": "ppe"}, "proportional": {"proportional": True}}
+# What may follow a name and a +: options of methods that merge, and one of those that select.
+PLUS: dict[str, dict[str, Any]] = {
+    "ppe": {"positions": "ppe"},
+    "proportional": {"proportional": True},
+    "frame": {"frame": USUAL},
+}
 
 # Options of other libraries that mean the opposite, or something else.
 _ALIASES = ("ratio", "compression_ratio", "pruning_ratio", "prune_ratio", "rate", "keep_ratio", "reduction")
@@ -43,7 +48,8 @@ _ALIASES = ("ratio", "compression_ratio", "pruning_ratio", "prune_ratio", "rate"
 
 def make(method: str | Method, **options: Any) -> Method:
     """A method from its name and options; a ready one is returned as it is. "tome+ppe" is "tome" with positions="ppe",
-    "tome+proportional" with proportional=True. Raises OptionError with the way out."""
+    "tome+proportional" with proportional=True, "divprune+frame=0.25" with frame=0.25. Raises OptionError with the way
+    out."""
     if isinstance(method, Method):
         if options:
             raise OptionError(
@@ -64,17 +70,26 @@ def make(method: str | Method, **options: Any) -> Method:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise OptionError(f"unknown method {method!r}: {hint}choose one of {', '.join(METHODS)}")
     for each in plus:
-        if each not in PLUS:
-            raise OptionError(f"{method}+{each}: after a + comes one of {', '.join(PLUS)}")
-        if PLUS[each].keys() & options:
-            raise OptionError(f"{method}+{each}: {', '.join(PLUS[each])}= is given beside it, leave one of the two out")
-        options |= PLUS[each]
+        option, equals, value = each.partition("=")
+        if option not in PLUS or (equals and option != "frame"):
+            raise OptionError(f"{method}+{each}: after a + comes one of {', '.join(PLUS)}, or frame=0.25 and the like")
+        if PLUS[option].keys() & options:
+            there = ", ".join(PLUS[option])
+            raise OptionError(f"{method}+{each}: {there}= is given beside it, leave one of the two out")
+        options |= {"frame": _number(value)} if equals else PLUS[option]
     known = [field.name for field in fields(METHODS[method])]
     for name in options:
         if name not in known:
             alias = " (use keep=, which says what stays)" if name in _ALIASES else ""
             raise OptionError(f"{method} has no option {name!r}{alias}; it has {', '.join(known)}")
     return METHODS[method](**options)
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 __all__ = [

@@ -26,7 +26,7 @@ class Tokens:
         size: [B, N] float32, what each token already stands for; None = all 1.
         mask: [B, N] bool, True = real; None = all real.
         prefix: how many leading tokens (CLS, distillation, registers) are kept alone.
-        grid: (rows, columns) of each image's patches, B of them; None = unknown.
+        grid: (rows, columns) of each image's patches, B of them, None where they fill no rectangle; None = unknown.
         layer, depth: the layer that decides, of how many.
 
     At the input of a multimodal LLM, where `features` are the projected image tokens, and only as far as the method's
@@ -40,6 +40,8 @@ class Tokens:
         hidden: [B, N, H], what the projector's first linear map gave; None = not at hand.
         projector: [B, N, P, V] -> [B, N, C], the model's projector in float32.
         text: [B, T, C] embeddings of the prompt's text tokens; text_mask: [B, T] bool, True = real.
+        rotary: [B, N, 2] float32, the mean cosine and the mean sine of the decoder's rotary table at each token; only
+            where the method is `turned`.
         said: takes a sentence for all that `decide` did in place of what its options ask for; None = nobody asks.
     """
 
@@ -48,7 +50,7 @@ class Tokens:
     size: Tensor | None = None
     mask: Tensor | None = None
     prefix: int = 0
-    grid: tuple[tuple[int, int], ...] | None = None
+    grid: tuple[tuple[int, int] | None, ...] | None = None
     layer: int = 0
     depth: int = 1
     attention: Tensor | None = None
@@ -58,6 +60,7 @@ class Tokens:
     projector: Projector | None = None
     text: Tensor | None = None
     text_mask: Tensor | None = None
+    rotary: Tensor | None = None
     said: list[str] | None = None
 
 
@@ -98,6 +101,7 @@ class Method:
     one_shot: ClassVar[bool] = False  # inside a ViT: all at the first layer instead of some at every layer
     in_decoder: ClassVar[bool] = False  # drops tokens behind a layer of the decoder
     encoder: ClassVar[bool] = True  # works inside a vision encoder; False: only where a multimodal LLM takes its tokens
+    turned: ClassVar[bool] = False  # reads `Tokens.rotary`
     # Fields of Tokens beyond the features that `decide` reads. A property where it depends on options.
     needs: ClassVar[frozenset[str]] = frozenset()
     optional: ClassVar[frozenset[str]] = frozenset()  # of those, what `decide` can do without

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vtc import ops
 from vtc.methods.base import Tokens
-from vtc.methods.selector import Selector, check_number, checked, evidence, joined, marked
+from vtc.methods.order import joined, marked
+from vtc.methods.selector import Selector, check_number, checked, evidence
 
 
 @dataclass(frozen=True)

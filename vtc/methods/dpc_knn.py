@@ -11,7 +11,8 @@ from torch import Tensor
 from vtc import ops
 from vtc.errors import OptionError
 from vtc.methods.base import Method, Tokens, check_fraction
-from vtc.methods.selector import check_number, marked, stays
+from vtc.methods.order import marked
+from vtc.methods.selector import check_number, stays
 from vtc.token_map import TokenMap
 
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from vtc.errors import InputError, OptionError
+from vtc.methods import frame as frames
 from vtc.methods.base import Method, Tokens
+from vtc.methods.order import selected
 from vtc.token_map import TokenMap
 
 # What the fields of Tokens are called in messages.
@@ -27,12 +29,33 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class Selector(Method):
-    """A method that picks the tokens that stay. Subclasses override `pick`."""
+    """A method that picks the tokens that stay. Subclasses override `pick`.
+
+    Args:
+        frame: which part of the budget goes to tokens that stay for their place: a share of it, to an even grid;
+            "corners"; or "rotary", where the decoder's rotary table is near 1 or a quarter turn ("rotary:0.25": so much
+            of the budget). See docs/frame.md.
+    """
+
+    frame: frames.Frame = 0.0
 
     merges: ClassVar[bool] = False
     halves: ClassVar[bool] = False
     one_shot: ClassVar[bool] = True
     encoder: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        frames.read(self.frame)
+
+    @property
+    def label(self) -> str:
+        given = "" if self.frame == frames.USUAL else f"={self.frame}"
+        return super().label + (f"+frame{given}" if self.frame else "")
+
+    @property
+    def turned(self) -> bool:  # type: ignore[override]
+        return frames.read(self.frame)[0] == "rotary"
 
     def pick(self, tokens: Tokens, count: int | Tensor) -> Tensor:
         """Which `count` tokens stay (an int, or [B] when there is a mask): [B, K] in the order of picking, -1-padded,
@@ -40,7 +63,11 @@ class Selector(Method):
         raise NotImplementedError
 
     def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
-        return selected(self.pick(tokens, stays(tokens, r)), tokens.features.shape[1], tokens.size)
+        count = stays(tokens, r)
+        order = self.pick(tokens, count)
+        if frames.read(self.frame)[1]:
+            order = frames.framed(order, tokens, each(count, len(order)), self.frame)
+        return selected(order, tokens.features.shape[1], tokens.size)
 
 
 def stays(tokens: Tokens, r: int | Tensor) -> int | Tensor:
@@ -55,31 +82,6 @@ def stays(tokens: Tokens, r: int | Tensor) -> int | Tensor:
 def each(count: int | Tensor, batch: int) -> list[int]:
     """`count` of every image, on the host."""
     return [count] * batch if isinstance(count, int) else count.tolist()
-
-
-def selected(order: Tensor, tokens: int, size: Tensor | None = None) -> TokenMap:
-    """The map that keeps the tokens of `order` [B, K] out of `tokens` and drops the others."""
-    return TokenMap.from_anchors(marked(order, tokens), slots=order.shape[1], weight=size, order=order)
-
-
-def marked(order: Tensor, tokens: int) -> Tensor:
-    """[B, tokens] bool, True for the tokens in `order` [B, K]."""
-    spare = torch.where(order < 0, tokens, order)
-    none = torch.zeros(len(order), tokens + 1, dtype=torch.bool, device=order.device)
-    return none.scatter(1, spare, True)[:, :tokens]
-
-
-def packed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """The chosen tokens' indices [B, P], ascending, at the front of every row, and which entries are real."""
-    order = (~chosen).long().argsort(dim=1, stable=True)
-    most = int(chosen.sum(1).max()) if chosen.numel() else 0
-    return order[:, :most], chosen.gather(1, order)[:, :most]
-
-
-def joined(*orders: Tensor) -> Tensor:
-    """One order after the other, every image's own tokens at the front, -1 behind."""
-    order = torch.cat(orders, 1)
-    return order.gather(1, (order < 0).long().argsort(dim=1, stable=True))
 
 
 def evidence(tokens: Tokens, field: str, method: str) -> Any:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vtc import ops
 from vtc.methods.base import Method, Tokens
-from vtc.methods.selector import checked, each, evidence, marked, packed, stays
+from vtc.methods.order import marked, packed
+from vtc.methods.selector import checked, each, evidence, stays
 from vtc.token_map import TokenMap
 
 _TARGETS = 10 / 64  # the part of K that others merge into: 10 of the paper's 64 tokens

@@ -138,6 +138,16 @@ class Family:
         batch, length = embeds.shape[:2]
         return torch.arange(past, past + length, device=embeds.device).expand(batch, length)
 
+    def placed(self, inner: Any, call: dict[str, Any], past: int) -> Tensor:
+        """The positions of all of a call's columns, [B, L] or [axes, B, L], as the dense model counts them."""
+        given: Tensor = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
+        positions = call.get("position_ids")
+        if positions is None:
+            words = inner.get_input_embeddings()(given.clamp(min=0)) if given.ndim == 2 else given
+            positions = self.positions(inner, call, past, words)
+        positions = positions[-3:] if positions.ndim == 3 else positions
+        return positions.expand(*positions.shape[:-2], len(given), -1)[..., -given.shape[1] :]
+
     # -- the tower ----------------------------------------------------------------------------------------------
 
     def tower(self, inner: Any) -> nn.Module:

@@ -254,6 +254,10 @@ class Intake:
                 if "text" in method.needs:
                     words = text(method.name, self.family, self.inner, call, question.prompts)
                     fields["text"], fields["text_mask"] = words
+                if method.turned:
+                    past = Entries.before(call.get(cache_name()), question.batch, device).length
+                    placed = self.family.placed(self.inner, call, past)
+                    fields["rotary"] = question.of_columns(self.positions.means(placed))
                 tokens = question.tokens(method, said=[], **fields)
                 removed = question.removals(method.keep)
                 token_map, notes = decide_all(method, tokens, removed), ""
@@ -342,13 +346,7 @@ class Intake:
                 "position_ids pack several sequences in a row, and vtc shortens the rows of this batch to different "
                 "lengths, which takes a padding mask: give one packed row a call"
             )
-        positions = call.get("position_ids")
-        if positions is None:
-            words = given if ids is None else self.inner.get_input_embeddings()(ids.clamp(min=0))
-            positions = self.family.positions(self.inner, call, past.length, words)
-        positions = positions[-3:] if positions.ndim == 3 else positions
-        positions = positions.expand(*positions.shape[:-2], batch, -1)[..., -length:]
-
+        positions = self.family.placed(self.inner, call, past.length)
         short = shorter(call, columns, entries, length, self.filler())
         at = columns.clamp(min=0)
         before = past.columns.shape[1]

@@ -162,7 +162,7 @@ class Thinning:
             mask = None if bool(real.all()) else real
             features = members.detach()
             check_finite(features, f"hidden states before layer {layer} of {type(self.inner).__name__}")
-            fields = self.evidence(call, x.detach(), real) if self.method.in_decoder else {}
+            fields = {"grid": question.grids} | self.evidence(call, x.detach(), real) if self.method.in_decoder else {}
             tokens = Tokens(features, size=None if total is None else total.size, mask=mask, **fields)
             step = decide_all(self.method, tokens, question.removals(keep, real.sum(1).tolist()))
             after = step if total is None else total.compose(step)
@@ -232,6 +232,8 @@ class Thinning:
             fields["attention"] = scores.last_query_attention(
                 asking, chosen.transpose(1, 2), scale=scale, mask=question.mask
             )
+        if method.turned:
+            fields["rotary"] = question.of_columns(self.positions.means(call.positions))
         if "keys" in method.needs:
             fields["keys"] = question.padded(chosen.flatten(2))
         if "text" in method.needs:

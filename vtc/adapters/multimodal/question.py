@@ -154,6 +154,10 @@ class Question:
         self.mask = self.index >= 0 if ragged else None
         self.places = torch.where(self.index < 0, -1, self.columns.to(device)[self.index.clamp(min=0)] % self.length)
 
+    @property
+    def grids(self) -> tuple[tuple[int, int] | None, ...]:
+        return tuple(unit.grid for unit in self.units)
+
     def pool(self) -> None:
         """All units of a prompt as one."""
         order = sorted(set(self.prompts))
@@ -184,6 +188,10 @@ class Question:
         """[n, ...] -> [U, N, ...], 0 on padding."""
         return self.padded(x[self.index.clamp(min=0)])
 
+    def of_columns(self, x: Tensor) -> Tensor:
+        """[B, L, ...] -> [U, N, ...], what the columns of the units' tokens have; 0 on padding."""
+        return self.padded(x[torch.tensor(self.prompts, device=x.device)[:, None], self.places.clamp(min=0)])
+
     def padded(self, x: Tensor) -> Tensor:
         """[U, N, ...] with 0 on padding."""
         return x if self.mask is None else x.masked_fill(~self.mask.view(*self.mask.shape, *[1] * (x.ndim - 2)), 0)
@@ -192,15 +200,14 @@ class Question:
         """What the method sees, with the evidence that the encoders' outputs carry."""
         for name in self.seen[0].encoded.evidence:
             fields[name] = self.packed(torch.cat([item.encoded.evidence[name] for item in self.seen]))
-        grids = tuple(unit.grid for unit in self.units)
-        if "grid" in method.needs and None in grids:
+        if "grid" in method.needs and None in self.grids:
             raise InputError(
                 f"{method.name} needs every image to fill a grid, but one here does not, or of an unknown size (cut to "
                 "its shape, class tokens among the patches, not square where the model folds squares, or budgets "
                 "pooled): use another method"
             )
         fields.setdefault("features", self.packed(self.rows.detach()))
-        return Tokens(mask=self.mask, grid=None if None in grids else grids, **fields)  # type: ignore[arg-type]
+        return Tokens(mask=self.mask, grid=self.grids, **fields)
 
     def removals(self, keep: float | int | None, left: list[int] | None = None) -> int | Tensor:
         """How many tokens of every unit go, of those that are `left` (default: all): an int where all units have the
@@ -228,7 +235,8 @@ class Question:
         everything = torch.arange(self.length, device=kept.device).expand_as(kept)
         columns = everything if bool(stays.all()) else lay_out(kept, None if mask is None else real)
         lengths = tuple(len(unit.rows) for unit in self.units)
-        prompts, grids = tuple(self.prompts), tuple(unit.grid for unit in self.units)
+        prompts = tuple(self.prompts)
+        grids = self.grids
         return stays, Record(token_map, kept, real, columns, self.places, prompts, lengths, layer, notes, grids=grids)
 
     def anchors(self, token_map: TokenMap) -> Tensor:

@@ -48,6 +48,13 @@ class Positions(StandIn):
         every = at.expand(self.slots, *at.shape)
         return torch.stack([rows(columns) for columns in (every if carried is None else carried.gather(-1, every))])
 
+    def means(self, ids: Tensor) -> Tensor:
+        """[B, L, 2] float32, the mean cosine and the mean sine of the table at positions [axes, B, L] or [B, L]."""
+        kinds = sorted(getattr(self.module, "layer_types", None) or [None], key=str)
+        x = torch.zeros(1, 1, 1, device=ids.device)  # float32
+        tables = [self.original(x, ids, *(() if kind is None else (kind,))) for kind in kinds]
+        return torch.stack([torch.cat(part, -1).float().mean(-1) for part in zip(*tables, strict=True)], -1)
+
     def table(self, x: Tensor, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """(cos, sin), each [B, S, 2 P], of tokens at `ids`: the model's own by slot, each column from its slot."""
         if self.slot is None:
