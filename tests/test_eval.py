@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
 import vtc
-from vtc.eval import common, elpv, photos, spectral
+from vtc.eval import common, elpv, photos, positions, spectral
 from vtc.methods.base import Tokens
 from vtc.methods.pitome import PRESETS
 
@@ -228,6 +228,16 @@ def test_crops_of_a_photograph_count_once():
     assert photos.per_photo(torch.tensor([1.0, 3, 7]), ["a", "a", "b"]).tolist() == [2, 7]
 
 
+def test_intervals_of_five_values_hold_the_mean_as_often_as_they_say():
+    """Student's t does, 95 times in a hundred; a bootstrap of five values 84 times."""
+    values = torch.randn(2000, 5, generator=torch.Generator().manual_seed(0)).tolist()
+    held = [abs(middle) <= half for middle, half in map(common.spread, values)]
+    assert sum(held) / 2000 == pytest.approx(0.95, abs=0.015)
+    assert common.spread([0.5]) == (0.5, float("inf"))
+    row = positions._row((2, "tome", 0.5, 8), [0.6, 0.7, 0.5], {(2, "tome", 0.5, 1): [0.5, 0.5, 0.5]}, 9)
+    assert (row["low"], row["high"]) == pytest.approx((0.1 - 0.24841, 0.1 + 0.24841), abs=1e-4)  # 4.3027 * .1 / sqrt 3
+
+
 def test_interval_holds_the_mean():
     values = torch.arange(100.0)
     low, high = common.interval(values)
@@ -238,7 +248,6 @@ def test_interval_holds_the_mean():
 @pytest.mark.slow
 def test_positions(tmp_path):
     """A reader of a few steps beats chance by far, every row is there, and the files are written."""
-    from vtc.eval import positions
 
     found = positions.run(images=2, out=tmp_path, levels=(0.1,), seeds=1, steps=150)
     dense = {row["parts"]: row["accuracy"] for row in found.rows if row["method"] == "dense"}
@@ -255,7 +264,6 @@ def test_positions(tmp_path):
 
 def test_positions_readers_turn_as_rotary_models_do():
     """The table of unmerged tokens is each token's own rotation; PPE with one slot is the anchor's."""
-    from vtc.eval import positions
 
     whole = vtc.TokenMap.identity(1, 144)
     cos, sin = positions.carried(whole, 8)

@@ -17,7 +17,7 @@ FRAMES = (0.25, 0.5, 1.0, "corners", "rotary", "rotary:0.75")
 
 
 def seen(grids, seed=0, width=6):
-    """Tokens of pictures of several sizes with all evidence, padded where these differ; a grid may be None (7 tokens)."""
+    """Tokens of pictures of several sizes with all evidence, padded; a picture without a grid has 7 tokens."""
     draw = torch.Generator().manual_seed(seed)
     lengths = [7 if grid is None else grid[0] * grid[1] for grid in grids]
     shape = (len(grids), max(lengths))

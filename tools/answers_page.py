@@ -118,7 +118,7 @@ def gap(rows: Sequence[Row], ours: str, theirs: str, kind: str, keep: float) -> 
         {r["seed"]: r["accuracy"] for r in rows if (r["method"], r["kind"], r["keep"]) == (method, kind, keep)}
         for method in (ours, theirs)
     )
-    return answers.spread([first[s] - second[s] for s in first]) if first and second else None
+    return common.spread([first[s] - second[s] for s in first]) if first and second else None
 
 
 def claims(runs: dict[str, list[Row]], best: dict[str, Candidates], levels: Sequence[float] = (0.25, 0.1, 0.05)) -> str:

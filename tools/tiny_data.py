@@ -184,12 +184,20 @@ ROWS = 64  # of a batch, at most
 
 
 class Pictures(IterableDataset):
-    """Batches `start` to `stop` of the training split. ages: the batches at which the second and third age begin."""
+    """Batches `start` to `stop` of the training split. ages: the batches at which the second and third age begin.
+    part: which of how many processes; each takes its rows of every batch."""
 
     def __init__(
-        self, name: str, processor: Any, start: int = 0, stop: int = 0, ages: tuple[int, int] = (0, 0)
+        self,
+        name: str,
+        processor: Any,
+        start: int = 0,
+        stop: int = 0,
+        ages: tuple[int, int] = (0, 0),
+        part: tuple[int, int] = (0, 1),
     ) -> None:
-        self.name, self.processor, self.start, self.stop, self.ages = name, processor, start, stop, ages
+        self.name, self.processor, self.start, self.stop = name, processor, start, stop
+        self.ages, self.part = ages, part
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -203,7 +211,8 @@ class Pictures(IterableDataset):
         chosen = view(self.name, np.random.default_rng([7, at]), sum(at >= age for age in self.ages))
         each = tokens(chosen) if self.name == "qwen" else GRID * GRID * len(chosen.sizes)
         rows = max(2, min(ROWS, round(4096 / each)))
-        return self.of(chosen, "train", range(ROWS * at, ROWS * at + rows), min(20, max(6, 256 // rows)))
+        mine = range(ROWS * at, ROWS * at + rows)[self.part[0] :: self.part[1]]
+        return self.of(chosen, "train", mine, min(20, max(6, 256 // rows)))
 
     def of(self, chosen: View, split: str, numbers: Sequence[int], questions: int) -> Batch:
         """Scenes by their numbers, shown in one way, with so many questions each at most."""

@@ -3,6 +3,7 @@ real DINOv2-S and stays as it is.
 
     python tools/train_tiny.py qwen --out out/tiny_qwen            # goes on with what it finds there
     python tools/train_tiny.py llava --out out/tiny_llava
+    torchrun --nproc-per-node 2 tools/train_tiny.py qwen --out out/tiny_qwen         # on two cores
     python tools/train_tiny.py qwen --out out/tiny_qwen --device cuda --workers 14   # in minutes
 
 A sequence holds a picture, several, or a clip, of any size, and several questions, each of which sees the pictures and
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as distributed
 from tiny_data import Batch, Pictures, tokens
 from tiny_learner import MODELS, Learner
 from tiny_models import seal
@@ -173,6 +175,7 @@ def step(
     if not alone:
         loss = 0.2 * loss + learner.loss(seen, text, prompt)
     loss.backward()
+    average(learner)
     nn.utils.clip_grad_norm_([p for p in learner.parameters() if p.requires_grad], 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -180,6 +183,21 @@ def step(
         optimizer.step()
         optimizer.zero_grad()
     return [loss.item(), *right]
+
+
+def average(learner: Learner) -> None:
+    """The mean of the gradients over all processes, each of which has seen its rows of the batch."""
+    world = distributed.get_world_size() if distributed.is_initialized() else 1
+    if world == 1:
+        return
+    every = [p for p in learner.parameters() if p.requires_grad]
+    asked = torch.tensor([p.grad is not None for p in every]).float()
+    distributed.all_reduce(asked)  # what one process has not asked, another may have
+    own = [p for p, n in zip(every, asked.tolist(), strict=True) if n]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in own])
+    distributed.all_reduce(flat)
+    for p, grad in zip(own, flat.div_(world).split([p.numel() for p in own]), strict=True):
+        p.grad = grad.view_as(p)
 
 
 def main() -> None:
@@ -202,6 +220,11 @@ def main() -> None:
     if args.pack:
         pack(args.out / "state.safetensors", args.pack)
         return
+    lead, part = True, (0, 1)
+    if "RANK" in os.environ:
+        distributed.init_process_group("gloo")
+        part = distributed.get_rank(), distributed.get_world_size()
+        lead = part[0] == 0
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     learner = Learner(args.model, torch.bfloat16).to(args.device).train()
@@ -211,11 +234,11 @@ def main() -> None:
     state = args.out / "state.safetensors"
     done = resume(state if state.exists() or not args.start else args.start, learner, both, run)
     alone = args.see if args.model == "qwen" else 0
-    pictures = Pictures(args.model, learner.processor, done, args.batches, (alone, alone + args.young))
+    pictures = Pictures(args.model, learner.processor, done, args.batches, (alone, alone + args.young), part)
     if args.model == "llava" and not done:
         learner.centre(learner.features(pictures.of(View(), "train", range(64), 1)[0].to(args.device)))
     data = DataLoader(pictures, batch_size=None, num_workers=args.workers, prefetch_factor=3)
-    bar = tqdm(total=args.batches, initial=done, unit="batch", mininterval=20)
+    bar = tqdm(total=args.batches, initial=done, unit="batch", mininterval=20, disable=not lead)
     before, began, lines = done, time.time(), []
     warm = 0 if both[0].state else done  # where the optimizers began
     for batch in data:
@@ -224,6 +247,8 @@ def main() -> None:
         lines.append(step(learner, both, batch, rate, done < alone))
         done += 1
         bar.update()
+        if not lead:
+            continue
         about = {"batches": done, "of these": done - before, "minutes": round((time.time() - began) / 60, 1)}
         if done % 20 == 0:
             whole = [line for line in lines if len(line) == max(map(len, lines))]
@@ -233,7 +258,8 @@ def main() -> None:
             save(args.out, learner, both, run, done)
         if (done % (4 * args.every) == 0 and done > alone) or done >= args.batches:
             note(args.out, about | check(learner, 16))
-    export(args.out, learner)
+    if lead:
+        export(args.out, learner)
 
 
 def note(folder: Path, line: dict[str, Any]) -> None:

@@ -16,9 +16,8 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
@@ -315,24 +314,11 @@ def summarise(rows: Sequence[dict[str, Any]]) -> Summary:
         cells.setdefault((row["method"], row["keep"]), {}).setdefault(row["kind"], []).append(row)
     names = ("accuracy", "loyalty", "seconds")
     return {
-        cell: {kind: {name: spread([row[name] for row in mine]) for name in names} for kind, mine in kinds.items()}
+        cell: {
+            kind: {name: common.spread([row[name] for row in mine]) for name in names} for kind, mine in kinds.items()
+        }
         for cell, kinds in cells.items()
     }
-
-
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and half its 95 % interval by Student's t; infinite for a single value."""
-    if len(values) < 2:
-        return mean(values), math.inf
-    return mean(values), _quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
-
-
-@cache
-def _quantile(degrees: int) -> float:
-    """Student's t below which 97.5 % lie."""
-    with common.needs("scikit-learn"):
-        from scipy.stats import t
-    return float(t.ppf(0.975, degrees))
 
 
 def draw(rows: Sequence[dict[str, Any]]) -> Any:

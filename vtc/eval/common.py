@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -211,8 +213,23 @@ def agreement(dense: Tensor, reduced: Tensor) -> tuple[Tensor, Tensor]:
     return cosine(dense[:, 0], reduced[:, 0]), cosine(dense[:, 1:], reduced[:, 1:]).mean(1)
 
 
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and half its 95 % interval by Student's t; infinite for a single value."""
+    if len(values) < 2:
+        return mean(values), math.inf
+    return mean(values), _quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+
+
+@cache
+def _quantile(degrees: int) -> float:
+    """Student's t below which 97.5 % lie."""
+    with needs("scikit-learn"):
+        from scipy.stats import t
+    return float(t.ppf(0.975, degrees))
+
+
 def interval(values: Tensor, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over images."""
+    """95 % bootstrap interval of the mean, for hundreds of images; of a few seeds `spread` says more."""
     generator = torch.Generator().manual_seed(seed)
     pick = torch.randint(len(values), (draws, len(values)), generator=generator)
     means = values.double()[pick].mean(1).sort().values

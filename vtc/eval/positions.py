@@ -227,7 +227,7 @@ def run(
     about = (
         f"Which part of the picture does a crop come from? Accuracy on {seeds} x {count} crops of "
         f"{len(PHOTOS['held-out'])} photographs that training has not seen, mean of {seeds} seeds; slots 1 = the "
-        "anchor's place. The gain of PPE over it, with its paired 95 % interval over seeds. "
+        "anchor's place. The gain of PPE over it, with its paired 95 % interval over seeds (Student's t). "
         f"{common.environment()}."
     )
     results = Results("positions", rows, columns, about)
@@ -242,6 +242,6 @@ def _row(key: tuple, scores: list[float], values: dict[tuple, list[float]], toke
     row |= {"seeds": len(scores), "accuracy": sum(scores) / len(scores)}
     if slots > 1:
         gains = torch.tensor(scores) - torch.tensor(values[parts, method, keep, 1])
-        low, high = common.interval(gains)
-        row |= {"gain": float(gains.mean()), "low": low, "high": high}
+        gain, half = common.spread(gains.tolist())
+        row |= {"gain": gain, "low": gain - half, "high": gain + half}
     return row
