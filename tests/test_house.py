@@ -21,7 +21,6 @@ ORDER = [  # a part imports from its own line and the lines above it, also insid
 MAY = {("eval/__main__.py", "cli")}  # `python -m vtc.eval` is the command under another name
 REASONS = {  # files of more than 400 lines
     "cli.py": "one function per command, and nothing else",
-    "train.py": "a training, its data and its command",
 }
 
 

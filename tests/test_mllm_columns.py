@@ -209,12 +209,27 @@ def test_losses_of_the_callers_own():
     assert model.loss_function is loss
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "idefics3"])
+def test_the_first_column_is_said_by_nothing(name):
+    """Of rows padded on the right, those that keep the most of their width are padded on the left then: the labels of
+    their first columns are not said by padding."""
+    model, inputs = zoo.build(name), zoo.inputs(name, "ragged_right")
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    with torch.no_grad(), vtc.compress(model, "norm", keep=0.3) as handle:
+        loss = model(**inputs, labels=labels, use_cache=False).loss
+        labels[:, 0] = -100
+        assert torch.equal(model(**inputs, labels=labels, use_cache=False).loss, loss)
+        columns = handle._parts[0].record.columns
+        assert bool(((columns[:, :-1] < 0) & (columns[:, 1:] == 0)).any())  # or the case is none
+
+
 def test_labels_outside_the_model():
     """Label smoothing compares logits with labels by itself: the labels of the columns that stay."""
     from transformers.trainer_pt_utils import LabelSmoother
 
     model, inputs = zoo.build("llava"), zoo.inputs("llava", "ragged_right")
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[:, 0] = -100
     with vtc.compress(model, "random", keep=0.4) as handle, torch.no_grad():
         out = model(**inputs, use_cache=False)
         short = handle.take(labels, fill=-100)

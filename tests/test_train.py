@@ -11,9 +11,12 @@ from mllm_oracle import dense_deepstack, dense_features, oracle
 from torch.nn.functional import cross_entropy
 
 import vtc
-from vtc import train
+from vtc.adapters import multimodal
 from vtc.scores import Selector, diff_top_k, load_selector, save_selector
 from vtc.train import train_selector
+from vtc.train.__main__ import main
+from vtc.train.data import Examples
+from vtc.train.selection import SELECTIONS, Selection, selecting
 
 CASES = [(name, case) for name in zoo.FAMILIES for case in ("pair", "ragged_right", "video") if case in zoo.CASES[name]]
 CASES.remove(("gemma3_sliding", "ragged_right"))  # there the plain model is not in a batch what it is alone
@@ -82,7 +85,8 @@ def accuracy(model, test):
         return (model(**inputs).logits[:, -2].argmax(-1) == 50 + test[2]).float().mean().item()
 
 
-def test_it_finds_the_tokens_that_matter(reader, tmp_path):
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_it_finds_the_tokens_that_matter(reader, tmp_path, selection):
     model, batches, test = reader
     assert accuracy(model, test) > 0.97
     start = Selector(64, 32)  # one that is wrong: it looks the other way
@@ -90,7 +94,7 @@ def test_it_finds_the_tokens_that_matter(reader, tmp_path):
     with torch.no_grad():
         start.key.weight.neg_(), start.key.bias.neg_()
     assert rank(model, start, test) > 12
-    chosen = quick(model, batches, steps=120, lr=2e-3, keep=0.2, selector=start)
+    chosen = quick(model, batches, steps=120, lr=2e-3, keep=0.2, selector=start, selection=selection)
     assert rank(model, chosen, test) < 1
     found = {}
     for name, selector in (("start", start), ("chosen", chosen)):
@@ -151,18 +155,77 @@ def test_weights_are_put_in_where_the_adapter_divides(name, case, fill):
     assert losses[0] == pytest.approx(cross_entropy(logits, labels).item(), abs=2e-5)
 
 
+@pytest.mark.parametrize(("name", "case"), [case for case in CASES if case[0] != "gemma3_sliding"])
+def test_hard_selection_is_what_compressing_does(name, case, tmp_path):
+    """The loss is that of the compressed model, which sees the tokens of the highest scores alone. (A window that is
+    shorter than the prompt reaches further in the compressed model.)"""
+    model, given = zoo.build(name), batch(name, case)
+    visual = zoo.placeholders(model, given["input_ids"])
+    given["labels"][:, 1:][visual[:, :-1]] = -100  # said by an image's last token, which may be hidden
+    selector = Selector(64, 8)
+    with torch.no_grad():
+        for p in selector.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3)))
+    path = str(tmp_path / "scorer.safetensors")
+    save_selector(selector, path)
+    with torch.no_grad(), vtc.compress(model, "idpruner", keep=0.3, balance=1.0, scorer=path):
+        wanted = model(**given).loss.item()
+    losses = []
+    options = {"steps": 1, "keep": 0.3, "anneal": 0, "selection": "hard", "selector": selector}
+    quick(model, [given], **options, on_step=lambda _, loss: losses.append(loss))
+    assert losses[0] == pytest.approx(wanted, abs=5e-4)
+
+
+def test_hidden_tokens_have_a_say():
+    """The gradient of every token's weight, of those that are not seen too, is what a little more of it changes."""
+    model, given = zoo.build("llava"), batch("llava")
+    gate = next(iter(multimodal.find(model)))
+    chosen = Selection(gate, Selector(64, 8), "hard", "mean")
+    columns = zoo.placeholders(model, given["input_ids"]).flatten()
+    weight = (torch.arange(int(columns.sum())) % 3 == 0).float()
+
+    def loss(weight):
+        chosen.encode = lambda encode, args, kwargs: (
+            chosen.weights.update(image=weight),
+            setattr(chosen, "seen", True),
+            encode.original(*args, **kwargs),
+        )[-1]
+        return chosen.loss(model, given)
+
+    with selecting(model, chosen):
+        weight.requires_grad_(True)
+        (slope,) = torch.autograd.grad(loss(weight), weight)
+        for token in (0, 1, 2, 3):
+            more = weight.detach().clone()
+            more[token] += 1e-2
+            change = float((loss(more) - loss(weight)).detach())
+            assert change == pytest.approx(1e-2 * float(slope[token]), rel=0.2, abs=2e-6)
+    assert bool((slope != 0).all())
+
+
+def test_hard_selection_needs_attention_that_takes_a_mask():
+    model = zoo.build("llava", fresh=True)
+    model.model.language_model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(vtc.UnsupportedModelError, match="sdpa"):
+        quick(model, [batch("llava")], selection="hard")
+    given = batch("llava")
+    with pytest.raises(vtc.InputError, match="input_ids"):
+        quick(zoo.build("llava"), [{"inputs_embeds": None, "pixel_values": given["pixel_values"]}], selection="hard")
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("name", zoo.FAMILIES)
-def test_only_the_scorer_changes(name):
+def test_only_the_scorer_changes(name, selection):
     model = zoo.build(name)
     batches = [batch(name, "single"), batch(name, "pair", 1)]
     with torch.no_grad():
         model(**batches[0])  # old versions note something in the tower the first time
     before, state = zoo.fingerprint(model), {k: v.clone() for k, v in model.state_dict().items()}
-    made = quick(model, batches)
+    made = quick(model, batches, selection=selection)
     assert zoo.fingerprint(model) == before
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    start = quick(model, batches, steps=1, lr=1e-12)
+    start = quick(model, batches, selection=selection, steps=1, lr=1e-12)
     assert (made.width, made.hidden, made.training) == (64, 32, False)
     for (key, a), b in zip(made.named_parameters(), start.parameters(), strict=True):
         assert not a.requires_grad and bool(a.isfinite().all())
@@ -176,7 +239,7 @@ def test_the_budget_shrinks(monkeypatch):
         budgets.append(keep)
         return diff_top_k(w, keep, mask)
 
-    monkeypatch.setattr(train, "diff_top_k", note)
+    monkeypatch.setattr("vtc.train.selection.diff_top_k", note)
     quick(zoo.build("llava"), [batch("llava")], steps=8, keep=0.2, anneal=0.5)
     assert budgets == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2, 0.2])
 
@@ -354,15 +417,15 @@ def test_command(folder, tmp_path, capsys, name):
     out, run = tmp_path / "selector.safetensors", tmp_path / "run.safetensors"
     words = ["--model", folder / name, "--data", folder / "data.jsonl", "--out", out, "--keep", 0.4, "--lr", 0.01]
     words += ["--steps", 3, "--accumulate", 2, "--checkpoint", run, "--save-every", 2, "--hidden", 8]
-    assert train.main(list(map(str, words))) == 0
+    assert main(list(map(str, words))) == 0
     said = capsys.readouterr().out
     assert said.startswith("3 steps, loss ") and str(out) in said and said.count("\n") == 1
     made = load_selector(out)
     assert (made.width, made.hidden) == (64, 8) and name in made.model
     half = [*map(str, words[:6]), "--steps", "1", "--accumulate", "2", "--dtype", "bfloat16"]
-    assert train.main(half) == 0 and load_selector(out).hidden == 32
+    assert main(half) == 0 and load_selector(out).hidden == 32
     assert capsys.readouterr().out.startswith("1 step, loss ")
-    assert train.main(list(map(str, words))) == 0  # it is all done
+    assert main(list(map(str, words))) == 0  # it is all done
     assert capsys.readouterr().out.startswith("0 steps, written")
     assert torch.equal(weights(load_selector(out)), weights(made))
     with vtc.compress(zoo.build(name), "idpruner", keep=0.3, scorer=str(out)), torch.no_grad():
@@ -371,7 +434,7 @@ def test_command(folder, tmp_path, capsys, name):
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_labels_are_the_answer_alone(folder, name):
-    data = train._Examples(folder / "data.jsonl", 0)
+    data = Examples(folder / "data.jsonl", 0)
     data.processor = mllm_processor.PROCESSORS[name]()
     one = next(data[i] for i in range(2) if len(data.rows[i][0]) == 1)
     ids, labels = one["input_ids"][0], one["labels"][0]
@@ -400,7 +463,7 @@ def test_command_bad_data(folder, tmp_path, capsys, line, match):
     (tmp_path / "0.png").write_bytes((folder / "0.png").read_bytes())
     (tmp_path / "data.jsonl").write_text('{"image": "0.png", "prompt": "a", "answer": "b"}\n' + line)
     words = ["--model", str(folder / "llava"), "--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "x")]
-    assert train.main(words) == 2
+    assert main(words) == 2
     done = capsys.readouterr()
     assert match in done.err and done.err.count("\n") == 1 and done.out == ""
 
@@ -423,6 +486,6 @@ def test_command_bad_arguments(folder, monkeypatch, capsys, words, match):
     monkeypatch.chdir(folder)
     (folder / "empty.jsonl").write_text("\n")
     usual = ["--model", "llava", "--data", "data.jsonl", "--out", "out.safetensors", "--steps", "1"]
-    assert train.main([*usual, *words]) == 2
+    assert main([*usual, *words]) == 2
     done = capsys.readouterr()
     assert match in done.err and done.err.count("\n") == 1 and done.out == ""

@@ -187,7 +187,8 @@ class Handle:
 
     def take(self, values: Tensor, fill: float = 0) -> Tensor:
         """[B, L], one for each column of the prompt (labels, a mask) -> [B, S], one for each of the logits of the last
-        call with images; `fill` on padding. For what compares logits by itself, as label smoothing does."""
+        call with images; `fill` on padding. For what compares logits by itself, as label smoothing does; labels of a
+        batch want -100 in their first column, which padding may come to stand before."""
         _, last = self._last()
         if not isinstance(last, Record):
             raise VTCError("take speaks of prompts, and this model is a vision encoder: see token_map")

@@ -104,6 +104,11 @@ class Record:
         columns = self.columns.to(values.device)
         return values.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, fill)
 
+    def labels(self, labels: Tensor) -> Tensor:
+        """`take` of labels. Nothing says a prompt's first column, but in a ragged batch padding may come before it."""
+        first = torch.arange(labels.shape[1], device=labels.device) == 0
+        return self.take(labels.masked_fill(first, -100), -100)
+
     def shifted(self, labels: Tensor) -> Tensor:
         """The same of shifted labels, where each column holds its next one's: here that of the next that stays."""
         columns = self.columns.to(labels.device)

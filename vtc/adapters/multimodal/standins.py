@@ -137,7 +137,7 @@ class Loss(StandIn):
         went = self.intake.went if self.intake.asked is None else None
         if went is not None:
             shape = went.kept.shape  # a loss of the caller's own may take other labels
-            labels = went.take(labels, -100) if getattr(labels, "shape", None) == shape else labels
+            labels = went.labels(labels) if getattr(labels, "shape", None) == shape else labels
             if getattr(kwargs.get("shift_labels"), "shape", None) == shape:
                 kwargs["shift_labels"] = went.shifted(kwargs["shift_labels"])
         if args:  # as the model gave them

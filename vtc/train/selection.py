@@ -1,0 +1,198 @@
+"""What a scorer's choice does to the model that it is trained for.
+
+DiffTopK turns scores into weights s in [0, 1] that sum to the budget. **Soft**: a token x becomes a mixture of itself
+and its picture's mean token, and still stands where it stood. **Hard**: the K best are seen and the others are not, as
+when the model is compressed, `m = [chosen] + s - sg(s)`; a token's weight m multiplies what every query pays to it,
+
+    a_j = m_j exp(q . k_j) / sum_i m_i exp(q . k_i),
+
+so that the loss says of hidden tokens too what seeing them would change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc import ops
+from vtc.adapters.multimodal import Gate
+from vtc.adapters.multimodal.family import Kind
+from vtc.adapters.multimodal.standins import StandIn
+from vtc.errors import InputError, UnsupportedModelError
+from vtc.methods.order import marked
+from vtc.scores.selector import Selector, diff_top_k
+
+SELECTIONS = ("soft", "hard")
+_HIDDEN = 1e-6  # the weight of a token that is not seen: at 0 there would be no gradient
+
+
+class Selection:
+    """Puts a scorer's choice between the encoders and the decoder of one model.
+
+    Attributes:
+        keep: the fraction of the tokens that stays now.
+        weights: of "hard", the weight of every image token of this call by kind.
+    """
+
+    keep = 1.0
+    busy = False  # one encoder may call the other
+    seen = False  # there were image tokens in this call
+
+    def __init__(self, gate: Gate, selector: Selector, how: str, fill: str) -> None:
+        self.gate, self.selector, self.how, self.fill = gate, selector, how, fill
+        self.weights: dict[str, Tensor] = {}
+        self.ids: Tensor | None = None
+        if how == "hard":
+            config = getattr(gate.inner, gate.family.decoder).config
+            if config._attn_implementation not in ("sdpa", "eager"):
+                raise UnsupportedModelError(
+                    f'selection="hard" weighs tokens inside attention, which {config._attn_implementation} does not '
+                    'take: load the model with attn_implementation="sdpa"'
+                )
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        if not hasattr(batch, "items"):
+            raise InputError(f"a batch is a {type(batch).__name__}: it takes the keyword arguments of model(...)")
+        self.seen = False
+        place = self.selector.query.weight.device
+        ready = {name: x.to(place) if isinstance(x, Tensor) else x for name, x in batch.items()}
+        self.ids = ready.get("input_ids")
+        if self.ids is None and self.how == "hard":
+            raise InputError(f'selection="hard" needs input_ids in every batch; one holds {", ".join(batch)}')
+        try:
+            loss = model(**{"use_cache": False} | ready).loss
+        finally:
+            self.weights.clear()
+        if loss is None or not self.seen:
+            missing = "labels" if loss is None else "images"
+            raise InputError(f"a batch has no {missing}; it holds {', '.join(batch)}")
+        return loss
+
+    def encode(self, encode: _Encode, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self.busy:
+            return encode.original(*args, **kwargs)
+        self.busy = True
+        try:
+            with torch.no_grad():
+                output = encode.original(*args, **kwargs)
+        finally:
+            self.busy = False
+        self.seen = True
+        call = {**dict(zip(encode.names, args, strict=False)), **kwargs}
+        call[encode.kind.pixels] = call[encode.names[0]]
+        lengths = [x.numel() // x.shape[-1] for x in output.pooler_output]
+        units = self.gate.family.layout(self.gate.inner, encode.kind, lengths, call).units
+        index = nn.utils.rnn.pad_sequence([unit.rows for unit in units], True, -1)
+        index = index.to(output.pooler_output[0].device)
+        mask, at = index >= 0, index.clamp(min=0)
+        scores = self.selector.score(_rows(output.pooler_output)[at], mask)
+        soft = diff_top_k(scores, self.keep, mask)
+        if self.how == "hard":
+            counts = torch.tensor([max(1, round(n * self.keep)) for n in mask.sum(1).tolist()], device=index.device)
+            chosen = marked(ops.top_select(scores.detach(), counts, mask), mask.shape[1])
+            weight = chosen + soft - soft.detach()
+            every = torch.ones(sum(lengths), device=index.device)  # what is in no unit (newlines) is seen
+            self.weights[encode.kind.name] = every.index_copy(0, index[mask], weight[mask])
+            return output
+
+        def weigh(x: Any) -> Any:
+            """Features as a model hands them out, one tensor or one per item. What is in no unit (newlines) stays."""
+            rows = _rows(x)
+            token = rows[at].float().masked_fill(~mask[..., None], 0)
+            new = soft[..., None] * token
+            if self.fill == "mean":
+                new = new + (1 - soft[..., None]) * token.sum(1, keepdim=True) / mask.sum(1).view(-1, 1, 1)
+            rows = rows.index_copy(0, index[mask], new[mask].to(rows))
+            return rows.view(x.shape) if isinstance(x, Tensor) else rows.split([part.shape[:-1].numel() for part in x])
+
+        output.pooler_output = weigh(output.pooler_output)
+        if getattr(output, "deepstack_features", None) is not None:
+            output.deepstack_features = [weigh(plane) for plane in output.deepstack_features]
+        return output
+
+    def bias(self) -> Tensor:
+        """[B, L], the logarithm of every column's weight."""
+        assert self.ids is not None
+        weight = torch.ones(self.ids.numel(), device=self.ids.device)
+        for kind in self.gate.family.kinds:
+            if kind.name in self.weights:
+                columns = (self.ids == getattr(self.gate.inner.config, kind.token)).flatten().nonzero().flatten()
+                if len(columns) != len(self.weights[kind.name]):
+                    raise InputError(
+                        f"the prompt has {len(columns)} {kind.name} placeholders for {len(self.weights[kind.name])} "
+                        f'tokens: selection="hard" cannot tell which is which in {type(self.gate.inner).__name__}'
+                    )
+                weight = weight.index_copy(0, columns, self.weights[kind.name])
+        return (weight + _HIDDEN).log().view(self.ids.shape)
+
+
+class _Encode(StandIn):
+    """For `get_image_features` and `get_video_features`."""
+
+    def __init__(self, selection: Selection, kind: Kind) -> None:
+        super().__init__(selection.gate.inner, kind.encode)
+        self.selection, self.kind, self.names = selection, kind, list(self.__signature__.parameters)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.selection.encode(self, args, kwargs)
+
+
+class _Decode(StandIn):
+    """For the decoder's `forward`, whose mask gets the weights."""
+
+    def __init__(self, selection: Selection) -> None:
+        super().__init__(getattr(selection.gate.inner, selection.gate.family.decoder), "forward")
+        self.selection = selection
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.selection.weights:
+            x = kwargs.get("inputs_embeds")
+            if args or x is None:
+                raise InputError("the decoder was called otherwise than by its own model")
+            kwargs["attention_mask"] = _weighed(kwargs.get("attention_mask"), self.selection.bias(), x.dtype)
+        return self.original(*args, **kwargs)
+
+
+def _weighed(mask: Any, bias: Tensor, dtype: torch.dtype) -> Any:
+    """A mask of attention with `bias` [B, L] added to its columns; of several kinds of layers, each."""
+    if isinstance(mask, dict):
+        return {name: _weighed(each, bias, dtype) for name, each in mask.items()}
+    batch, length = bias.shape
+    if mask is None or mask.ndim == 2:
+        causal = torch.ones(length, length, dtype=torch.bool, device=bias.device).tril()
+        real = torch.ones_like(bias, dtype=torch.bool) if mask is None else mask.bool()
+        mask = causal & real[:, None] | torch.eye(length, dtype=torch.bool, device=bias.device)
+        mask = mask[:, None]
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=dtype, device=bias.device).masked_fill(~mask, torch.finfo(dtype).min)
+    return (mask + bias[:, None, None].to(dtype)).clamp(min=torch.finfo(dtype).min)
+
+
+def _rows(x: Any) -> Tensor:
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in x])
+
+
+@contextmanager
+def selecting(model: nn.Module, selection: Selection) -> Iterator[None]:
+    """The model frozen and its encoders, and for "hard" its decoder, replaced for a while."""
+    inner = selection.gate.inner
+    trained = [p for p in model.parameters() if p.requires_grad]
+    kept = {k: v for k, v in inner.__dict__.items() if k == "rope_deltas"}  # Qwen models remember the last prompt's
+    patches: list[StandIn] = [_Encode(selection, kind) for kind in selection.gate.family.kinds]
+    patches += [_Decode(selection)] if selection.how == "hard" else []
+    try:
+        for p in trained:
+            p.requires_grad_(False)
+        for patch in patches:
+            patch.install()
+        yield
+    finally:
+        for patch in patches:
+            patch.remove()
+        for p in trained:
+            p.requires_grad_(True)
+        inner.__dict__.update(kept)
