@@ -1,6 +1,7 @@
 """The two small multimodal LLMs: whole, usable as any other, able to answer, and to show what is broken."""
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +12,8 @@ import vtc
 from vtc import checkpoints
 from vtc.adapters.multimodal.rotary import Positions
 from vtc.checkpoints import tiny
-from vtc.eval import answers, scenes
+from vtc.eval import answers, asking, scenes
+from vtc.eval.asking import View
 from vtc.methods import DivPrune
 
 LIMIT = 12
@@ -128,3 +130,26 @@ def test_wrong_positions_of_the_answer_answer_worse(loaded, asked, right, monkey
 
     monkeypatch.setattr(Positions, "taken", late)
     assert compressed(loaded, asked, DivPrune(keep=0.5)) < right - 0.02
+
+
+@pytest.mark.parametrize(
+    "method", [None, "divprune", "zoo_prune", "tome+proportional", "pitome+ppe", "norm+frame=rotary"]
+)
+@pytest.mark.parametrize("view", [View(), View(((256, 192), (128, 128))), View(((128, 96),), frames=3)], ids=str)
+def test_a_picture_read_once_gives_the_same_answers(loaded, view, method):
+    """All questions of a picture go on from one prompt, of the dense model and of compressed ones."""
+    model, processor = loaded
+    if view.frames > 1 and "Qwen" not in type(model).__name__:
+        pytest.skip("the LLaVA takes no clips")
+    asked = answers.questions(3, 4, view)
+    with nullcontext() if method is None else vtc.compress(model, vtc.methods.make(method, keep=0.3)):
+        alone = list(answers.replies(model, processor, asked, 5))
+        assert list(answers.shared_replies(model, processor, asked, 3)) == alone
+
+
+def test_a_tokenizer_that_joins_words_is_asked_one_by_one(loaded, monkeypatch):
+    model, processor = loaded
+    asked = answers.questions(3, 2)
+    alone = list(answers.replies(model, processor, asked, 5))
+    monkeypatch.setattr(asking, "_words", lambda *_: [0, 0, 0])
+    assert list(answers.shared_replies(model, processor, asked, 3)) == alone

@@ -27,7 +27,7 @@ import vtc
 from vtc.checkpoints import tiny
 from vtc.errors import OptionError
 from vtc.eval import common, scenes
-from vtc.eval.asking import Asked, View, questions, replies
+from vtc.eval.asking import Asked, View, questions, replies, shared_replies
 from vtc.eval.asking import plain as plain
 from vtc.eval.asking import prompts as prompts
 from vtc.eval.common import Results
@@ -176,9 +176,14 @@ def _ask(model: nn.Module, processor: Any, cell: Cell, asked: Sequence[Asked], b
     said: list[str] = []
     before: list[float] = []
     after: list[float] = []
-    with nullcontext() if cell.label == "dense" else vtc.compress(model, cell.make()) as handle:
-        for first in range(0, len(asked), batch):
-            said += replies(model, processor, asked[first : first + batch], batch)
+    method = cell.make()
+    alone = cell.label != "dense" and (
+        method.in_decoder or "text" in method.needs
+    )  # the question has a say in what stays
+    ask, step = (replies, batch) if alone else (shared_replies, 4 * batch)  # four or five questions to a picture
+    with nullcontext() if cell.label == "dense" else vtc.compress(model, method) as handle:
+        for first in range(0, len(asked), step):
+            said += ask(model, processor, asked[first : first + step], batch)
             if handle is not None:
                 before += [float(n) for n in handle.report.before]
                 after += [float(n) for n in handle.report.after]

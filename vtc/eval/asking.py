@@ -3,6 +3,7 @@ its own `generate`."""
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from vtc.adapters.multimodal.cache import cache_name
 from vtc.errors import OptionError
 from vtc.eval import scenes
 
@@ -109,9 +111,67 @@ def replies(model: nn.Module, processor: Any, asked: Sequence[Asked], batch: int
             yield plain(text)
 
 
+def shared_replies(model: Any, processor: Any, asked: Sequence[Asked], batch: int) -> Iterator[str]:
+    """The same answers from a fraction of the work, where what is kept of a picture does not depend on the question: a
+    picture is read once, and all its questions go on from there. batch: of pictures."""
+    weights, inner = next(model.parameters()), getattr(model, "model", model)
+    by: dict[int, list[int]] = {}
+    for i, q in enumerate(asked):
+        by.setdefault(id(q.about), []).append(i)
+    said: dict[int, str] = {}
+    groups = list(by.values())
+    for start in range(0, len(groups), batch):
+        some = groups[start : start + batch]
+        read = prompts(processor, [asked[mine[0]] for mine in some]).to(weights.device, weights.dtype)
+        ids, mark = read["input_ids"], _mark(processor, asked[0])
+        texts = [[_words(processor, asked[i], mark) for i in mine] for mine in some]
+        last = torch.tensor([ids.shape[1] - len(words[0]) for words in texts])
+        width = int(read["attention_mask"].sum(1)[0]) - len(texts[0][0])
+        columns = (last[:, None] + torch.arange(-width, 0)).to(ids.device)
+        before = {k: x.gather(1, columns) if x.shape == ids.shape else x for k, x in read.items()}
+        whole = [ids[i, int(n) :].tolist() == words[0] for i, (n, words) in enumerate(zip(last, texts, strict=True))]
+        if not all(whole) or int(before["attention_mask"].sum()) != before["input_ids"].numel():
+            for mine in some:  # a tokenizer that joins words across pictures, or prompts of several lengths
+                said |= zip(mine, replies(model, processor, [asked[i] for i in mine], len(mine)), strict=True)
+            continue
+        with torch.inference_mode():
+            out = model(**before, use_cache=True)
+            cache, deltas = out[cache_name()], getattr(inner, "rope_deltas", None)
+            lengths = sorted({len(words) for row in texts for words in row})
+            for length in lengths:  # so that nothing is padded
+                mine = [(row, j) for row, t in enumerate(texts) for j, words in enumerate(t) if len(words) == length]
+                rows = torch.tensor([row for row, _ in mine], device=ids.device)
+                words = torch.tensor([texts[row][j] for row, j in mine], device=ids.device)
+                on = copy.deepcopy(cache)
+                on.batch_select_indices(rows)
+                if deltas is not None:  # Qwen models keep the last prompt's on themselves
+                    inner.rope_deltas = deltas[rows]
+                given = torch.cat([before["input_ids"][rows], words], 1)
+                more = {cache_name(): on, "attention_mask": torch.ones_like(given)}
+                new = model.generate(given, **more, do_sample=False, max_new_tokens=6)[:, given.shape[1] :]
+                answers = map(plain, processor.batch_decode(new, skip_special_tokens=True))
+                said |= {some[row][j]: answer for (row, j), answer in zip(mine, answers, strict=True)}
+    yield from (said[i] for i in range(len(asked)))
+
+
+def _mark(processor: Any, asked: Asked) -> str:
+    return processor.video_token if isinstance(asked.about, scenes.Clip) else processor.image_token
+
+
+def _words(processor: Any, asked: Asked, mark: str) -> list[int]:
+    """The tokens behind the last picture."""
+    text = processor.apply_chat_template(_turns(asked), add_generation_prompt=True, tokenize=False)
+    return processor.tokenizer(text.rpartition(mark)[2], add_special_tokens=False).input_ids
+
+
 def plain(answer: str) -> str:
     """An answer as it is compared: numerals that are words of their own are one number."""
     return re.sub(r"(?<=\d) (?=\d)", "", answer.strip().strip(".").lower())
+
+
+def _turns(q: Asked) -> list[dict[str, Any]]:
+    kind, count = ("video", 1) if isinstance(q.about, scenes.Clip) else ("image", len(q.view.sizes))
+    return [{"role": "user", "content": [*[{"type": kind}] * count, {"type": "text", "text": q.text}]}]
 
 
 def prompts(processor: Any, asked: Sequence[Asked], closed: bool = False) -> Any:
@@ -120,12 +180,9 @@ def prompts(processor: Any, asked: Sequence[Asked], closed: bool = False) -> Any
     for q in asked:
         if isinstance(q.about, scenes.Clip):
             clips.append(np.stack([np.asarray(f) for f in q.about.frames]))
-            content: list[dict[str, str]] = [{"type": "video"}]
         else:
             images.append(q.view.images(q.about))
-            content = [{"type": "image"}] * len(images[-1])
-        content = [*content, {"type": "text", "text": q.text}]
-        turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        turns = _turns(q)
         if closed:
             turns.append({"role": "assistant", "content": [{"type": "text", "text": q.answer}]})
         texts.append(processor.apply_chat_template(turns, add_generation_prompt=not closed, tokenize=False))
