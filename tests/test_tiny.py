@@ -132,16 +132,14 @@ def test_wrong_positions_of_the_answer_answer_worse(loaded, asked, right, monkey
     assert compressed(loaded, asked, DivPrune(keep=0.5)) < right - 0.02
 
 
-@pytest.mark.parametrize(
-    "method", [None, "divprune", "zoo_prune", "tome+proportional", "pitome+ppe", "norm+frame=rotary"]
-)
+@pytest.mark.parametrize("method", [None, "zoo_prune", "pitome+proportional", "norm+frame=rotary"])
 @pytest.mark.parametrize("view", [View(), View(((256, 192), (128, 128))), View(((128, 96),), frames=3)], ids=str)
 def test_a_picture_read_once_gives_the_same_answers(loaded, view, method):
     """All questions of a picture go on from one prompt, of the dense model and of compressed ones."""
     model, processor = loaded
     if view.frames > 1 and "Qwen" not in type(model).__name__:
         pytest.skip("the LLaVA takes no clips")
-    asked = answers.questions(3, 4, view)
+    asked = answers.questions(3, 2, view)
     with nullcontext() if method is None else vtc.compress(model, vtc.methods.make(method, keep=0.3)):
         alone = list(answers.replies(model, processor, asked, 5))
         assert list(answers.shared_replies(model, processor, asked, 3)) == alone

@@ -177,9 +177,7 @@ def _ask(model: nn.Module, processor: Any, cell: Cell, asked: Sequence[Asked], b
     before: list[float] = []
     after: list[float] = []
     method = cell.make()
-    alone = cell.label != "dense" and (
-        method.in_decoder or "text" in method.needs
-    )  # the question has a say in what stays
+    alone = cell.label != "dense" and (method.in_decoder or "text" in method.needs)  # the question has a say
     ask, step = (replies, batch) if alone else (shared_replies, 4 * batch)  # four or five questions to a picture
     with nullcontext() if cell.label == "dense" else vtc.compress(model, method) as handle:
         for first in range(0, len(asked), step):
