@@ -256,7 +256,7 @@ def main() -> None:
             lines.clear()
         if done % args.every == 0 or done >= args.batches:
             save(args.out, learner, both, run, done)
-        if (done % (4 * args.every) == 0 and done > alone) or done >= args.batches:
+        if (done % (10 * args.every) == 0 and done > alone) or done >= args.batches:
             note(args.out, about | check(learner, 16))
     if lead:
         export(args.out, learner)
