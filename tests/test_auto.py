@@ -11,8 +11,8 @@ from zoo import model, pixels
 
 import vtc
 from vtc import auto
-from vtc.bench.check import ENCODER, LLM, Checked, check, fitting
-from vtc.cli import main
+from vtc.bench.fidelity import ENCODER, LLM, Checked, check, fitting
+from vtc.cli.command import main
 from vtc.eval import scenes
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import vtc
-from vtc import cli
+from vtc.cli import command as cli
 from vtc.methods import Random
 
 pytest.importorskip("transformers")
 
-from vtc.bench import multimodal  # noqa: E402
 from vtc.bench.prefill import Stopwatch, cache_bytes, measure_prefill, methods_at  # noqa: E402
+from vtc.models import configs as multimodal
 
 SIDE = {"llava-0.5b": None, "qwen2.5-vl-0.5b": 224}  # 64 visual tokens
 

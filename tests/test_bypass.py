@@ -16,7 +16,7 @@ def layers(net, name):
         return net, "blocks"
     if name.startswith("open_clip"):
         return net.visual.transformer, "resblocks"
-    from vtc.adapters.guard import container
+    from vtc.adapters.encoders.guard import container
 
     place = container(net, tuple(next(m for m in net.modules() if isinstance(m, nn.ModuleList) and len(m) == 3)))
     return place

@@ -84,7 +84,7 @@ def test_threads_in_one_model(name):
         for thread in threads:
             thread.join()
         assert not errors, errors[0]
-        assert not handle._parts[0].others
+        assert not handle.patches[0].others
 
 
 @pytest.mark.parametrize("name", ["timm-dinov2", "open_clip-vit", "hf-clip"])

@@ -119,7 +119,7 @@ def oracle(name, model, inputs, units, keep, steps, slots, proportional, fed):
 
 def units_of(handle):
     """The columns of every image, crop or frame, as the record says."""
-    record = handle._parts[0].record
+    record = handle.patches[0].record
     return [
         (prompt, [int(c) for c in places if c >= 0]) for prompt, places in zip(record.rows, record.places, strict=True)
     ]
@@ -138,7 +138,7 @@ def test_oracle_of_a_cascade(name, case, attn, positions, proportional):
     method = vtc.DPCKNN(keep=keep, cascade=steps, positions=positions, proportional=proportional)
     with vtc.compress(model, method) as handle:
         prefill, decode = forward_logits(model, inputs, tokens, given)
-        said, columns = generate_logits(model, inputs, tokens), handle._parts[0].record.columns
+        said, columns = generate_logits(model, inputs, tokens), handle.patches[0].record.columns
         report, units = handle.report, units_of(handle)
         cache = model(**inputs, use_cache=True)[zoo.CACHE]
     want, then, lengths = oracle(name, model, inputs, units, keep, steps, slots, proportional, tokens)
@@ -169,7 +169,7 @@ def test_proportional_attention_at_the_input_alone(name):
     given = dense_generate_positions(name, model, inputs)
     with vtc.compress(model, "dpc_knn", keep=0.4, proportional=True) as handle:
         prefill, decode = forward_logits(model, inputs, tokens, given)
-        columns, units = handle._parts[0].record.columns, units_of(handle)
+        columns, units = handle.patches[0].record.columns, units_of(handle)
     want, then, _ = oracle(name, model, inputs, units, 0.4, {}, 1, True, tokens)
     for row in range(3):
         assert torch.allclose(prefill[row, columns[row] >= 0], want[row], atol=TOLERANCE, rtol=0)
@@ -297,7 +297,7 @@ def test_events(name, case):
         want |= {frozenset(c for i in g for c in groups[i]) for g in again}
     with vtc.compress(model, "dpc_knn", keep=0.6, events=0.5, positions="ppe") as handle:
         out = model(**inputs, use_cache=True)
-        record, report = handle._parts[0].record, handle.report
+        record, report = handle.patches[0].record, handle.report
     found = set()
     for unit, places in enumerate(record.places):
         for slot in range(record.token_map.anchor.shape[1]):

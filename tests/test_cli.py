@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import vtc
-from vtc import cli
+from vtc.cli import command as cli
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -158,7 +158,7 @@ def test_run_bad_input(fails, model, tmp_path, arguments, names):
 
 
 def test_run_nan(fails, model, monkeypatch, tmp_path):
-    monkeypatch.setattr("vtc.images.preprocess", lambda image, size: torch.full((1, 3, size, size), torch.nan))
+    monkeypatch.setattr("vtc.models.images.preprocess", lambda image, size: torch.full((1, 3, size, size), torch.nan))
     assert "NaN" in fails("run", "--size", 56, "--out", tmp_path / "o.png")
 
 
@@ -304,7 +304,7 @@ def test_eval(vtc_, monkeypatch):
 
 
 def process(*arguments):
-    command = [sys.executable, "-m", "vtc.cli", *arguments]
+    command = [sys.executable, "-m", "vtc.cli.command", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
@@ -321,7 +321,7 @@ def test_closed_pipe():
     """`vtc list | head -0`: no traceback."""
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "vtc.cli", "list", "--json"]
+    command = [sys.executable, "-m", "vtc.cli.command", "list", "--json"]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     os.close(writer)
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import vtc
-from vtc import cli
+from vtc.cli import command as cli
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
@@ -126,7 +126,7 @@ def test_run_json(vtc_, folders):
 def test_run_says_what_the_model_says(vtc_, folders):
     """Both answers are those of `generate` in Python, and keep=1 gives the dense one twice."""
     from vtc.chat import question
-    from vtc.images import load_image
+    from vtc.models.images import load_image
 
     model = transformers.AutoModelForImageTextToText.from_pretrained(folders / "llava").eval()
     processor = transformers.AutoProcessor.from_pretrained(folders / "llava")
@@ -311,9 +311,9 @@ def test_explain_bad_input(fails, folders):
 def test_estimate_counts_what_the_model_makes(name):
     """The sample prompt of every family runs, and what a real call reports agrees with the estimate."""
     from vtc.bench.estimate import estimate
-    from vtc.bench.multimodal import sketch
     from vtc.bench.prefill import cache_bytes
     from vtc.bench.prompts import picture
+    from vtc.models.configs import sketch
 
     config, model = zoo.FAMILIES[name].config(), zoo.build(name)
     side = 64 if name.startswith("llava") else 80

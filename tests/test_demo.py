@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 
 import vtc
-from vtc import chat, cli
+from vtc import chat
+from vtc.cli import command as cli
 from vtc.errors import OptionError, UnsupportedModelError, VTCError
 from vtc.eval import scenes
-from vtc.images import ImageError, example_photo, load_image
 from vtc.methods import METHODS
+from vtc.models.images import ImageError, example_photo, load_image
 
 gr = pytest.importorskip("gradio")
 pytest.importorskip("onnx")
@@ -69,7 +70,7 @@ def test_see(name, schedule, value):
 def test_see_energy_is_that_of_the_dense_encoder():
     """By its definition, with a plain loop."""
     seen = see.run(load_image(example_photo()), see.budget("pitome", "Arithmetic", 0.5), 1)
-    pixels = vtc.images.preprocess(load_image(example_photo()), 224)
+    pixels = vtc.models.images.preprocess(load_image(example_photo()), 224)
     with torch.inference_mode():
         state = see.encoder().backbone(pixels, output_hidden_states=True).hidden_states[7][0, 1:].double()
     unit = state / state.norm(dim=1, keepdim=True)

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from vtc.eval import scenes
-from vtc.images import example_photo
+from vtc.models.images import example_photo
 
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make setup")
 pytest.importorskip("gradio")
@@ -41,7 +41,7 @@ def url(tmp_path_factory):
         port = free.getsockname()[1]
     # a shell that ran these tests in the background would hand on that Ctrl+C is ignored
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code += "from vtc.cli import main; sys.exit(main())"
+    code += "from vtc.cli.command import main; sys.exit(main())"
     env = os.environ | {"HF_HUB_OFFLINE": "1", "GRADIO_TEMP_DIR": str(tmp_path_factory.mktemp("gradio"))}
     command = [sys.executable, "-c", code, "demo", "--json", "--threads", "1", "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as run:

@@ -16,15 +16,18 @@ from zoo import model, pixels
 
 import vtc
 from vtc import chat, checkpoints
-from vtc.adapters.multimodal import evidence
-from vtc.adapters.multimodal.anyres import LlavaNext
+from vtc.adapters.multimodal import capture as evidence
+from vtc.adapters.multimodal.families.llava_next import LlavaNext
 from vtc.adapters.multimodal.rotary import axes
-from vtc.bench import check, measure, models, multimodal, named, prefill
-from vtc.bench.models import ModelError
+from vtc.bench import fidelity as check
+from vtc.bench import measure, named, prefill
 from vtc.checkpoints import CheckpointError, MissingPackageError, tiny
 from vtc.eval import answers, clip, common
-from vtc.images import ImageError, load_image
 from vtc.methods import Tokens
+from vtc.models import configs as multimodal
+from vtc.models import encoders as models
+from vtc.models.encoders import ModelError
+from vtc.models.images import ImageError, load_image
 from vtc.ops import kernels
 from vtc.viz import sheet
 
@@ -160,11 +163,11 @@ def test_calls_of_a_multimodal_llm():
 def test_models_that_work_otherwise_than_vtc_knows(monkeypatch):
     llava, inputs = mllm_zoo.build("llava"), mllm_zoo.inputs("llava", "single")
     with vtc.compress(llava, "visionzip", keep=0.5), monkeypatch.context() as patch:
-        patch.setattr(evidence.Evidence, "stop", lambda self: {"attention": [], "middle": []})
+        patch.setattr(evidence.Capture, "stop", lambda self: {"attention": [], "middle": []})
         with pytest.raises(vtc.VTCError, match="LlavaModel: its tower attended past transformers' attention interface"):
             llava(**inputs)
     with vtc.compress(llava, "zoo_prune", keep=0.5), monkeypatch.context() as patch:
-        patch.setattr(evidence.Evidence, "saw_projected", lambda self, hook, args: None)
+        patch.setattr(evidence.Capture, "saw_projected", lambda self, hook, args: None)
         with pytest.raises(vtc.VTCError, match="LlavaModel: its projector did not run as a module, so"):
             llava(**inputs)
     with pytest.raises(vtc.VTCError, match="3 rows of the tower for 4 image tokens: this model"):
@@ -230,7 +233,7 @@ def test_models_without_a_gate():
 
 
 def test_commands(tmp_path, capsys, monkeypatch):
-    from vtc import cli
+    from vtc.cli import command as cli
 
     assert cli.main(["bench", "--self-check", "--model", "dinov2-small"]) == 2
     assert "--self-check needs --images" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from PIL import Image
 from zoo import randomise
 
 import vtc
-import vtc.timm_models
+import vtc.harness.timm
 from vtc.errors import OptionError
 
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -80,7 +80,7 @@ def classes(tmp_path_factory):
 
 def validate(folder, *arguments):
     script = os.environ.get("TIMM_VALIDATE", folder / "validate.py")
-    command = [sys.executable, "-m", "vtc.timm_models", script, folder / "data", "--checkpoint", folder / "deit.pth"]
+    command = [sys.executable, "-m", "vtc.harness.timm", script, folder / "data", "--checkpoint", folder / "deit.pth"]
     command += [
         "--num-classes",
         "5",
@@ -139,8 +139,8 @@ def test_timm_validates(classes, capsys, monkeypatch):
     assert accuracy(validate(classes, "--model", "vtc", "--model-kwargs", *kwargs, "vtc_keep=1.0")) == dense
     done = validate(classes, "--model", "vtc", "--model-kwargs", *kwargs, "vtc_kept=0.5")
     assert done.returncode and "tome has no option 'kept'" in done.stderr
-    monkeypatch.setattr(sys, "argv", ["vtc.timm_models", "nowhere.py"])
-    assert vtc.timm_models.main() == 2 and "usage" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["vtc.harness.timm", "nowhere.py"])
+    assert vtc.harness.timm.main() == 2 and "usage" in capsys.readouterr().err
 
 
 # -- clip_benchmark -------------------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def test_several_labels_per_image():
 
 @needs
 def test_clip_command(clip_model, shards):
-    command = [sys.executable, "-W", "ignore", "-m", "vtc.cli", "eval", "clip", "--data", str(shards)]
+    command = [sys.executable, "-W", "ignore", "-m", "vtc.cli.command", "eval", "clip", "--data", str(shards)]
     command += ["--model", clip_model, "--methods", "tome", "--levels", "0.5", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -140,7 +140,7 @@ def test_video_files(tmp_path):
     """Two videos in a batch, of 16 frames, of which 8 are shown."""
     import av
 
-    from vtc.eval.lmms import Chat
+    from vtc.harness.lmms_eval import Chat
 
     for name in "ab":
         with av.open(str(tmp_path / f"{name}.mp4"), "w") as file:
@@ -201,8 +201,8 @@ def test_lmms_eval_refuses(llm, tmp_path):
 
 def test_entry_point_is_lmms_evals():
     """The name and the object that the entry point in pyproject.toml leads to."""
-    from vtc.eval import lmms as module
+    from vtc.harness import lmms_eval as module
 
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    assert '[project.entry-points."lmms_eval.models"]\nvtc = "vtc.eval.lmms:manifest"' in text
+    assert '[project.entry-points."lmms_eval.models"]\nvtc = "vtc.harness.lmms_eval:manifest"' in text
     assert callable(module.manifest) and module.Chat.is_simple is False

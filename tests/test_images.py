@@ -12,7 +12,7 @@ pytest.importorskip("PIL")
 
 from PIL import Image  # noqa: E402
 
-from vtc.images import ImageError, load_image, preprocess  # noqa: E402
+from vtc.models.images import ImageError, load_image, preprocess
 
 SIDE = 16
 COLOURS = {"red": (255, 0, 0), "green": (0, 128, 0), "grey": (128, 128, 128), "white": (255, 255, 255)}

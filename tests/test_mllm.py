@@ -23,7 +23,7 @@ STEPS = 10
 
 def replaced(model, inputs, handle):
     """The rows that the merged tokens should have, for the oracle: the means of their groups, by the definition."""
-    record = handle._parts[0].record
+    record = handle.patches[0].record
     visual = zoo.placeholders(model, inputs["input_ids"])
     number = (visual.flatten().long().cumsum(0) - 1).view(visual.shape)
 
@@ -64,7 +64,7 @@ def test_oracle(name, case, kind, attn):
             with pytest.raises(vtc.VTCError, match="no call with an image"):
                 str(handle.report)
         else:
-            kept, columns = handle.kept, handle._parts[0].record.columns
+            kept, columns = handle.kept, handle.patches[0].record.columns
         bare = model(**inputs).logits if case in ("single", "pair", "video") else None
     new = replaced(model, inputs, handle) if kind == "merger" and kept is not None else None
     kept = torch.ones_like(inputs["input_ids"], dtype=torch.bool) if kept is None else kept
@@ -148,7 +148,7 @@ def test_layered_oracle(name, case, method, attn):
     tokens = torch.randint(5, 100, (len(inputs["input_ids"]), STEPS), generator=torch.Generator().manual_seed(3))
     with vtc.compress(model, method, keep=0.4, layer=layer) as handle:
         prefill, decode = forward_logits(model, inputs, tokens, positions)
-        kept, columns = handle.kept, handle._parts[0].record.columns
+        kept, columns = handle.kept, handle.patches[0].record.columns
         said = None if case == "ragged_right" else generate_logits(model, inputs, tokens)
     with torch.no_grad():
         want, then = layered_oracle(model, inputs, kept, layer, tokens)

@@ -88,7 +88,7 @@ def test_logits_to_keep(name):
     visual = zoo.placeholders(model, inputs["input_ids"])
     with vtc.compress(model, "random", keep=0.4) as handle:
         whole = model(**inputs, use_cache=False).logits
-        record = handle._parts[0].record
+        record = handle.patches[0].record
         text = torch.tensor([length - 1, length - 3])
         every = text.repeat(3, 1)
         every[1, 1] = length - 2
@@ -219,7 +219,7 @@ def test_the_first_column_is_said_by_nothing(name):
         loss = model(**inputs, labels=labels, use_cache=False).loss
         labels[:, 0] = -100
         assert torch.equal(model(**inputs, labels=labels, use_cache=False).loss, loss)
-        columns = handle._parts[0].record.columns
+        columns = handle.patches[0].record.columns
         assert bool(((columns[:, :-1] < 0) & (columns[:, 1:] == 0)).any())  # or the case is none
 
 
@@ -261,7 +261,7 @@ def test_copies_have_their_own():
     with vtc.compress(model, "random", keep=0.4), torch.no_grad():
         twin = copy.deepcopy(model)
         want = model(**inputs, logits_to_keep=3).logits
-        assert twin.forward.intake is not model.forward.intake and twin.forward.module is twin
+        assert twin.forward.parent is not model.forward.parent and twin.forward.module is twin
     with torch.no_grad():
         assert torch.equal(twin(**inputs, logits_to_keep=3).logits, want)
     vtc.remove(twin)

@@ -253,7 +253,7 @@ def test_labels_give_the_loss_over_what_was_kept(name):
     labels = labels.masked_fill(zoo.placeholders(model, inputs["input_ids"]), -100)
     with vtc.compress(model, "random", keep=0.4) as handle:
         out = model(**inputs, labels=labels)
-        record = handle._parts[0].record
+        record = handle.patches[0].record
     columns = record.columns
     kept = labels.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -100)
     want = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), kept[:, 1:].flatten(), ignore_index=-100)

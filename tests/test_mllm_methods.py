@@ -9,8 +9,8 @@ from mllm_oracle import dense_features, dense_generate_positions
 
 import vtc
 from vtc.adapters import multimodal
-from vtc.adapters.multimodal.evidence import Evidence
-from vtc.adapters.multimodal.family import IMAGE, VIDEO
+from vtc.adapters.multimodal.capture import Capture
+from vtc.adapters.multimodal.families.base import IMAGE, VIDEO
 from vtc.methods import METHODS
 
 NAMES = list(zoo.FAMILIES)
@@ -103,7 +103,7 @@ def gathered(name, case):
     """The evidence of a call by hand: (gate, {kind: (features, layout, evidence)})."""
     model, inputs = zoo.build(name, fresh=True), zoo.inputs(name, case)
     gate = next(iter(multimodal.find(model)))
-    evidence = Evidence(gate.family, gate.inner, NEEDS)
+    evidence = Capture(gate.family, gate.inner, NEEDS)
     evidence.install()
     found = {}
     for kind in gate.family.kinds:
@@ -210,7 +210,7 @@ def test_attention_is_the_towers(name):
 
 def test_crops_in_two_rows_and_columns():
     """A large image, four crops stitched: every token is projected from its own patch, and sits in its own crop."""
-    from vtc.adapters.multimodal.anyres import LlavaNext
+    from vtc.adapters.multimodal.families.llava_next import LlavaNext
 
     model = zoo.build("llava_next").model
     pixels, size = torch.randn(1, 5, 3, 32, 32, generator=torch.Generator().manual_seed(1)), torch.tensor([[50, 60]])
@@ -229,8 +229,8 @@ def test_crops_in_two_rows_and_columns():
 
 
 def test_shares_of_a_number():
-    from vtc.adapters.multimodal.family import Unit
-    from vtc.adapters.multimodal.question import shares
+    from vtc.budget import shares
+    from vtc.layout import Unit
 
     def units(*lengths):
         return [Unit(torch.arange(n), 0) for n in lengths]
@@ -252,7 +252,7 @@ def test_fastv_reads_the_last_words_attention(name):
         maps = model(**inputs, output_attentions=True).attentions[1][0].double()  # [heads, L, L]
         with vtc.compress(model, "fastv", keep=0.4, layer=2) as handle:
             model(**inputs)
-    record = handle._parts[0].record
+    record = handle.patches[0].record
     last = int((~zoo.placeholders(model, inputs["input_ids"])[0]).nonzero().max())
     for unit in range(len(record.rows)):
         places = record.places[unit][record.token_map.group[unit] >= -1][: record.lengths[unit]]
@@ -291,22 +291,22 @@ def test_dart_reads_the_decoders_keys(name):
 
 def test_units_come_in_prompt_order():
     """A video in front of an image: the map's rows follow the prompt, and what each unit holds is its own."""
-    from vtc.adapters.multimodal.family import Layout, Unit
-    from vtc.adapters.multimodal.question import Encoded, Question, Seen
+    from vtc.adapters.multimodal.token_batch import EncodedFeatures, PlacedTokens, TokenBatch
+    from vtc.layout import Layout, Unit
 
     def seen(kind, value, columns, *lengths):
         edges = torch.tensor([0, *lengths]).cumsum(0).tolist()
         units = tuple(Unit(torch.arange(a, b), i) for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False)))
         rows = torch.full((edges[-1], 2), float(value)) + torch.arange(edges[-1])[:, None]
-        return Seen(kind, None, Encoded(None, lengths, Layout(units), {}), rows, torch.tensor(columns))
+        return PlacedTokens(kind, None, EncodedFeatures(None, lengths, Layout(units), {}), rows, torch.tensor(columns))
 
     image = seen(IMAGE, 100, [6, 7, 8, 21, 22], 3, 2)
     video = seen(VIDEO, 200, [1, 2, 3, 4], 2, 2)
-    question = Question([image, video], batch=2, length=15, pooled=False)
+    question = TokenBatch([image, video], batch=2, length=15, pooled=False)
     assert question.prompts == [0, 0, 0, 1]
     assert question.places.tolist() == [[1, 2, -1], [3, 4, -1], [6, 7, 8], [6, 7, -1]]
     first = question.packed(question.rows)[:, 0, 0].tolist()
     assert first == [200.0, 202.0, 100.0, 103.0]
     assert len({unit.item for unit in question.units}) == 4  # a number is per item, and no two kinds share one
-    pooled = Question([image, video], batch=2, length=15, pooled=True)
+    pooled = TokenBatch([image, video], batch=2, length=15, pooled=True)
     assert pooled.prompts == [0, 1] and pooled.places[0].tolist() == [1, 2, 3, 4, 6, 7, 8]

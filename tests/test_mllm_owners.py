@@ -339,7 +339,7 @@ class OurForConditionalGeneration(transformers.LlavaForConditionalGeneration):
 def test_a_family_of_the_users_own(monkeypatch):
     """Its head is called after it and comes from where it comes from, or is one of transformers."""
     from vtc.adapters.multimodal import FAMILIES
-    from vtc.adapters.multimodal.llava import Llava
+    from vtc.adapters.multimodal.families.llava import Llava
 
     model, inputs = zoo.build("llava", fresh=True), zoo.inputs("llava", "ragged")
     with vtc.compress(model, "random", keep=0.4):

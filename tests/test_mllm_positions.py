@@ -156,7 +156,7 @@ def test_merged_and_padded(decoder, attn):
     tokens = torch.randint(5, 100, (len(inputs["input_ids"]), STEPS), generator=torch.Generator().manual_seed(3))
     with vtc.compress(model, "visionzip", keep=0.3) as handle:
         prefill, decode = forward_logits(model, inputs, tokens, positions)
-        kept, columns = handle.kept, handle._parts[0].record.columns
+        kept, columns = handle.kept, handle.patches[0].record.columns
     want = oracle("llava", model, inputs, kept, replaced(model, inputs, handle), steps=STEPS, forced=tokens)
     for row in range(len(tokens)):
         assert torch.allclose(prefill[row, columns[row] >= 0], want.prefill[row], atol=2e-5, rtol=0)

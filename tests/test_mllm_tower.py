@@ -23,11 +23,11 @@ def test_the_decoder_gets_what_the_tower_left(name, case, method):
     tokens = torch.randint(5, 100, (len(inputs["input_ids"]), 4), generator=torch.Generator().manual_seed(3))
     with vtc.compress(model, method, keep=0.8, where="tower") as handle:
         prefill, decode = forward_logits(model, inputs, tokens, positions)
-        record, kept, report = handle._parts[0].record, handle.kept, handle.report
+        record, kept, report = handle.patches[0].record, handle.kept, handle.report
     # Alone, the same tower gives every token its group's row at the layer that is projected.
     inner = model.model
     site = tower_site(vtc.explain(model, method, keep=0.8, where="tower")._sites[0])
-    tower = vtc.adapters.tower.Tower(site, vtc.methods.make(method, keep=0.8))
+    tower = vtc.adapters.encoders.patch.EncoderPatch(site, vtc.methods.make(method, keep=0.8))
     tower.install(model)
     try:
         wide = dense_features(model, inputs)
@@ -87,6 +87,6 @@ def test_what_the_tower_merged_carries_its_members_positions(name):
     for positions in ("original", vtc.PPE(1), "ppe"):
         with vtc.compress(model, "tome", keep=0.8, where="tower", positions=positions) as handle:
             said[str(positions)] = model(**inputs).logits
-            assert handle._parts[0].tower.slot is None
+            assert handle.patches[0].tower.slot is None
     plain, one, many = said.values()
     assert torch.equal(plain, one) and (plain - many).abs().max() > 1e-4

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vtc.cli import main
+from vtc.cli.command import main
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,7 +26,7 @@ def project():
 
 
 def command(*arguments):
-    code = "import sys; from vtc.cli import main; sys.exit(main())"
+    code = "import sys; from vtc.cli.command import main; sys.exit(main())"
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
 
 
@@ -110,12 +110,12 @@ def test_licence(project):
 
 
 def test_entry_point(project):
-    assert project["scripts"] == {"vtc": "vtc.cli:main"}
+    assert project["scripts"] == {"vtc": "vtc.cli.command:main"}
     try:
         found = metadata.entry_points(group="console_scripts", name="vtc")
     except metadata.PackageNotFoundError:
         pytest.skip("vtc-torch is not installed here")
-    assert all(entry.value == "vtc.cli:main" for entry in found)
+    assert all(entry.value == "vtc.cli.command:main" for entry in found)
 
 
 @pytest.mark.parametrize("words", [[], ["run"], ["list"], ["explain"], ["bench"], ["eval"], ["demo"]], ids=" ".join)

@@ -213,7 +213,7 @@ def slow_rotation(text, rows, axis, slots):
 
 def expected(name, model, inputs, handle, positions, slots):
     """Merged rows, and of every token that is left the positions of its members, by sorting distances to the anchor."""
-    record = handle._parts[0].record
+    record = handle.patches[0].record
     visual = zoo.placeholders(model, inputs["input_ids"])
     number = (visual.flatten().long().cumsum(0) - 1).view(visual.shape)
     features, planes = dense_features(model, inputs), dense_deepstack(model, inputs)
@@ -252,7 +252,7 @@ def test_oracle_with_ppe(name, case, attn):
     with vtc.compress(model, "dpc_knn", keep=0.3, positions="ppe") as handle:
         prefill, decode = forward_logits(model, inputs, tokens, positions)
         said = generate_logits(model, inputs, tokens)
-        columns = handle._parts[0].record.columns
+        columns = handle.patches[0].record.columns
     replaced, rows = expected(name, model, inputs, handle, positions, slots)
     assert any(len({tuple(ids) for ids in token}) > 1 for row in rows for token in row), "nothing carries two positions"
     with slow_rotation(zoo.text_model(model), rows, axis_of(name), slots):

@@ -13,7 +13,7 @@ from test_oracle import attention, dino_scales, eva_layers, hf_layers, linear, n
 from zoo import ZOO, model, pixels, randomise
 
 import vtc
-from vtc.adapters.rotary import column_slots
+from vtc.adapters.encoders.rotary import column_slots
 
 ROTARY = ["timm-dinov3", "timm-eva02", "hf-dinov3"]
 # Rotary pairs by axis, rows first, written down; head width 16.
@@ -166,7 +166,7 @@ def test_promises(name, method):
     with vtc.compress(net, method, keep=0.6, positions="ppe") as handle:
         ours = entry.run(net, inputs)
         assert (ours - plain).abs().max() > 1e-5
-        stage = handle._parts[0].stage
+        stage = handle.patches[0].stage
         assert stage.carried.shape[0] == SLOTS and stage.slot is not None
         for row in range(3):
             single = {k: v[row : row + 1] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
@@ -195,7 +195,7 @@ def test_rows_of_merged_tokens(name):
     table, other = table_of(name)
     with vtc.compress(net, "tome", keep=0.6, positions="ppe") as handle:
         entry.run(net, entry.inputs(2))
-    stage = handle._parts[0].stage
+    stage = handle.patches[0].stage
     stage = replace(stage, slot=stage.slot.repeat(table.shape[1] // len(stage.slot)))  # sines and cosines side by side
     assert torch.equal(stage.slot, stage.slot[other])
     ours = stage.turned(table)
@@ -335,5 +335,5 @@ def test_where_tower_does_not_hide_positions():
     with pytest.raises(vtc.UnsupportedModelError, match="not rotary"):
         vtc.compress(model("timm-vit"), "tome", keep=0.7, where="tower", positions="ppe")
     with vtc.compress(model("hf-dinov3"), "tome", keep=0.7, where="tower", positions="ppe") as handle:
-        assert handle._parts[0].slots == SLOTS
+        assert handle.patches[0].slots == SLOTS
     assert f"up to {SLOTS} members" in str(vtc.explain(model("hf-dinov3"), "tome", positions="ppe"))

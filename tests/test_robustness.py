@@ -295,7 +295,7 @@ def test_ten_cycles_leave_nothing(make, name, method, fresh):
             call()
             assert handle.report and repr(handle.token_map)
             handle.remove()
-            gone = [weakref.ref(each) for each in (handle, *handle._parts)]
+            gone = [weakref.ref(each) for each in (handle, *handle.patches)]
             del handle
             counts.append(alive())
             assert not any(ref() for ref in gone)

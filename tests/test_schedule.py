@@ -3,9 +3,9 @@
 import pytest
 
 from vtc import OptionError
+from vtc.budget import per_layer
 from vtc.macs import EncoderMACs
 from vtc.methods import Downsample, PiToMe, Random, ToMe
-from vtc.schedule import removals
 
 
 def vit(width, depth, patch, classes=1000, prefix=1):
@@ -24,7 +24,7 @@ DEIT_S, VIT_L, VIT_H = vit(384, 12, 16), vit(1024, 24, 16), vit(1280, 32, 14)
 
 def left(method, patches, depth, macs):
     counts, now = [], patches
-    for r in removals(method, patches, depth, macs):
+    for r in per_layer(method, patches, depth, macs):
         now -= r
         counts.append(now)
     return counts
@@ -37,7 +37,7 @@ def test_tokens_after_each_layer_are_the_references():
     assert with_cls == [178, 161, 145, 131, 118, 107, 97, 88, 80, 73, 66, 60]
     assert [left(ToMe(r=r), 196, 12, DEIT_S)[-1] + 1 for r in (8, 13, 16)] == [101, 41, 11]
     listed = [32, 29, 26, 23, 20, 17, 14, 11, 8, 5, 2, 0]
-    assert removals(ToMe(r=listed), 196, 12, DEIT_S) == tuple(listed)
+    assert per_layer(ToMe(r=listed), 196, 12, DEIT_S) == tuple(listed)
 
 
 @pytest.mark.parametrize(
@@ -51,20 +51,20 @@ def test_tokens_after_each_layer_are_the_references():
     ],
 )
 def test_macs_are_the_references(macs, patches, depth, budget, giga):
-    assert macs.after(removals(ToMe(**budget), patches, depth, macs), patches) / 1e9 == pytest.approx(giga, abs=6e-4)
+    assert macs.after(per_layer(ToMe(**budget), patches, depth, macs), patches) / 1e9 == pytest.approx(giga, abs=6e-4)
 
 
 @pytest.mark.parametrize(("keep", "giga"), [(0.925, 2.991), (0.9, 2.595)])
 def test_macs_of_a_ratio_schedule(keep, giga):
     """The reference applies the ratio to the patches behind CLS, as we do."""
-    value = DEIT_S.after(removals(PiToMe(keep=keep), 196, 12, DEIT_S), 196) / 1e9
+    value = DEIT_S.after(per_layer(PiToMe(keep=keep), 196, 12, DEIT_S), 196) / 1e9
     assert value == pytest.approx(giga, abs=2e-3)
 
 
 def test_flops_takes_the_nearest_reachable_value_not_above():
     for method in (ToMe, PiToMe, Random, Downsample):
         for share in (0.99, 0.8, 0.6, 0.55, 0.4):
-            plan = removals(method(flops=share), 196, 12, DEIT_S)
+            plan = per_layer(method(flops=share), 196, 12, DEIT_S)
             cost = DEIT_S.after(plan, 196)
             assert cost <= share * DEIT_S.dense(196)
             if method is Downsample:  # one token more would be too many
@@ -72,11 +72,11 @@ def test_flops_takes_the_nearest_reachable_value_not_above():
                 assert DEIT_S.after(richer, 196) > share * DEIT_S.dense(196)
             else:  # no constant ratio on a fine grid comes nearer
                 for step in range(2000):
-                    other = DEIT_S.after(removals(method(keep=0.5 + step / 4000), 196, 12, DEIT_S), 196)
+                    other = DEIT_S.after(per_layer(method(keep=0.5 + step / 4000), 196, 12, DEIT_S), 196)
                     assert not cost < other <= share * DEIT_S.dense(196)
-    assert removals(ToMe(flops=1.0), 196, 12, DEIT_S) == (0,) * 12
+    assert per_layer(ToMe(flops=1.0), 196, 12, DEIT_S) == (0,) * 12
     with pytest.raises(OptionError, match="out of reach.*at least 0.1"):
-        removals(ToMe(flops=0.05), 196, 12, DEIT_S)
+        per_layer(ToMe(flops=0.05), 196, 12, DEIT_S)
 
 
 @pytest.mark.parametrize("patches", [1, 2, 7, 196, 1369])
@@ -88,19 +88,19 @@ def test_an_int_is_the_final_count(patches):
                 least -= least // 2
             if keep < least:
                 with pytest.raises(OptionError, match=f"leave {least}"):
-                    removals(ToMe(keep=keep), patches, depth, DEIT_S)
+                    per_layer(ToMe(keep=keep), patches, depth, DEIT_S)
                 continue
             for method in (ToMe, Random, Downsample):
-                plan = removals(method(keep=keep), patches, depth, DEIT_S)
+                plan = per_layer(method(keep=keep), patches, depth, DEIT_S)
                 assert patches - sum(plan) == keep and min(plan) >= 0 and len(plan) == depth
             now = patches
-            for r in removals(ToMe(keep=keep), patches, depth, DEIT_S):
+            for r in per_layer(ToMe(keep=keep), patches, depth, DEIT_S):
                 assert r <= now // 2
                 now -= r
     with pytest.raises(OptionError, match="more than the image's"):
-        removals(ToMe(keep=patches + 1), patches, 12, DEIT_S)
+        per_layer(ToMe(keep=patches + 1), patches, 12, DEIT_S)
 
 
 def test_one_shot_methods_reduce_once():
-    assert removals(Downsample(keep=0.25), 196, 12, DEIT_S) == (147,) + (0,) * 11
-    assert removals(Downsample(keep=0.0001), 196, 12, DEIT_S) == (195,) + (0,) * 11
+    assert per_layer(Downsample(keep=0.25), 196, 12, DEIT_S) == (147,) + (0,) * 11
+    assert per_layer(Downsample(keep=0.0001), 196, 12, DEIT_S) == (195,) + (0,) * 11

@@ -14,9 +14,9 @@ from torch import nn
 from vtc import scores
 from vtc.errors import InputError, OptionError
 from vtc.ops import definitions
-from vtc.scores import selector as selector_file
+from vtc.scores import scorer as selector_file
 from vtc.scores.projector import quadratic
-from vtc.scores.recognize import _known, in_type, recognize
+from vtc.scores.projector_form import _known, in_type, recognize
 from vtc.scores.sensitivity import _warn_flat, central_differences
 
 SENSITIVITY = importlib.import_module("vtc.scores.sensitivity")  # the package's own name is the function

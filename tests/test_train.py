@@ -131,7 +131,7 @@ def test_weights_are_put_in_where_the_adapter_divides(name, case, fill):
     inputs = {k: v for k, v in given.items() if k != "labels"}
     with vtc.compress(model, "random", keep=0.5) as handle, torch.no_grad():
         model(**inputs)
-        record = handle._parts[0].record
+        record = handle.patches[0].record
     visual = zoo.placeholders(model, inputs["input_ids"])
     number = (visual.flatten().long().cumsum(0) - 1).view(visual.shape)
     rows, planes = dense_features(model, inputs), dense_deepstack(model, inputs)

@@ -13,8 +13,8 @@ from torch import nn
 from zoo import ZOO, model, pixels, randomise
 
 import vtc
-from vtc.adapters import timm as timm_adapter
-from vtc.adapters import trial
+from vtc.adapters.encoders import timm as timm_adapter
+from vtc.adapters.encoders import trial
 
 SIZES = {
     "hidden_size": 64,
@@ -275,7 +275,7 @@ class Packed(torch.Tensor):
 
 def test_fused_projections_that_cannot_be_read():
     """BEiT and nn.MultiheadAttention project past every hook; their keys come from the weights, packed or not."""
-    from vtc.adapters.site import projected_keys
+    from vtc.adapters.encoders.site import projected_keys
 
     x, weight, bias = torch.randn(2, 5, 8), torch.randn(24, 8), torch.randn(24)
     for given in (None, bias):

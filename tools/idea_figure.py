@@ -18,7 +18,7 @@ from PIL import Image
 import vtc
 from vtc import viz
 from vtc.checkpoints import dinov2_small
-from vtc.images import example_photo, load_image, preprocess
+from vtc.models.images import example_photo, load_image, preprocess
 from vtc.viz.figures import COLOURS, FAINT, INK, PAPER
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "img" / "idea.svg"

@@ -21,8 +21,8 @@ EXCUSED = {  # (file, a part of the error): why no test can raise it in the deve
     ("vtc/eval/clip.py", "open_clip cannot load it"): "needs clip_benchmark: make harness-check",
     ("vtc/eval/clip.py", "clip_benchmark finds no"): "needs clip_benchmark: make harness-check",
     ("vtc/eval/clip.py", "so nothing can be classified"): "needs clip_benchmark: make harness-check",
-    ("vtc/eval/lmms.py", "batch_size="): "needs lmms_eval: make harness-check",
-    ("vtc/eval/lmms.py", "without a method"): "needs lmms_eval: make harness-check",
+    ("vtc/harness/lmms_eval.py", "batch_size="): "needs lmms_eval: make harness-check",
+    ("vtc/harness/lmms_eval.py", "without a method"): "needs lmms_eval: make harness-check",
 }
 
 

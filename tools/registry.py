@@ -251,10 +251,10 @@ def _refuses(model: nn.Module, plan: Any) -> str:
 def _runs(case: Case, plan: Any) -> str:
     """The same on weights: the verdict, keep=1.0 to the bit, and fewer tokens inside an output of the same shape."""
     import vtc
-    from vtc.adapters.site import Site
+    from vtc.adapters.encoders.site import EncoderSite
 
     for site in plan._sites:
-        assert isinstance(site, Site) and site.encoder is not None
+        assert isinstance(site, EncoderSite) and site.encoder is not None
         if sum(parameter.numel() for parameter in site.encoder.parameters()) > _LARGE:
             return "too large to be given weights"
         encoder = _filled(case, site)

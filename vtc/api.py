@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vtc.adapters.multimodal.intake import Intake
-from vtc.adapters.multimodal.question import Record
-from vtc.adapters.multimodal.standins import strip as strip_intake
-from vtc.adapters.site import Site
-from vtc.adapters.stage import Stage
-from vtc.adapters.tower import Tower, strip
+from vtc.adapters.encoders.patch import EncoderPatch
+from vtc.adapters.encoders.site import EncoderSite
+from vtc.adapters.encoders.state import CallState
+from vtc.adapters.multimodal.patch import MultimodalPatch
+from vtc.adapters.multimodal.token_batch import CallRecord
+from vtc.adapters.patch import strip
 from vtc.errors import OptionError, UnsupportedModelError, VTCError
 from vtc.macs import decoder_macs
 from vtc.methods import METHODS, Method, make
@@ -30,14 +30,14 @@ def compress(model: nn.Module, method: str | Method, **options: Any) -> Handle:
     if not plan.ok:
         raise UnsupportedModelError(str(plan))
     remove(model)
-    parts: list[Tower | Intake] = []
+    parts: list[EncoderPatch | MultimodalPatch] = []
     try:
         for site in plan._sites:
-            if isinstance(site, Site):
-                parts.append(Tower(site, chosen))
+            if isinstance(site, EncoderSite):
+                parts.append(EncoderPatch(site, chosen))
             else:
-                inside = Tower(tower_site(site), in_tower(chosen)) if chosen.where == "tower" else None  # type: ignore[arg-type]
-                parts.append(Intake(site.family, site.path, site.inner, site.owners, chosen, inside))
+                inside = EncoderPatch(tower_site(site), in_tower(chosen)) if chosen.where == "tower" else None  # type: ignore[arg-type]
+                parts.append(MultimodalPatch(site.family, site.path, site.inner, site.owners, chosen, inside))
             parts[-1].install(model)
     except BaseException:
         remove(model)
@@ -51,7 +51,6 @@ def remove(model: nn.Module) -> None:
         raise OptionError(f"model is a {type(model).__name__}: remove takes a torch.nn.Module")
     for module in model.modules():
         strip(module)
-        strip_intake(module)
 
 
 @dataclass(frozen=True)
@@ -119,12 +118,12 @@ class Handle:
 
     choice: Any = None
 
-    def __init__(self, model: nn.Module, method: Method, parts: tuple[Tower | Intake, ...]) -> None:
-        self.model, self.method, self._parts = model, method, parts
+    def __init__(self, model: nn.Module, method: Method, parts: tuple[EncoderPatch | MultimodalPatch, ...]) -> None:
+        self.model, self.method, self.patches = model, method, parts
 
     def remove(self) -> None:
         """Give the model back as it was. Nothing happens if it is, or if another method took this one's place."""
-        for part in self._parts:
+        for part in self.patches:
             if any(patch.installed for patch in part.patched):
                 remove(self.model)
                 return
@@ -137,14 +136,14 @@ class Handle:
     ) -> None:
         self.remove()
 
-    def _ran(self) -> list[Tower | Intake]:
+    def _ran(self) -> list[EncoderPatch | MultimodalPatch]:
         """The parts that have something to tell, the one that ran last at the end."""
-        ran = [part for part in self._parts if _told(part) is not None]
+        ran = [part for part in self.patches if _told(part) is not None]
         if not ran:
             raise VTCError("nothing to report yet: no call with an image has gone through the compressed model")
         return sorted(ran, key=lambda part: part.turn)
 
-    def _last(self) -> tuple[Tower, Stage] | tuple[Intake, Record]:
+    def _last(self) -> tuple[EncoderPatch, CallState] | tuple[MultimodalPatch, CallRecord]:
         part = self._ran()[-1]
         return part, _told(part)  # type: ignore[return-value]
 
@@ -158,7 +157,7 @@ class Handle:
     def layer_maps(self) -> list[TokenMap]:
         """Image tokens to the tokens after each layer that reduced, in the last call; at least one."""
         part, last = self._last()
-        if isinstance(last, Record):
+        if isinstance(last, CallRecord):
             return [last.token_map]
         maps = [] if last.front is None else [last.front]
         for step in last.maps:
@@ -172,7 +171,7 @@ class Handle:
         """(rows, columns) of the image tokens in each row of `token_map`, for pictures; None where they fill no
         rectangle (an image cut to its shape) or nobody knows."""
         _, last = self._last()
-        if isinstance(last, Record):
+        if isinstance(last, CallRecord):
             return last.grids
         return last.grid or (None,) * last.batch
 
@@ -181,7 +180,7 @@ class Handle:
         """[B, L] bool: which columns of the prompt a multimodal LLM's decoder was given in the last call with images.
         Logits of a forward and hidden states are those of these columns, in order."""
         _, last = self._last()
-        if not isinstance(last, Record):
+        if not isinstance(last, CallRecord):
             raise VTCError("kept speaks of prompts, and this model is a vision encoder: see token_map")
         return last.kept
 
@@ -190,7 +189,7 @@ class Handle:
         call with images; `fill` on padding. For what compares logits by itself, as label smoothing does; labels of a
         batch want -100 in their first column, which padding may come to stand before."""
         _, last = self._last()
-        if not isinstance(last, Record):
+        if not isinstance(last, CallRecord):
             raise VTCError("take speaks of prompts, and this model is a vision encoder: see token_map")
         return last.take(values, fill)
 
@@ -205,21 +204,21 @@ class Handle:
         """The last report of every encoder that has run, the latest at the end."""
         return tuple(map(self._report, self._ran()))
 
-    def _report(self, part: Tower | Intake) -> Report:
-        if isinstance(part, Intake):
+    def _report(self, part: EncoderPatch | MultimodalPatch) -> Report:
+        if isinstance(part, MultimodalPatch):
             assert part.record is not None
             return _prompt_report(self.method, part, part.record)
         assert part.stage is not None
         report, notes = _report(self.method.name, part, part.stage), []
         if part.idle_calls:
             notes.append("no image in the last call: this is of an earlier one")
-        if len(self._parts) > 1:
-            notes.append(f"encoder {part.where}, one of {len(self._parts)}: handle.reports has all")
+        if len(self.patches) > 1:
+            notes.append(f"encoder {part.where}, one of {len(self.patches)}: handle.reports has all")
         return replace(report, notes="; ".join(notes))
 
     def __repr__(self) -> str:
         options = ", ".join(f"{k}={v!r}" for k, v in self.method.options().items())
-        where = ", ".join(part.where for part in self._parts)
+        where = ", ".join(part.where for part in self.patches)
         try:
             last = "; last call " + " | ".join(map(str, self.reports))
         except VTCError:
@@ -227,9 +226,9 @@ class Handle:
         return f"Handle({self.method.name}({options}) in {where}{last})"
 
 
-def _prompt_report(method: Method, intake: Intake, record: Record) -> Report:
+def _prompt_report(method: Method, parent: MultimodalPatch, record: CallRecord) -> Report:
     """Of a multimodal LLM: the decoder's prefill, and the tower where the method works in it."""
-    decoder = getattr(intake.inner, intake.family.decoder)
+    decoder = getattr(parent.inner, parent.family.decoder)
     before, after = record.lengths, tuple(record.token_map.mask().sum(1).tolist())
     dense = record.real.sum(1).tolist()
     steps = [record]  # the last first
@@ -244,25 +243,25 @@ def _prompt_report(method: Method, intake: Intake, record: Record) -> Report:
         sum(decoder_macs(decoder, n) for n in dense),
         sum(decoder_macs(decoder, n) for n in zip(*prompts, strict=True)),
     ]
-    if intake.tower is not None and intake.inside is not None:
-        inside = _report(method.name, intake.tower, intake.inside)
+    if parent.tower is not None and parent.inside is not None:
+        inside = _report(method.name, parent.tower, parent.inside)
         macs = [macs[0] + inside.macs_before, macs[1] + inside.macs_after]
     flow = tuple((_plain(counts),) * 2 for counts in prompts)
     said = [step.notes for step in reversed(steps)]
-    if intake.bare_calls:
+    if parent.bare_calls:
         said.append("the last prompt held no image: this is of the last one that did")
     notes = "; ".join(dict.fromkeys(filter(None, said)))
     layers = tuple(kept) if len(set(kept)) > 1 else ()
     return Report(
-        method.name, len(before), before, after, flow, macs[0], macs[1], intake.where, notes, tuple(dense), layers
+        method.name, len(before), before, after, flow, macs[0], macs[1], parent.where, notes, tuple(dense), layers
     )
 
 
-def _told(part: Tower | Intake) -> Stage | Record | None:
-    return part.stage if isinstance(part, Tower) else part.record
+def _told(part: EncoderPatch | MultimodalPatch) -> CallState | CallRecord | None:
+    return part.stage if isinstance(part, EncoderPatch) else part.record
 
 
-def _report(name: str, tower: Tower, stage: Stage) -> Report:
+def _report(name: str, tower: EncoderPatch, stage: CallState) -> Report:
     images, prefix, site = stage.batch, stage.prefix, tower.site
 
     def each(count: Any) -> list[int]:

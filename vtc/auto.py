@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from vtc import api
+from vtc.checks import check_number
 from vtc.errors import OptionError
 from vtc.methods import Method, make
-from vtc.methods.selector import check_number
 
 if TYPE_CHECKING:
-    from vtc.bench.check import Checked
+    from vtc.bench.fidelity import Checked
 
 FASTER = 1.02  # below this a speed-up is noise, and compression not worth it
 
@@ -52,14 +52,14 @@ def choose(
         ttft: seconds to the first token (an encoder: of one call) at most, all inputs together; the most loyal of those
             that keep to it is taken.
         tokens: image tokens that stay of every image; the most loyal method is taken.
-        loyalty: the least agreement with the dense model, 0 to 1 (see `vtc.bench.check`); the fastest is taken.
+        loyalty: the least agreement with the dense model, 0 to 1 (see `vtc.bench.fidelity`); the fastest is taken.
         call: how an encoder is run, (model, inputs); default: calling it.
         options: of the methods.
 
     Raises:
         OptionError: not exactly one target, or one out of range. UnsupportedModelError: nothing that can be reduced.
     """
-    from vtc.bench.check import check, fitting, is_llm
+    from vtc.bench.fidelity import check, fitting, is_llm
 
     given = {"ttft": ttft, "tokens": tokens, "loyalty": loyalty}
     named = [name for name, value in given.items() if value is not None]

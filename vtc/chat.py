@@ -15,15 +15,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from vtc import checkpoints
-from vtc.adapters.multimodal.intake import Intake
+from vtc.adapters.multimodal.patch import MultimodalPatch
 from vtc.api import Report, compress
-from vtc.bench.models import quiet
-from vtc.bench.multimodal import find_config, sketch
 from vtc.bench.prefill import cache_bytes, watched
 from vtc.bench.timing import Tick, interleave, settle, shared_copy
 from vtc.checkpoints import tiny
 from vtc.errors import OptionError, UnsupportedModelError, VTCError, first_line
 from vtc.methods import Method
+from vtc.models.configs import find_config, sketch
+from vtc.models.encoders import quiet
 from vtc.plan import explain
 from vtc.token_map import TokenMap
 
@@ -200,8 +200,8 @@ def compare(
 
         took = interleave({name: partial(first, name) for name in sides}, repeats, 1, tick=tick)
         report, kept = handle.report, int(handle.kept.sum())
-        intake = next(part for part in handle._parts if isinstance(part, Intake))
-        drawn = (handle.token_map, handle.grids, intake.positions.slots)
+        parent = next(part for part in handle.patches if isinstance(part, MultimodalPatch))
+        drawn = (handle.token_map, handle.grids, parent.positions.slots)
         counts = {"dense": (sum(report.before), sum(report.prompts)), "less": (sum(report.after), kept)}
         done: dict[str, Side] = {}
         for name, each in sides.items():

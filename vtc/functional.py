@@ -11,7 +11,6 @@ and know no prefix and no size. A selection's map has the `order` in which the t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,15 +19,17 @@ import torch
 from torch import Tensor
 
 from vtc import ops, scores
-from vtc.errors import InputError, OptionError
+from vtc.budget import goes_by_rounds, stays_at_once
+from vtc.checks import check, check_finite, check_number, check_seed
+from vtc.decide import in_rounds
+from vtc.errors import InputError
 from vtc.methods import idpruner, zoo_prune
-from vtc.methods.base import Tokens, check_budget, in_rounds
+from vtc.methods.base import Tokens
 from vtc.methods.downsample import coarse_grid, pool_map
 from vtc.methods.dpc_knn import dpc_knn_map
 from vtc.methods.order import selected
 from vtc.methods.pitome import check_pitome, pitome_round
 from vtc.methods.random import random_round
-from vtc.methods.selector import check_number, check_seed
 from vtc.methods.tome import tome_round
 from vtc.positions import ppe_positions
 from vtc.token_map import TokenMap
@@ -86,7 +87,7 @@ def random(
     """Keeps random tokens, the same ones for an image alone and in a batch."""
     check(features, prefix, mask, size)
     check_seed(seed)
-    removed = removals(features, keep, r, prefix, mask)
+    removed = goes_by_rounds(features, keep, r, prefix, mask)
     with torch.no_grad():
         return random_round(features, removed, seed, prefix, mask, size)
 
@@ -108,7 +109,7 @@ def downsample(
             f"grid {grid[0]}x{grid[1]} with prefix={prefix} is {prefix + grid[0] * grid[1]} tokens, "
             f"but features hold {features.shape[1]}"
         )
-    removed = removals(features, keep, None, prefix, None)
+    removed = goes_by_rounds(features, keep, None, prefix, None)
     assert isinstance(removed, int)
     coarse = coarse_grid(grid, grid[0] * grid[1] - removed)
     batch, tokens, _ = features.shape
@@ -186,7 +187,7 @@ def dpc_knn(features: Tensor, *, keep: float | int, neighbors: int = 5, mask: Te
     check_number("neighbors", neighbors, 1, whole=True)
     check(features, 0, mask)
     with torch.no_grad():
-        return dpc_knn_map(features, rounded(features, keep, mask), neighbors, mask)
+        return dpc_knn_map(features, stays_at_once(features, keep, mask), neighbors, mask)
 
 
 def zeroth_order_sensitivity(
@@ -203,62 +204,6 @@ def zeroth_order_sensitivity(
     return scores.sensitivity(projector, features, probes=probes, step=step, exact=exact, generator=generator)
 
 
-def check(features: Tensor, prefix: int = 0, mask: Tensor | None = None, size: Tensor | None = None) -> None:
-    """Raise InputError unless the tensors fit together and the features are finite."""
-    if features.ndim != 3 or not features.is_floating_point():
-        raise InputError(f"features must be a float tensor [B, N, D], not {features.dtype} {tuple(features.shape)}")
-    for name, other in (("mask", mask), ("size", size)):
-        if other is not None and other.shape != features.shape[:2]:
-            raise InputError(f"{name} must be {tuple(features.shape[:2])} like the features, not {tuple(other.shape)}")
-    if mask is not None and mask.dtype != torch.bool:
-        raise InputError(f"mask must be bool (True = real token), not {mask.dtype}")
-    if type(prefix) is not int or not 0 <= prefix <= features.shape[1]:
-        raise InputError(f"prefix={prefix!r} does not fit {features.shape[1]} tokens")
-    check_finite(features, "features")
-
-
-def check_finite(x: Tensor, what: str) -> None:
-    """Raise InputError on NaN or infinity; silent inside compiled graphs and CUDA graph capture, which cannot look."""
-    if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return
-    if not bool(torch.isfinite(x.detach().sum(dtype=torch.float32))):
-        raise InputError(f"the {what} hold NaN or infinity: no token can be compared; check the input and the weights")
-
-
-def removals(
-    features: Tensor, keep: float | int | None, r: int | None, prefix: int, mask: Tensor | None
-) -> int | Tensor:
-    """How many tokens go, for all images or, with a mask, for each ([B])."""
-    check_budget(keep, r)
-    if r is not None and not isinstance(r, int):
-        raise OptionError(f"r={r!r}: it takes one whole number; a list is for the layers of an encoder")
-    counts = [features.shape[1] - prefix] if mask is None else (mask.sum(1) - prefix).clamp(min=0).tolist()
-    gone = []
-    for count in counts:
-        if r is not None:
-            gone.append(min(r, count // 2))
-        elif isinstance(keep, int):
-            if keep > count:
-                raise OptionError(f"keep={keep} is more than the {count} tokens there are; keep=1.0 keeps all")
-            gone.append(count - keep)
-        else:
-            assert keep is not None
-            gone.append(min(math.floor(count - count * keep), max(0, count - 1)))
-    return gone[0] if mask is None else torch.tensor(gone, device=features.device)
-
-
-def rounded(features: Tensor, keep: float | int, mask: Tensor | None) -> int | Tensor:
-    """How many tokens stay where a method reduces once: max(1, round(keep T)), for all images or, with a mask, each."""
-    check_budget(keep)
-    if isinstance(keep, int):
-        removed = removals(features, keep, None, 0, mask)
-        return features.shape[1] - removed if mask is None else mask.sum(1) - removed
-    if mask is None:
-        return min(features.shape[1], max(1, round(features.shape[1] * keep)))
-    counts = [min(n, max(1, round(n * keep))) for n in mask.sum(1).tolist()]
-    return torch.tensor(counts, device=features.device)
-
-
 def _select(
     pick: Callable[..., Tensor], features: Tensor, keep: float | int, mask: Tensor | None, **scores: Tensor
 ) -> TokenMap:
@@ -269,7 +214,7 @@ def _select(
             raise InputError(f"{name} must be {tuple(features.shape[:2])} like the features, not {tuple(score.shape)}")
         check_finite(score if mask is None else score.masked_fill(~mask, 0), name)
     with torch.no_grad():
-        order = pick(ops.normalize(features), rounded(features, keep, mask), *scores.values())
+        order = pick(ops.normalize(features), stays_at_once(features, keep, mask), *scores.values())
     return selected(order, features.shape[1])
 
 
@@ -284,7 +229,7 @@ def _rounds(
     **options: Any,
 ) -> TokenMap:
     check(features, prefix, mask, size)
-    removed = removals(features, keep, r, prefix, mask)
+    removed = goes_by_rounds(features, keep, r, prefix, mask)
 
     def decide(tokens: Tokens, now: int | Tensor) -> TokenMap:
         return step(tokens.features, now, tokens.prefix, tokens.mask, tokens.size, **options)

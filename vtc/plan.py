@@ -10,14 +10,14 @@ from torch import nn
 
 from vtc import adapters
 from vtc.adapters import multimodal
-from vtc.adapters.multimodal import Gate
-from vtc.adapters.multimodal.family import VIDEO
+from vtc.adapters.encoders.block_patch import patch_on
+from vtc.adapters.encoders.rotary import column_slots
+from vtc.adapters.encoders.site import EncoderSite, Refusal
+from vtc.adapters.encoders.trial import check
+from vtc.adapters.multimodal import MultimodalSite
+from vtc.adapters.multimodal.families.base import VIDEO
 from vtc.adapters.multimodal.rotary import axes
 from vtc.adapters.multimodal.trial import try_positions
-from vtc.adapters.patch import patch_on
-from vtc.adapters.rotary import column_slots
-from vtc.adapters.site import Refusal, Site
-from vtc.adapters.trial import check
 from vtc.errors import OptionError
 from vtc.macs import attention
 from vtc.methods import Method, make
@@ -34,13 +34,13 @@ def explain(model: nn.Module, method: str | Method | None = None, **options: Any
     if isinstance(method, str) and not {"keep", "r", "flops"} & set(options):
         options["keep"] = 1.0
     chosen = None if method is None else make(method, **options)
-    sites: list[Site | Gate] = []
+    sites: list[EncoderSite | MultimodalSite] = []
     found: list[Encoder] = []
     for adapter, item in _find(model):
         if isinstance(item, Refusal):
             found.append(Encoder(item.path, item.kind, adapter, refusal=item.reason))
             continue
-        if isinstance(item, Gate):
+        if isinstance(item, MultimodalSite):
             found.append(_explain_gate(item, chosen))
         else:
             reason = _refuses(item, chosen)
@@ -53,11 +53,11 @@ def explain(model: nn.Module, method: str | Method | None = None, **options: Any
     return Explanation(type(model).__name__, name, tuple(found), tuple(sites))
 
 
-def _find(model: nn.Module) -> Iterator[tuple[str, Site | Gate | Refusal]]:
+def _find(model: nn.Module) -> Iterator[tuple[str, EncoderSite | MultimodalSite | Refusal]]:
     """Everything that can be reduced, or why not. The tower of a multimodal LLM is a part of it."""
     gates = list(multimodal.find(model))
     for gate in gates:
-        yield (gate.family.name if isinstance(gate, Gate) else "multimodal"), gate
+        yield (gate.family.name if isinstance(gate, MultimodalSite) else "multimodal"), gate
     for adapter, item in adapters.find(model):
         if gates and not item.path:
             continue  # the whole model is what its gate is judged as
@@ -65,7 +65,7 @@ def _find(model: nn.Module) -> Iterator[tuple[str, Site | Gate | Refusal]]:
             yield adapter, item
 
 
-def _explain_gate(gate: Gate, method: Method | None) -> Encoder:
+def _explain_gate(gate: MultimodalSite, method: Method | None) -> Encoder:
     decoder = getattr(gate.inner, gate.family.decoder)
     layers = len(getattr(decoder, "layers", ()))
     where = "" if method is None else "the decoder's input, once"
@@ -83,7 +83,7 @@ def _explain_gate(gate: Gate, method: Method | None) -> Encoder:
     return Encoder(gate.path, type(gate.inner).__name__, gate.family.name, layers, None, where, refusal)
 
 
-def _gate_refuses(gate: Gate, method: Method | None) -> str:
+def _gate_refuses(gate: MultimodalSite, method: Method | None) -> str:
     decoder = getattr(gate.inner, gate.family.decoder)
     if getattr(decoder, "rotary_emb", None) is None:
         return f"its decoder ({type(decoder).__name__}) has no rotary positions, which kept tokens would keep"
@@ -95,7 +95,7 @@ def _gate_refuses(gate: Gate, method: Method | None) -> str:
             slots_for(method.ppe, sections(axes(decoder.rotary_emb)))
         except OptionError as error:
             return str(error)
-    if getattr(method, "mode", "") == "resize":
+    if method.resizes:
         return 'mode="resize": give the processor a smaller image instead; mode="pool" works'
     if method.where == "tower":
         site = tower_site(gate)
@@ -115,7 +115,7 @@ def _gate_refuses(gate: Gate, method: Method | None) -> str:
         reasons.append(_bias_refuses(decoder))
     if any(reasons):
         return next(filter(None, reasons))
-    if getattr(method, "events", None) and VIDEO not in gate.family.kinds:
+    if method.groups_frames and VIDEO not in gate.family.kinds:
         return "events= merges the frames of videos, and vtc knows this family with images only"
     method.check(decoder.config.hidden_size)
     needs = (method.needs - method.optional) & {"attention", "middle", "keys"} if not method.encoder else frozenset()
@@ -175,7 +175,7 @@ def _bias_refuses(decoder: Any) -> str:
     return ""
 
 
-def _layer_refuses(gate: Gate, method: Method, layer: int) -> str:
+def _layer_refuses(gate: MultimodalSite, method: Method, layer: int) -> str:
     decoder = getattr(gate.inner, gate.family.decoder)
     depth = len(decoder.layers)
     if not 1 <= layer < depth:
@@ -196,7 +196,7 @@ def in_tower(method: Method) -> Method:
     return replace(method, positions="original")
 
 
-def tower_site(gate: Gate) -> Site | str:
+def tower_site(gate: MultimodalSite) -> EncoderSite | str:
     """The layers of a multimodal LLM's tower up to the one that is projected, or why it cannot be reduced."""
     reason = gate.family.in_tower
     if reason:
@@ -220,7 +220,7 @@ def tower_site(gate: Gate) -> Site | str:
     return f'where="tower": {type(gate.family.tower(gate.inner)).__name__} is no encoder that vtc knows'
 
 
-def _refuses(site: Site, method: Method | None) -> str:
+def _refuses(site: EncoderSite, method: Method | None) -> str:
     if method is not None:
         given = {"pooled=": method.pooled, "cascade=": method.cascade, "proportional=": method.proportional}
         given |= {"where=": method.where == "llm", method.name: not method.encoder}
@@ -250,7 +250,7 @@ def _refuses(site: Site, method: Method | None) -> str:
     if method.ppe:
         if isinstance(site.rotary, str):
             return f'positions={method.positions!r}: {site.rotary}; positions="original" works'
-        if getattr(method, "mode", "") == "resize":
+        if method.resizes:
             return (
                 f'positions={method.positions!r}: mode="resize" merges no tokens, so none has several; mode="pool" does'
             )
@@ -258,15 +258,15 @@ def _refuses(site: Site, method: Method | None) -> str:
             column_slots(*site.rotary(), method.ppe)
         except OptionError as error:
             return str(error)
-    if getattr(method, "mode", "") == "resize" and isinstance(site.resizable, str):
+    if method.resizes and isinstance(site.resizable, str):
         return f'mode="resize": {site.resizable}; mode="pool" works'
     return ""
 
 
-def _reduced(site: Site, method: Method | None) -> str:
+def _reduced(site: EncoderSite, method: Method | None) -> str:
     if method is None:
         return ""
-    if getattr(method, "mode", "") == "resize":
+    if method.resizes:
         return "the image, before the first layer"
     where = "layer 0" if method.one_shot else f"layers 0-{len(site.blocks) - 1}, between attention and MLP"
     if method.ppe and not isinstance(site.rotary, str):
@@ -306,7 +306,7 @@ class Explanation:
     model: str
     method: str | None
     encoders: tuple[Encoder, ...]
-    _sites: tuple[Site | Gate, ...] = ()
+    _sites: tuple[EncoderSite | MultimodalSite, ...] = ()
 
     @property
     def ok(self) -> bool:

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from vtc.adapters import huggingface, open_clip, timm
-from vtc.adapters.site import Refusal, Site
+from vtc.adapters.encoders import open_clip, timm
+from vtc.adapters.encoders import transformers as huggingface
+from vtc.adapters.encoders.site import EncoderSite, Refusal
 
 ADAPTERS = {adapter.name: adapter for adapter in (timm, open_clip, huggingface)}
 
 
-def find(model: nn.Module) -> Iterator[tuple[str, Site | Refusal]]:
+def find(model: nn.Module) -> Iterator[tuple[str, EncoderSite | Refusal]]:
     """(adapter name, encoder or refusal) for everything in `model` that some adapter knows."""
     for name, adapter in ADAPTERS.items():
         for found in adapter.find(model):

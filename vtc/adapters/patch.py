@@ -1,89 +1,71 @@
-"""What stands in for the `forward` of a block, and hears its keys."""
+"""What takes the place of a model's own parts, and how all of it comes off. Objects, not closures, so that deep copies
+refer to their own model."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import inspect
+from typing import Any
 
-import einops
-from torch import Tensor, nn
+from torch import nn
 
-from vtc.adapters.hooks import Hook, unhook
+from vtc.adapters.hooks import unhook
 from vtc.adapters.tracing import SCRIPT, Unscriptable
 
-if TYPE_CHECKING:
-    from vtc.adapters.tower import Tower
+_FORWARDS = ("forward", "_old_forward")  # accelerate's wrapper calls the second, and takes it back when it goes
 
 
-class PatchedForward:
-    """Stands in for one block's `forward`. An object, not a closure, so that deep copies refer to their own block."""
+class Patch:
+    """Takes the place of one attribute of a module. `name` is the attribute; `replaced` what an instance had there."""
 
-    def __init__(self, tower: Tower, index: int, block: nn.Module, name: str) -> None:
-        self.tower, self.index, self.block, self.name = tower, index, block, name
-        self.replaced = block.__dict__.get(name)
-        self.installed = False
-        self.ear: nn.Module | None = None  # whose output holds the keys
-        self.attention = type(tower.site.block.parts(block)[0])
+    installed = False
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
+        self.replaced = module.__dict__.get(name)
+        method = getattr(type(module), name, None)
+        if callable(method):  # `generate` looks at the arguments of what it calls
+            self.__signature__ = inspect.signature(method.__get__(module))
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
+        """What was there before."""
         if self.replaced is not None:
             return self.replaced(*args, **kwargs)
-        return type(self.block).forward(self.block, *args, **kwargs)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.installed:  # somebody wrapped this forward while it was ours, and kept it
-            return self.original(*args, **kwargs)
-        if args:
-            return self.tower.run(self, args[0], args[1:], kwargs)
-        name = next(iter(kwargs))  # e.g. hidden_states=
-        rest = {k: v for k, v in kwargs.items() if k != name}
-        return self.tower.run(self, kwargs[name], (), rest)
-
-    def listen(self) -> None:
-        """Hear the keys where they come from now: LoRA puts another module in the place of the one that was there."""
-        block = self.tower.site.block
-        assert block.keys is not None
-        ear = block.keys(self.block)
-        if ear is not self.ear:
-            if self.ear is not None:
-                unhook(self.ear, self)
-            ear.register_forward_hook(Hook("heard", self))
-            self.ear = ear
-
-    def heard(self, hook: Hook, args: tuple, output: Tensor) -> None:
-        now = self.tower.now
-        if now.ear is self:
-            now.keys = head_mean(output, self.tower.site.block.heads(self.block))
+        name = "forward" if self.name == "_old_forward" else self.name  # accelerate's name for it
+        return getattr(type(self.module), name)(self.module, *args, **kwargs)
 
     def install(self) -> None:
-        self.block.__dict__[self.name] = self
-        self.block.__dict__[SCRIPT] = Unscriptable()
+        self.module.__dict__[self.name] = self
         self.installed = True
 
     def remove(self) -> None:
-        """Take it off, also where accelerate has put a wrapper around it since: that one calls `_old_forward`."""
+        """Take it off, also where accelerate has put a wrapper around a forward since, which calls `_old_forward`."""
         self.installed = False
-        self.block.__dict__.pop(SCRIPT, None)
-        if self.ear is not None:
-            unhook(self.ear, self)
-        for name in ("forward", "_old_forward"):
-            if self.block.__dict__.get(name) is self:
-                if self.replaced is not None:
-                    self.block.__dict__[name] = self.replaced
-                elif name == "_old_forward":
-                    self.block.__dict__[name] = type(self.block).forward.__get__(self.block)
-                else:
-                    del self.block.__dict__[name]
+        held = self.module.__dict__
+        for name in _FORWARDS if self.name in _FORWARDS else (self.name,):
+            if held.get(name) is not self:
+                continue
+            if self.replaced is not None:
+                held[name] = self.replaced
+            elif name == "_old_forward":
+                held[name] = type(self.module).forward.__get__(self.module)
+            else:
+                del held[name]
 
 
-def head_mean(keys: Tensor, heads: int) -> Tensor:
-    """[B, H, N, D] or [B, N, H D] -> [B, N, D] float32, the mean over heads."""
-    pattern = "b h n d -> b n d" if keys.ndim == 4 else "b n (h d) -> b n d"
-    return einops.reduce(keys.detach().float(), pattern, "mean", h=heads)
+def forward_name(module: nn.Module) -> str:
+    """The attribute that holds a module's own forward: accelerate's wrapper calls it by another name."""
+    return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
 
 
-def patch_on(module: nn.Module) -> PatchedForward | None:
-    """Our patch on a module, also under a wrapper of accelerate's."""
-    for name in ("forward", "_old_forward"):
-        if isinstance(module.__dict__.get(name), PatchedForward):
-            return module.__dict__[name]
-    return None
+def strip(module: nn.Module) -> None:
+    """Take all that is ours off one module: patches, and those that hooks of ours know of, which somebody may have
+    wrapped; hooks; and the refusal to be scripted."""
+    for held in list(module.__dict__.values()):
+        if isinstance(held, Patch):
+            held.remove()
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        for patch in getattr(getattr(hook, "target", None), "patches", ()):
+            patch.remove()
+    if isinstance(module.__dict__.get(SCRIPT), Unscriptable):
+        del module.__dict__[SCRIPT]
+    unhook(module)

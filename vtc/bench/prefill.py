@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtc.adapters import multimodal
-from vtc.adapters.multimodal import Gate
+from vtc.adapters.multimodal import MultimodalSite
 from vtc.adapters.multimodal.cache import cache_name
-from vtc.adapters.multimodal.intake import Intake
+from vtc.adapters.multimodal.patch import MultimodalPatch
 from vtc.api import Handle, compress
 from vtc.bench.timing import Tick, interleave, settle, shared_copy
 from vtc.errors import UnsupportedModelError
@@ -126,13 +126,13 @@ class Runner:
         if self.handle is not None:
             watch_method(self.handle, self.watches["method"])
 
-    def watch_tower(self, found: Gate) -> None:
+    def watch_tower(self, found: MultimodalSite) -> None:
         """Time the model's own encoder, under whatever vtc puts around it."""
         for kind in found.family.kinds:
             own = getattr(found.inner, kind.encode)
             found.inner.__dict__[kind.encode] = self.watches["tower"].around(own)
 
-    def watch_layers(self, found: Gate) -> None:
+    def watch_layers(self, found: MultimodalSite) -> None:
         watch, layers = self.watches["layers"], getattr(found.inner, found.family.decoder).layers
         layers[0].register_forward_pre_hook(lambda *_: watch.start())
         layers[-1].register_forward_hook(lambda *_: watch.stop())
@@ -150,10 +150,10 @@ class Runner:
         return self.parts[part][-repeats:]
 
 
-def gate(model: nn.Module) -> Gate:
+def gate(model: nn.Module) -> MultimodalSite:
     """The multimodal part of a model."""
     for found in multimodal.find(model):
-        if isinstance(found, Gate):
+        if isinstance(found, MultimodalSite):
             return found
         raise UnsupportedModelError(f"{found.kind}: {found.reason}")
     raise UnsupportedModelError(f"{type(model).__name__} is no multimodal LLM that vtc knows")
@@ -161,10 +161,10 @@ def gate(model: nn.Module) -> Gate:
 
 def watch_method(handle: Handle, watch: Stopwatch) -> None:
     """Time what vtc itself does in a call: gathering evidence, deciding, shortening the prompt."""
-    for part in handle._parts:
-        if not isinstance(part, Intake):
+    for part in handle.patches:
+        if not isinstance(part, MultimodalPatch):
             continue
-        places: list[tuple[Any, str]] = [(part, "reduce"), (part.evidence, "gather"), (part.thinning, "reduce")]
+        places: list[tuple[Any, str]] = [(part, "reduce"), (part.evidence, "gather"), (part.decoder_patch, "reduce")]
         for owner, name in places:
             if owner is not None:
                 owner.__dict__[name] = watch.around(getattr(owner, name))
@@ -178,7 +178,7 @@ def watched(handle: Handle) -> Iterator[Stopwatch]:
     try:
         yield watch
     finally:
-        for part in handle._parts:
+        for part in handle.patches:
             for owner in (part, getattr(part, "evidence", None), getattr(part, "thinning", None)):
                 for name in ("reduce", "gather"):
                     getattr(owner, "__dict__", {}).pop(name, None)

@@ -110,7 +110,7 @@ class SaliencyModel(nn.Module):
         if len(shape) != 4 or shape[1] != 3 or min(shape) < 1 or shape[2] % PATCH or shape[3] % PATCH:
             raise InputError(
                 f"pixel_values has shape {shape}; it must be [B, 3, H, W] with H and W multiples of {PATCH}, "
-                "e.g. from vtc.images.preprocess(image, 224)"
+                "e.g. from vtc.models.images.preprocess(image, 224)"
             )
         height, width = shape[2:]
         patches = self.backbone(pixel_values).last_hidden_state[:, 1:]  # without the CLS token

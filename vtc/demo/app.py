@@ -10,7 +10,7 @@ import gradio as gr
 from vtc.demo import ask, look, see
 
 # What `launch` is given: how it looks, what may be uploaded, and that nothing goes out. Pictures above this size are
-# refused while they come in; how many pixels one may have says vtc.images.
+# refused while they come in; how many pixels one may have says vtc.models.images.
 LAUNCH: dict[str, Any] = {
     "theme": look.theme(),
     "css": look.CSS,

@@ -16,7 +16,7 @@ from PIL import Image
 import vtc
 from vtc.bench.timing import Tick
 from vtc.errors import VTCError
-from vtc.images import ImageError, load_image
+from vtc.models.images import ImageError, load_image
 from vtc.viz import curve
 from vtc.viz.figures import FAINT, INK
 
@@ -104,7 +104,7 @@ def picture(path: str) -> Image.Image:
     """An uploaded picture, at most SIDE pixels wide and high.
 
     Raises:
-        ImageError: as `vtc.images.load_image`; names the file as its owner does.
+        ImageError: as `vtc.models.images.load_image`; names the file as its owner does.
     """
     try:
         image = load_image(path)

@@ -19,8 +19,8 @@ from vtc.bench.timing import Tick, shared_copy
 from vtc.checkpoints import SaliencyModel, dinov2_saliency
 from vtc.demo import look
 from vtc.errors import OptionError
-from vtc.images import example_photo, load_image, preprocess
 from vtc.methods import Method, make
+from vtc.models.images import example_photo, load_image, preprocess
 from vtc.token_map import TokenMap
 from vtc.viz import heatmap, overlay
 
@@ -35,7 +35,7 @@ HEATS = ("Energy", "Norm")  # of every patch, in the dense encoder
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class PlacedTokens:
     """What a photograph became, on the CPU. `maps[l]`: image tokens to those after l layers; `heats[name][l]`: [rows,
     columns] of the dense encoder's there."""
 
@@ -68,7 +68,7 @@ def budget(name: str, schedule: str, value: float) -> Method:
     return make(name, **({"keep": int(value)} if option == "tokens" else {option: float(value)}))
 
 
-def run(image: Image.Image, method: Method, repeats: int = REPEATS, *, tick: Tick | None = None) -> Seen:
+def run(image: Image.Image, method: Method, repeats: int = REPEATS, *, tick: Tick | None = None) -> PlacedTokens:
     """One photograph, dense and compressed: groups and heat after every layer, both saliency maps, tokens and times.
 
     Raises:
@@ -91,17 +91,17 @@ def run(image: Image.Image, method: Method, repeats: int = REPEATS, *, tick: Tic
     crop = ImageOps.fit(image, (32 * GRID, 32 * GRID))
     dense, less = (each.cpu() for each in found.saliency)
     found = replace(found, token_map=maps[-1], saliency=(dense, less))
-    return Seen(crop, found, maps, {name: heat.view(-1, GRID, GRID) for name, heat in heats.items()})
+    return PlacedTokens(crop, found, maps, {name: heat.view(-1, GRID, GRID) for name, heat in heats.items()})
 
 
-def layer(seen: Seen, number: int, heat: str) -> tuple[Image.Image, Image.Image]:
+def layer(seen: PlacedTokens, number: int, heat: str) -> tuple[Image.Image, Image.Image]:
     """The groups after `number` layers, and the heat map there."""
     values = seen.heats[heat][number]
     low, high = values.min(), values.max()
     return overlay(seen.crop, seen.maps[number], (GRID, GRID)), heatmap(seen.crop, (values - low) / (high - low + 1e-9))
 
 
-def figures(seen: Seen) -> str:
+def figures(seen: PlacedTokens) -> str:
     """The numbers, as HTML."""
     found, report = seen.found, seen.found.report
     before, after, giga = report.before[0], report.after[0], 1e9
@@ -128,7 +128,7 @@ def figures(seen: Seen) -> str:
     )
 
 
-def tokens_chart(seen: Seen) -> str:
+def tokens_chart(seen: PlacedTokens) -> str:
     """Tokens after every layer, as HTML."""
     name = type(seen.found.method).__name__
     rows = [
@@ -202,7 +202,7 @@ def build(gpu: Callable[..., Any]) -> dict[str, Any]:
             taken = look.picture(path)
         return taken, taken
 
-    def drawn(seen: Seen, at: float, kind: str) -> list[Any]:
+    def drawn(seen: PlacedTokens, at: float, kind: str) -> list[Any]:
         pair = layer(seen, int(at), kind)
         count = seen.maps[int(at)].anchor.shape[1]
         where = f"After {int(at)} layer{'s' * (at != 1)}: {count} tokens"
@@ -229,7 +229,7 @@ def build(gpu: Callable[..., Any]) -> dict[str, Any]:
         less = gr.update(value=maps[1], label=f"Saliency, compressed: correlation {seen.found.correlation:.3f}")
         return [seen, figures(seen), *drawn(seen, at, kind), maps[0], less, tokens_chart(seen)]
 
-    def turn(seen: Seen | None, at: float, kind: str) -> list[Any]:
+    def turn(seen: PlacedTokens | None, at: float, kind: str) -> list[Any]:
         return [gr.skip(), gr.skip()] if seen is None else drawn(seen, at, kind)
 
     private: dict[str, Any] = {"api_visibility": "private"}

@@ -2,7 +2,7 @@
 
 import sys
 
-from vtc.cli import main
+from vtc.cli.command import main
 
 if __name__ == "__main__":
     sys.exit(main(["eval", *sys.argv[1:]]))

@@ -19,7 +19,7 @@ from torch import Tensor
 import vtc
 from vtc.eval import common
 from vtc.eval.common import Candidate, Results
-from vtc.images import load_image, preprocess
+from vtc.models.images import load_image, preprocess
 
 FOLDS, NEIGHBOURS, BLOCK = 5, 5, 164
 INSTALL = "pip install --no-deps elpv-dataset==1.0.0.post1"

@@ -15,7 +15,7 @@ from torch import Tensor
 import vtc
 from vtc.eval import common
 from vtc.eval.common import Candidate, Results
-from vtc.images import load_image, preprocess
+from vtc.models.images import load_image, preprocess
 
 # Package and file of every photograph. All lie in the wheels; nothing is downloaded. Two disjoint splits: presets were
 # searched on "search" alone.

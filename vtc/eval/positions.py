@@ -27,7 +27,7 @@ from vtc import functional
 from vtc.eval import common
 from vtc.eval.common import Results
 from vtc.eval.photos import PHOTOS, locate
-from vtc.images import load_image, preprocess
+from vtc.models.images import load_image, preprocess
 from vtc.positions import combine, members, slot_of_pair
 from vtc.token_map import TokenMap
 

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 import vtc
 from vtc import ops
-from vtc.adapters.patch import head_mean
-from vtc.adapters.site import Site
+from vtc.adapters.encoders.site import Site
+from vtc.budget import per_layer
 from vtc.eval import common, elpv, photos
 from vtc.eval.common import Results
 from vtc.methods import Method
 from vtc.methods.base import Tokens
 from vtc.methods.pitome import PRESETS
-from vtc.schedule import removals
+from vtc.scores.attention import head_mean
 from vtc.token_map import TokenMap
 
 LEVELS = (0.55, 0.40)
@@ -154,7 +154,7 @@ def run(
             weights = graph(seen[:, 1:])
             before = spectrum(weights)
             for level, label, method in compared:
-                r = removals(method, seen.shape[1] - 1, len(keys), macs)[0]
+                r = per_layer(method, seen.shape[1] - 1, len(keys), macs)[0]
                 tokens = Tokens(features=seen, keys=seen, prefix=1, layer=layer, depth=len(keys))
                 step = method.decide(tokens, r).drop_prefix(1)
                 found.setdefault((level, label, layer), []).append(judge(weights, before, seen[:, 1:], step))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
+from vtc.budget import Budget
+from vtc.checks import check_fraction, is_int
 from vtc.errors import OptionError
 from vtc.positions.ppe import PPE, Positions, read
 from vtc.token_map import TokenMap
@@ -102,6 +103,8 @@ class Method:
     in_decoder: ClassVar[bool] = False  # drops tokens behind a layer of the decoder
     encoder: ClassVar[bool] = True  # works inside a vision encoder; False: only where a multimodal LLM takes its tokens
     turned: ClassVar[bool] = False  # reads `Tokens.rotary`
+    resizes: ClassVar[bool] = False  # shrinks the image itself; a property where it depends on options, as the next
+    groups_frames: ClassVar[bool] = False  # merges once more what is alike in a video's frames: `events_of`
     # Fields of Tokens beyond the features that `decide` reads. A property where it depends on options.
     needs: ClassVar[frozenset[str]] = frozenset()
     optional: ClassVar[frozenset[str]] = frozenset()  # of those, what `decide` can do without
@@ -109,7 +112,7 @@ class Method:
     def __post_init__(self) -> None:
         if isinstance(self.r, list):
             object.__setattr__(self, "r", tuple(self.r))
-        check_budget(self.keep, self.r, self.flops)
+        _ = self.budget  # which checks them
         for name in ("pooled", "proportional"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r}: it takes True or False")
@@ -140,6 +143,11 @@ class Method:
             )
 
     @property
+    def budget(self) -> Budget:
+        """What stays. Raises OptionError."""
+        return Budget(self.keep, self.r, self.flops)
+
+    @property
     def ppe(self) -> PPE | None:
         """How merged tokens carry their members' positions; None = they carry their anchor's."""
         return None if self.positions == "original" else PPE() if self.positions == "ppe" else self.positions  # type: ignore[return-value]
@@ -151,6 +159,10 @@ class Method:
 
     def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
         """Remove `r` tokens behind the prefix: an int, or [B] when there is a mask (a ragged batch)."""
+        raise NotImplementedError
+
+    def events_of(self, means: Tensor) -> list[list[int]]:
+        """Of a method that groups frames: the frames of every event, in order, from the frames' means [F, C]."""
         raise NotImplementedError
 
     def check(self, width: int) -> None:
@@ -172,65 +184,9 @@ def _read_cascade(value: Any) -> tuple[tuple[int, float], ...]:
     except (TypeError, ValueError):
         raise OptionError(f"cascade={value!r}: it takes {{layer: fraction that stays}}, such as {{11: 0.45}}") from None
     for layer, keep in pairs:
-        if not _is_int(layer) or layer < 1:
+        if not is_int(layer) or layer < 1:
             raise OptionError(f"cascade: layer {layer!r} is no decoder layer >= 1; for the decoder's input give keep=")
         check_fraction(f"cascade at layer {layer}: keep", keep, or_count=False)
     if len({layer for layer, _ in pairs}) < len(pairs):
         raise OptionError(f"cascade={value!r} names a layer twice")
     return tuple(pairs)
-
-
-def check_budget(keep: Any = None, r: Any = None, flops: Any = None) -> None:
-    """Raise OptionError unless exactly one budget is given, of the right type and range."""
-    given = {k: v for k, v in {"keep": keep, "r": r, "flops": flops}.items() if v is not None}
-    if len(given) != 1:
-        what = "no budget given" if not given else f"{' and '.join(given)} given together"
-        raise OptionError(f"{what}: give one of keep= (what stays), r= (tokens removed per layer) or flops=")
-    if keep is not None:
-        check_fraction("keep", keep, or_count=True)
-    if flops is not None:
-        check_fraction("flops", flops, or_count=False)
-    if r is not None:
-        counts = r if isinstance(r, (tuple, list)) else (r,)
-        if not counts or any(not _is_int(n) or n < 0 for n in counts):
-            raise OptionError(f"r={r!r}: it takes a whole number of tokens >= 0, or a list with one per layer")
-
-
-def check_fraction(name: str, value: Any, *, or_count: bool) -> None:
-    count = " or a whole number of tokens >= 1" if or_count else ""
-    if _is_int(value) and or_count:
-        if value < 1:
-            raise OptionError(f"{name}={value!r}: it takes a fraction in (0, 1]{count}; it says what stays")
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise OptionError(f"{name}={value!r}: it takes a fraction in (0, 1]{count}, not {type(value).__name__}")
-    elif not 0 < value <= 1:  # NaN too
-        raise OptionError(f"{name}={value!r}: out of range, it takes a fraction in (0, 1]{count}; it says what stays")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def in_rounds(decide: Callable[[Tokens, int | Tensor], TokenMap], tokens: Tokens, removed: int | Tensor) -> TokenMap:
-    """The decision of a method that removes at most half in one round (`halves`): as many rounds as `removed` takes, an
-    int or, with a mask, [B]. What merged in one round counts as one token in the next."""
-    total: TokenMap | None = None
-    while True:
-        if isinstance(removed, Tensor):
-            assert tokens.mask is not None
-            now: int | Tensor = torch.minimum(removed, (tokens.mask.sum(1) - tokens.prefix).clamp(min=0) // 2)
-            done = not bool((removed > 0).any())
-        else:
-            now, done = min(removed, (tokens.features.shape[1] - tokens.prefix) // 2), removed == 0
-        if total is not None and done:
-            return total
-        step = decide(tokens, now)
-        total = step if total is None else total.compose(step)
-        removed = removed - now
-        tokens = replace(
-            tokens,
-            features=step.merge(tokens.features),
-            keys=None if tokens.keys is None else step.merge(tokens.keys),
-            size=step.size,
-            mask=None if tokens.mask is None else step.mask(),
-        )

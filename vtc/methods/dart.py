@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from vtc import ops
+from vtc.checks import check_number
 from vtc.methods.base import Tokens
 from vtc.methods.order import joined, marked
-from vtc.methods.selector import Selector, check_number, checked, evidence
+from vtc.methods.selector import Selector, checked, evidence
 
 
 @dataclass(frozen=True)

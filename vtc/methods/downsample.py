@@ -36,6 +36,10 @@ class Downsample(Method):
         if self.r is not None:
             raise OptionError(f"r={self.r!r} is per layer, but downsample reduces once: give keep= or flops=")
 
+    @property
+    def resizes(self) -> bool:  # type: ignore[override]
+        return self.mode == "resize"
+
     def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
         if tokens.grid is None:
             raise OptionError("downsample needs the patches' rows and columns: pass grid=(rows, columns)")

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from vtc import ops
+from vtc.checks import check_fraction, check_number
 from vtc.errors import OptionError
-from vtc.methods.base import Method, Tokens, check_fraction
+from vtc.methods.base import Method, Tokens
 from vtc.methods.order import marked
-from vtc.methods.selector import check_number, stays
+from vtc.methods.selector import stays
 from vtc.token_map import TokenMap
 
 
@@ -49,11 +50,14 @@ class DPCKNN(Method):
                     "events= merges frames, then events, each to a fraction: give keep= as one, not pooled"
                 )
 
+    @property
+    def groups_frames(self) -> bool:  # type: ignore[override]
+        return self.events is not None
+
     def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
         return dpc_knn_map(tokens.features, stays(tokens, r), self.neighbors, tokens.mask, tokens.size)
 
     def events_of(self, means: Tensor) -> list[list[int]]:
-        """The frames of every event, in order, from the frames' means [F, C]."""
         assert self.events is not None
         group = dpc_knn_map(means[None], max(1, round(len(means) * self.events)), self.neighbors).group[0].tolist()
         return [[i for i, mine in enumerate(group) if mine == event] for event in range(max(group) + 1)]

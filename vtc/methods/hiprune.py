@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from vtc import ops
+from vtc.checks import check_number
 from vtc.errors import OptionError
 from vtc.methods.base import Tokens
-from vtc.methods.selector import Selector, check_number, checked, each, evidence
+from vtc.methods.selector import Selector, checked, each, evidence
 
 
 @dataclass(frozen=True)

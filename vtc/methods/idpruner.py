@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vtc import ops
+from vtc.checks import check_number
 from vtc.errors import OptionError
 from vtc.methods.base import Tokens
-from vtc.methods.selector import Selector, check_number, checked, evidence, minmax, rank
+from vtc.methods.selector import Selector, checked, evidence, minmax, rank
 
 NORMALIZE = ("minmax", "rank", "none")
 # What each kind of importance reads.

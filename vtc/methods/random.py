@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vtc import ops
+from vtc.checks import check_seed
 from vtc.methods.base import Method, Tokens
-from vtc.methods.selector import check_seed
 from vtc.token_map import TokenMap
 
 

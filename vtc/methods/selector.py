@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -97,7 +96,7 @@ def evidence(tokens: Tokens, field: str, method: str) -> Any:
 
 def checked(scores: Tensor, what: str, tokens: Tokens) -> Tensor:
     """`scores` as float32, once they are [B, N] and finite; 0 on padding."""
-    from vtc.functional import check_finite  # which imports the methods
+    from vtc.checks import check_finite
 
     if scores.shape != tokens.features.shape[:2]:
         raise InputError(f"{what} must be {tuple(tokens.features.shape[:2])}, not {tuple(scores.shape)}")
@@ -123,15 +122,3 @@ def rank(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is not None:
         scores, others = scores.masked_fill(~mask, float("inf")), mask.sum(1, keepdim=True) - 1.0
     return torch.searchsorted(scores.sort(1).values, scores) / others.clamp(min=1)
-
-
-def check_seed(seed: Any) -> None:
-    check_number("seed", seed, 0, 2**62, whole=True)  # generators hold 64 bits, and the layer's number is added
-
-
-def check_number(name: str, value: Any, low: float, high: float = math.inf, *, whole: bool = False) -> None:
-    """Raise OptionError unless `value` is a number in [low, high]."""
-    kind = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high or math.isinf(value):
-        span = f">= {low}" if math.isinf(high) else f"in [{low}, {high}]"
-        raise OptionError(f"{name}={value!r}: it takes a {'whole ' if whole else ''}number {span}")

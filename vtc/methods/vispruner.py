@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from vtc import ops
+from vtc.checks import check_number
 from vtc.methods.base import Tokens
 from vtc.methods.order import joined, marked, packed
-from vtc.methods.selector import Selector, check_number, checked, each, evidence
+from vtc.methods.selector import Selector, checked, each, evidence
 from vtc.ops import definitions, selection
 
 _PER_ROUND = 8  # duplicates that go at a time

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from vtc import ops
+from vtc.checks import check_number, check_seed
 from vtc.errors import OptionError
 from vtc.methods.base import Tokens
-from vtc.methods.selector import Selector, check_number, check_seed, checked, evidence, minmax
+from vtc.methods.selector import Selector, checked, evidence, minmax
 
 # A projector that is linear is equally sensitive everywhere; what differs then is rounding.
 _FLAT = 1e-3

@@ -1,8 +1,8 @@
 """Where importance comes from: pure functions on tensors, every score [B, N] float32."""
 
 from vtc.scores.attention import attention_received, cls_attention, last_query_attention
-from vtc.scores.recognize import entrance
-from vtc.scores.selector import Selector, diff_top_k, load_selector, save_selector
+from vtc.scores.projector_form import entrance
+from vtc.scores.scorer import Selector, diff_top_k, load_selector, save_selector
 from vtc.scores.sensitivity import sensitivity
 from vtc.scores.simple import norm, relevance
 

@@ -8,12 +8,19 @@ batch, with `mask` [B, N] True = real; padding neither attends nor is attended t
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import einops
 from torch import Tensor
 
+if TYPE_CHECKING:
+    pass
+
+
 from vtc import ops
+from vtc.checks import check_mask
 from vtc.errors import InputError
 from vtc.ops.definitions import attention
-from vtc.scores.simple import check_mask
 
 
 def attention_received(
@@ -103,3 +110,9 @@ def _check(query: Tensor, key: Tensor) -> None:
         raise InputError(f"query {tuple(query.shape)} and key {tuple(key.shape)} do not fit together")
     if query.shape[1] % key.shape[1]:
         raise InputError(f"{query.shape[1]} query heads cannot share {key.shape[1]} key heads evenly")
+
+
+def head_mean(keys: Tensor, heads: int) -> Tensor:
+    """[B, H, N, D] or [B, N, H D] -> [B, N, D] float32, the mean over heads."""
+    pattern = "b h n d -> b n d" if keys.ndim == 4 else "b n (h d) -> b n d"
+    return einops.reduce(keys.detach().float(), pattern, "mean", h=heads)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from vtc import ops
+from vtc.checks import check_mask
 from vtc.errors import InputError, OptionError
-from vtc.scores.recognize import in_type, own_dtype, recognize
-from vtc.scores.simple import TILE, can_look, check_mask
+from vtc.scores.projector_form import in_type, own_dtype, recognize
+from vtc.scores.simple import TILE, can_look
 from vtc.scores.weights import put_away, unreadable
 
 _logger = logging.getLogger(__name__)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtc.errors import InputError
 from vtc.ops import normalize
 
 # Float values of the largest intermediate that a score holds at one time (64 MiB in float32).
@@ -42,12 +41,6 @@ def relevance(
         words = words.where(text_mask[..., None], 0.0)
     prompt = normalize(words.mean(1) if words.shape[1] else words.new_zeros(len(words), words.shape[2]))
     return (normalize(features) @ prompt[..., None])[..., 0]
-
-
-def check_mask(mask: Tensor | None, shape: tuple[int, ...] | torch.Size) -> None:
-    """Raise InputError unless the mask is bool and of this shape."""
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != torch.Size(shape)):
-        raise InputError(f"mask must be bool {tuple(shape)} (True = real), not {mask.dtype} {tuple(mask.shape)}")
 
 
 def can_look(x: Tensor) -> bool:

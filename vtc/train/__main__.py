@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vtc.errors import OptionError, VTCError
-from vtc.scores.selector import save_selector
+from vtc.scores.scorer import save_selector
 from vtc.train.data import open_examples
 from vtc.train.loop import train_selector
 from vtc.train.selection import SELECTIONS
@@ -16,7 +16,7 @@ from vtc.train.selection import SELECTIONS
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `python -m vtc.train`. Returns the exit code: 2 = bad input."""
-    from vtc.arguments import _Parser, count, fail, fraction
+    from vtc.cli.arguments import _Parser, count, fail, fraction
 
     parser = _Parser(prog="python -m vtc.train", description="Train IDPruner's scorer for a multimodal LLM.")
     add = parser.add_argument

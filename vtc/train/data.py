@@ -37,7 +37,7 @@ class Examples(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         from vtc.chat import question
-        from vtc.images import load_image
+        from vtc.models.images import load_image
 
         paths, prompt, answer = self.rows[index]
         found: dict[str, Any] = dict(question(self.processor, [load_image(path) for path in paths], prompt))

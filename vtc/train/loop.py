@@ -15,10 +15,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from vtc.adapters import multimodal
-from vtc.adapters.multimodal import Gate
-from vtc.adapters.multimodal.standins import StandIn
+from vtc.adapters.multimodal import MultimodalSite
+from vtc.adapters.patch import Patch
 from vtc.errors import InputError, OptionError, UnsupportedModelError
-from vtc.scores.selector import Selector
+from vtc.scores.scorer import Selector
 from vtc.train.selection import SELECTIONS, Selection, selecting
 
 _FORMAT = "vtc-selector-training-1"
@@ -126,17 +126,17 @@ def train_selector(
 # -- a run ----------------------------------------------------------------------------------------------------------
 
 
-def _gate(model: nn.Module) -> Gate:
+def _gate(model: nn.Module) -> MultimodalSite:
     found = list(multimodal.find(model))
-    if len(found) != 1 or not isinstance(found[0], Gate):
+    if len(found) != 1 or not isinstance(found[0], MultimodalSite):
         reason = "; ".join(getattr(item, "reason", item.path) for item in found) or "no multimodal LLM that vtc knows"
         raise UnsupportedModelError(f"{type(model).__name__}: a scorer cannot be trained for it ({reason})")
-    if any(isinstance(x, StandIn) for x in found[0].inner.__dict__.values()):
+    if any(isinstance(x, Patch) for x in found[0].inner.__dict__.values()):
         raise UnsupportedModelError("the model is compressed: call vtc.remove(model), then train its scorer")
     return found[0]
 
 
-def _start(model: Any, gate: Gate, hidden: int | None, seed: int, given: Selector | None) -> Selector:
+def _start(model: Any, gate: MultimodalSite, hidden: int | None, seed: int, given: Selector | None) -> Selector:
     width = gate.inner.config.get_text_config().hidden_size
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     if given is None:

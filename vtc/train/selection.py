@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from vtc import ops
-from vtc.adapters.multimodal import Gate
-from vtc.adapters.multimodal.family import Kind
-from vtc.adapters.multimodal.standins import StandIn
+from vtc.adapters.multimodal import MultimodalSite
+from vtc.adapters.multimodal.families.base import Modality
+from vtc.adapters.patch import Patch
 from vtc.errors import InputError, UnsupportedModelError
 from vtc.methods.order import marked
-from vtc.scores.selector import Selector, diff_top_k
+from vtc.scores.scorer import Selector, diff_top_k
 
 SELECTIONS = ("soft", "hard")
 _HIDDEN = 1e-6  # the weight of a token that is not seen: at 0 there would be no gradient
@@ -42,7 +42,7 @@ class Selection:
     busy = False  # one encoder may call the other
     seen = False  # there were image tokens in this call
 
-    def __init__(self, gate: Gate, selector: Selector, how: str, fill: str) -> None:
+    def __init__(self, gate: MultimodalSite, selector: Selector, how: str, fill: str) -> None:
         self.gate, self.selector, self.how, self.fill = gate, selector, how, fill
         self.weights: dict[str, Tensor] = {}
         self.ids: Tensor | None = None
@@ -130,10 +130,10 @@ class Selection:
         return (weight + _HIDDEN).log().view(self.ids.shape)
 
 
-class _Encode(StandIn):
+class _Encode(Patch):
     """For `get_image_features` and `get_video_features`."""
 
-    def __init__(self, selection: Selection, kind: Kind) -> None:
+    def __init__(self, selection: Selection, kind: Modality) -> None:
         super().__init__(selection.gate.inner, kind.encode)
         self.selection, self.kind, self.names = selection, kind, list(self.__signature__.parameters)
 
@@ -141,7 +141,7 @@ class _Encode(StandIn):
         return self.selection.encode(self, args, kwargs)
 
 
-class _Decode(StandIn):
+class _Decode(Patch):
     """For the decoder's `forward`, whose mask gets the weights."""
 
     def __init__(self, selection: Selection) -> None:
@@ -182,7 +182,7 @@ def selecting(model: nn.Module, selection: Selection) -> Iterator[None]:
     inner = selection.gate.inner
     trained = [p for p in model.parameters() if p.requires_grad]
     kept = {k: v for k, v in inner.__dict__.items() if k == "rope_deltas"}  # Qwen models remember the last prompt's
-    patches: list[StandIn] = [_Encode(selection, kind) for kind in selection.gate.family.kinds]
+    patches: list[Patch] = [_Encode(selection, kind) for kind in selection.gate.family.kinds]
     patches += [_Decode(selection)] if selection.how == "hard" else []
     try:
         for p in trained:

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from vtc.adapters.multimodal.anyres import LlavaNext, LlavaOnevision
-from vtc.adapters.multimodal.family import Family
-from vtc.adapters.multimodal.llava import Llava, PaliGemma
+from vtc.adapters.encoders.site import Refusal
+from vtc.adapters.multimodal.families.base import Family
+from vtc.adapters.multimodal.families.llava import Llava, PaliGemma
+from vtc.adapters.multimodal.families.llava_next import LlavaNext, LlavaOnevision
+from vtc.adapters.multimodal.families.pooled import Gemma3, Idefics3, InternVL
+from vtc.adapters.multimodal.families.qwen_vl import QwenVL
 from vtc.adapters.multimodal.owners import Owners, around, foreign, known_as
-from vtc.adapters.multimodal.pooled import Gemma3, Idefics3, InternVL
-from vtc.adapters.multimodal.qwen_vl import QwenVL
-from vtc.adapters.site import Refusal
 
 FAMILIES: dict[str, Family] = {
     family.name: family()
@@ -23,7 +23,7 @@ FAMILIES: dict[str, Family] = {
 
 
 @dataclass(frozen=True)
-class Gate:
+class MultimodalSite:
     """One multimodal model that was found: the part without language head, and the models around it."""
 
     path: str
@@ -32,7 +32,7 @@ class Gate:
     owners: Owners
 
 
-def find(model: nn.Module) -> Iterator[Gate | Refusal]:
+def find(model: nn.Module) -> Iterator[MultimodalSite | Refusal]:
     """Every multimodal LLM in `model`; those of unknown families, and those in unknown models, as refusals."""
     known = {name: family for family in FAMILIES.values() for name in family.classes}
     for path, module in model.named_modules():
@@ -42,7 +42,11 @@ def find(model: nn.Module) -> Iterator[Gate | Refusal]:
             owners = around(model, module, known)
             if name != kind and foreign(module, name):
                 owners = f"{kind} has a forward that is not that of transformers' {name}; use {name} itself"
-            yield Refusal(path, kind, owners) if isinstance(owners, str) else Gate(path, known[name], module, owners)
+            yield (
+                Refusal(path, kind, owners)
+                if isinstance(owners, str)
+                else MultimodalSite(path, known[name], module, owners)
+            )
         elif hasattr(module, "get_placeholder_mask") and hasattr(module, "language_model"):
             families = "; ".join(family.covers for family in FAMILIES.values())
             yield Refusal(path, kind, f"no adapter for this multimodal family; there are {families}")

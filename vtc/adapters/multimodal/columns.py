@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtc.adapters.multimodal.cache import Entries
-from vtc.adapters.multimodal.question import Record, present
+from vtc.adapters.multimodal.token_batch import CallRecord, present
 from vtc.errors import InputError
 
 # Arguments with a column per token that are cut, or mean nothing behind the language head.
@@ -66,7 +66,7 @@ def shorter(call: Mapping[str, Any], columns: Tensor, entries: Entries, length: 
     return short
 
 
-def check_asked(asked: Any, record: Record) -> None:
+def check_asked(asked: Any, record: CallRecord) -> None:
     """Refuse a `logits_to_keep` that asks for columns that went away. Of the last K the first may be one: what is said
     there is about the next column, by the last one before it that stayed."""
     kept, length = record.kept, record.kept.shape[1]
@@ -92,7 +92,7 @@ def check_asked(asked: Any, record: Record) -> None:
         )
 
 
-def as_asked(asked: Any, record: Record, hidden: Tensor) -> Tensor:
+def as_asked(asked: Any, record: CallRecord, hidden: Tensor) -> Tensor:
     """The decoder's rows [B, S, C] at the prompt's columns [B, L, C], for a model around to index as it does; at its
     last K where that is all it reads. A removed column has the last row before it."""
     batch, length = record.kept.shape

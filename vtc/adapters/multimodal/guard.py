@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vtc.adapters.guard import enclosing, recomputing, refuse_replica
+from vtc.adapters.encoders.guard import enclosing, recomputing, refuse_replica
 from vtc.adapters.hooks import Hook, Scope
 from vtc.errors import InputError
-
-if TYPE_CHECKING:
-    from vtc.adapters.multimodal.intake import Intake
 
 
 class Guard:
@@ -31,17 +28,17 @@ class Guard:
         ends: [2, C], the first and the last row of the projector's last output, until a prompt takes them in.
     """
 
-    def __init__(self, intake: Intake) -> None:
-        self.intake = intake
+    def __init__(self, parent: Any) -> None:
+        self.parent = parent
         self.open: list[tuple[Any, int, int, int]] = []
         self.images = self.prompts = 0
         self.ends: Tensor | None = None
 
     def install(self, root: nn.Module) -> None:
-        for module in enclosing(root, self.intake.inner):
+        for module in enclosing(root, self.parent.inner):
             module.register_forward_pre_hook(Scope("enter", self))
             module.register_forward_hook(Scope("close", self), always_call=True)
-        self.intake.family.projector(self.intake.inner).register_forward_hook(Hook("projected", self))
+        self.parent.family.projector(self.parent.inner).register_forward_hook(Hook("projected", self))
 
     def projected(self, hook: Hook, args: tuple, output: Any) -> None:
         if torch.compiler.is_compiling() or recomputing() or not isinstance(output, Tensor) or not output.numel():
@@ -66,7 +63,7 @@ class Guard:
         """Raise where another thread is in the model."""
         if self.open and self.open[0][1] != threading.get_ident():
             raise InputError(
-                f"another thread is in {self.intake.where}: vtc works on one call of it at a time; take turns, or give "
+                f"another thread is in {self.parent.where}: vtc works on one call of it at a time; take turns, or give "
                 "each thread a copy (copy.deepcopy)"
             )
 
@@ -93,14 +90,14 @@ class Guard:
     @property
     def past(self) -> str:
         return (
-            f"were filled in before {type(self.intake.inner).__name__}'s own forward, where vtc takes them out: pass "
+            f"were filled in before {type(self.parent.inner).__name__}'s own forward, where vtc takes them out: pass "
             "it the pixels, with the ids or the embeddings, or call vtc.remove(model)"
         )
 
     @property
     def idle(self) -> bool:
         """Whether every image keeps all of its tokens."""
-        method = self.intake.method
+        method = self.parent.method
         return isinstance(method.keep, float) and method.keep == 1.0 and not method.cascade
 
     def saw(self, images: bool, call: dict[str, Any]) -> None:

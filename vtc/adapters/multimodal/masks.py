@@ -12,7 +12,7 @@ from vtc.adapters.multimodal.cache import Entries
 from vtc.errors import InputError
 
 if TYPE_CHECKING:
-    from vtc.adapters.multimodal.question import Question
+    from vtc.adapters.multimodal.token_batch import TokenBatch
 
 
 def padding(mask: Any) -> Tensor | None:
@@ -29,7 +29,7 @@ def words(mask: Any, rows: int) -> Tensor | None:
     return shown.diagonal(shown.shape[2] - rows, 1, 2)
 
 
-def check_text(name: str, call: Mapping[str, Any], question: Question, past: int) -> None:
+def check_text(name: str, call: Mapping[str, Any], question: TokenBatch, past: int) -> None:
     """Refuse a prompt whose last word does not see all its images, to a method that reads the words."""
     mask, seen = call.get("attention_mask"), True
     found = packs(call.get("position_ids"), padding(mask), question.length)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from vtc.adapters.multimodal.standins import StandIn
+from vtc.adapters.patch import Patch
 
 # Modules that hand the call on as it is.
 _WRAPPERS = {"torch.OptimizedModule", "torch.DataParallel", "torch.DistributedDataParallel"}
@@ -72,7 +72,7 @@ def foreign(module: nn.Module, name: str) -> bool:
     kind: Any = next(kind for kind in type(module).__mro__ if kind.__name__ == name)
     own = inspect.unwrap(kind.forward)
     placed = (inspect.unwrap(module.__dict__[key]) for key in _PLACES if key in module.__dict__)
-    replaced = any(getattr(one, "__func__", one) is not own for one in placed if not isinstance(one, StandIn))
+    replaced = any(getattr(one, "__func__", one) is not own for one in placed if not isinstance(one, Patch))
     writer = next(base for base in kind.__mro__ if "forward" in vars(base))
     return replaced or type(module).forward is not kind.forward or own.__module__ != writer.__module__
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.adapters.multimodal.standins import StandIn
+from vtc.adapters.patch import Patch
 from vtc.errors import OptionError
 from vtc.positions import PPE, combine, sections, slot_of_pair, slots_for
 
 
-class Positions(StandIn):
+class Positions(Patch):
     """For the `forward` of the decoder's rotary embedding: gives it the positions of the tokens that stay.
 
     Attributes:

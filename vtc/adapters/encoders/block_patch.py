@@ -1,0 +1,63 @@
+"""What takes the place of the `forward` of a block, and hears its keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from vtc.adapters.hooks import Hook, unhook
+from vtc.adapters.patch import Patch, forward_name
+from vtc.adapters.tracing import SCRIPT, Unscriptable
+from vtc.scores.attention import head_mean
+
+
+class BlockPatch(Patch):
+    """For the `forward` of one block."""
+
+    def __init__(self, tower: Any, index: int, module: nn.Module) -> None:
+        super().__init__(module, forward_name(module))
+        self.tower, self.index = tower, index
+        self.ear: nn.Module | None = None  # whose output holds the keys
+        self.attention = type(tower.site.block.parts(module)[0])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.installed:  # somebody wrapped this forward while it was ours, and kept it
+            return self.original(*args, **kwargs)
+        if args:
+            return self.tower.run(self, args[0], args[1:], kwargs)
+        name = next(iter(kwargs))  # e.g. hidden_states=
+        rest = {k: v for k, v in kwargs.items() if k != name}
+        return self.tower.run(self, kwargs[name], (), rest)
+
+    def listen(self) -> None:
+        """Hear the keys where they come from now: LoRA puts another module in the place of the one that was there."""
+        block = self.tower.site.block
+        assert block.keys is not None
+        ear = block.keys(self.module)
+        if ear is not self.ear:
+            if self.ear is not None:
+                unhook(self.ear, self)
+            ear.register_forward_hook(Hook("heard", self))
+            self.ear = ear
+
+    def heard(self, hook: Hook, args: tuple, output: Tensor) -> None:
+        now = self.tower.now
+        if now.ear is self:
+            now.keys = head_mean(output, self.tower.site.block.heads(self.module))
+
+    def install(self) -> None:
+        super().install()
+        self.module.__dict__[SCRIPT] = Unscriptable()
+
+    def remove(self) -> None:
+        super().remove()
+        self.module.__dict__.pop(SCRIPT, None)
+        if self.ear is not None:
+            unhook(self.ear, self)
+
+
+def patch_on(module: nn.Module) -> BlockPatch | None:
+    """Our patch on a module, also under a wrapper of accelerate's."""
+    found = (module.__dict__.get(name) for name in ("forward", "_old_forward"))
+    return next((patch for patch in found if isinstance(patch, BlockPatch)), None)

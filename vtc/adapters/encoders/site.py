@@ -1,0 +1,125 @@
+"""What a family file says about the encoders it finds: how their blocks work (`Block`), where they are (`Site`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from vtc.adapters.encoders.masks import given_mask
+from vtc.errors import first_line
+from vtc.macs import EncoderMACs
+
+NOT_ROTARY = "its positions are not rotary, so a merged token has none to carry"
+
+
+def plain_example(block: nn.Module, prefix: int) -> tuple[int, tuple, dict]:
+    return prefix + 23, (), {}  # no number of heads, so that keys cannot be read the wrong way round
+
+
+@dataclass(frozen=True)
+class Block:
+    """How one kind of block works: x + attend(x), then x + feed(x), bit for bit what its own forward computes.
+
+    Attributes:
+        attend: (block, x, stage, args, kwargs) -> the attention branch. `args` and `kwargs` are the block's own; with a
+            stage, masks and positions must be taken at `stage.total.anchor`, and `stage.bias` added to the logits.
+        feed: (block, x) -> the MLP branch.
+        keys: (block) -> the module whose output holds the keys, or None where `project` computes them.
+        project: (block, x) -> [B, N, D] keys averaged over heads, from the block's input.
+        heads: (block) -> number of key heads.
+        width: (block) -> heads x head width.
+        parts: (block) -> (attention module, MLP module), to count weights.
+        example: (block, prefix) -> (tokens, args, kwargs) for a trial run: every argument that the encoder gives it.
+        relative: the attention mask is a relative position bias, never padding.
+        mask: (block, x, args, kwargs) -> the caller's mask among them, as masks.py describes it.
+    """
+
+    attend: Callable[..., Tensor]
+    feed: Callable[[nn.Module, Tensor], Tensor]
+    parts: Callable[[Any], tuple[nn.Module, nn.Module]]
+    width: Callable[[Any], int]
+    heads: Callable[[Any], int]
+    keys: Callable[[Any], nn.Module] | None = None
+    project: Callable[[Any, Tensor], Tensor] | None = None
+    example: Callable[[Any, int], tuple[int, tuple, dict]] = plain_example
+    relative: bool = False
+    mask: Callable[..., Tensor | None] = given_mask
+
+
+@dataclass(frozen=True)
+class EncoderSite:
+    """One encoder found in a model.
+
+    Attributes:
+        path, kind: where it is and what it is called, for people.
+        blocks: the blocks in order; block: how they work.
+        prefix: leading tokens that are not patches.
+        patchify: the module that cuts the image into patches. Its output [B, C, h, w] tells the grid; a Linear (NaFlex)
+            does not.
+        naflex: the module that receives `spatial_shapes`, where images of a batch have grids of their own.
+        resizable: modules that receive the pixels and may receive a smaller image, each with keyword arguments to add;
+            or a sentence that says why not.
+        shuffled: its embeddings reorder the patches, so that a grid means nothing.
+        watched: objects with a `forward_intermediates` that returns every block's tokens.
+        no_bias: why the attention takes no size bias, if it does not.
+        encoder, probe: the module whose call runs the blocks, and a function that calls it, or a copy of it on the
+            meta device, with one image; None = how many tokens reach the first block is seen in a call only.
+        rotary: makes a rotary table, (table [rows x columns, C], (rows, columns), tables side by side); or why there is
+            none that merged tokens could carry several rows of.
+    """
+
+    path: str
+    kind: str
+    blocks: tuple[nn.Module, ...]
+    block: Block
+    prefix: int
+    patchify: nn.Module
+    macs: EncoderMACs
+    naflex: nn.Module | None = None
+    resizable: tuple[tuple[nn.Module, dict], ...] | str = ()
+    shuffled: bool = False
+    watched: tuple[nn.Module, ...] = ()
+    no_bias: str = ""
+    rotary: Callable[[], tuple[Tensor, tuple[int, int], int]] | str = NOT_ROTARY
+    encoder: nn.Module | None = None
+    probe: Callable[[Any], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An encoder, or something that looks like one, that cannot be reduced, and why."""
+
+    path: str
+    kind: str
+    reason: str
+
+
+def examined(path: str, model: nn.Module, look: Callable[[str, Any], EncoderSite | Refusal]) -> EncoderSite | Refusal:
+    """`look(path, model)`, so that one strange encoder does not keep others from being found."""
+    try:
+        return look(path, model)
+    except Exception as error:  # of a model that is put together in a way nobody foresaw
+        return Refusal(path, type(model).__name__, unforeseen(error))
+
+
+def unforeseen(error: Exception) -> str:
+    return f"vtc could not look at it ({type(error).__name__}: {first_line(error)}); please report the model"
+
+
+def projected_keys(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
+    """Keys averaged over heads [B, N, D] float32, where one projection makes queries, keys and values and is applied
+    past every hook. Averaging the weights over the heads gives the mean key directly; weights that are packed
+    (quantized) are applied as they are, not read."""
+    rows = weight.shape[0] // 3
+    if bias is not None:
+        bias = bias[rows : 2 * rows].detach().float()
+    if type(weight) not in (nn.Parameter, Tensor) or weight.itemsize == 1:
+        keys = nn.functional.linear(x, weight)[..., rows : 2 * rows].float()
+        keys = keys if bias is None else keys + bias
+        return keys.unflatten(-1, (heads, -1)).mean(-2)
+    bias = None if bias is None else bias.unflatten(0, (heads, -1)).mean(0)
+    mean = weight[rows : 2 * rows].detach().float().unflatten(0, (heads, -1)).mean(0)
+    return nn.functional.linear(x.float(), mean, bias)

@@ -1,0 +1,148 @@
+"""The state of one call between two blocks, and what follows from it: biases, masks and positions for fewer tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.positions import combine
+from vtc.token_map import TokenMap
+
+Grid = tuple[int, int]
+
+
+@dataclass(eq=False)
+class Running:
+    """What one thread's call has come to. Every thread has its own, so that several may be in one model.
+
+    Attributes:
+        stage: behind the last block that ran; None before the first and after the last.
+        grid: of every image that was cut into patches last, and of a ragged batch (NaFlex).
+        room: patches of an image, and of all, that were cut since block 0 ran; None = unknown.
+        resized: the image's own grid and the one it was resized to, until block 0.
+        wide: every block returns full length, not only the last, and a call may stop between two.
+        ear: the patch whose block's keys are wanted; keys: what it heard.
+        open: the modules that are running, outermost first, each with `images` and `runs` as it began.
+        images: how often images were cut into patches; runs: how often a call came to its end.
+    """
+
+    stage: CallState | None = None
+    grid: tuple[Grid, ...] | None = None
+    room: tuple[int, int] | None = None
+    resized: tuple[Grid, Grid] | None = None
+    wide: bool = False
+    ear: Any = None
+    keys: Tensor | None = None
+    open: list[tuple[Any, int, int]] = field(default_factory=list)
+    images: int = 0
+    runs: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class CallState:
+    """The state of one call between two blocks.
+
+    Attributes:
+        layer: the next block; entry: tokens at the first block, prefix included.
+        plan: tokens to remove per layer; [B, depth] for a ragged batch.
+        total: from the entry to now, None = nothing happened yet; maps: one per layer that reduced.
+        size: [B, M] float32, what each token stands for, None = all 1; mask: [B, M], None = all real.
+        pairs: [B or 1, H or 1, M or 1, M], a caller's mask that is no padding, bool or added to the logits.
+        wide: the last block gave its tokens at full length.
+        flow: (tokens in attention, tokens in the MLP) of each layer that ran, a pair of [B] lists or ints.
+        carried, slot: with PPE, the patches whose positions each token behind the prefix carries [K, B, M], and which
+            of the K each column of a rotary table reads.
+    """
+
+    layer: int
+    prefix: int
+    entry: int
+    plan: tuple[int, ...] | Tensor
+    grid: tuple[Grid, ...] | None
+    batch: int = 1
+    front: TokenMap | None = None  # before the encoder: the image's own patches to those of the resized image
+    total: TokenMap | None = None
+    size: Tensor | None = None
+    mask: Tensor | None = None
+    pairs: Tensor | None = None
+    wide: bool = False
+    maps: tuple[TokenMap, ...] = ()
+    flow: tuple[tuple[Any, Any], ...] = ()
+    carried: Tensor | None = None
+    slot: Tensor | None = None
+
+    def count(self) -> Any:
+        """Tokens now: an int, or [B] for a ragged batch."""
+        if self.mask is not None:
+            return self.mask.sum(1)
+        return self.entry if self.total is None else self.total.anchor.shape[1]
+
+    def bias(self, x: Tensor) -> Tensor | None:
+        """[B, 1, 1, M]: log size, to add to the attention logits (proportional attention); -inf on padding. With a
+        caller's mask [B, 1 or H, M, M], which is bool if it was and nothing is added to it."""
+        if self.size is None:
+            return self.pairs
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        bias = self.size.log().to(dtype)[:, None, None, :]
+        if self.pairs is None:
+            return bias
+        if self.pairs.dtype == torch.bool:
+            return bias.masked_fill(~self.pairs, float("-inf"))
+        return bias + self.pairs.to(dtype)
+
+    def patches(self) -> Tensor:
+        """[B, M - prefix]: which patch (row by row) each token behind the prefix is, or stands for."""
+        assert self.total is not None
+        return (self.total.anchor[:, self.prefix :] - self.prefix).clamp(min=0)
+
+    def turned(self, table: Tensor) -> Tensor:
+        """The rows of a rotary table of all patches for the tokens behind the prefix: [B, 1 or H, M, D]."""
+        if self.carried is None or self.slot is None:
+            return taken_at(table, self.patches())
+        return combine([taken_at(table, patch) for patch in self.carried], self.slot)
+
+    @property
+    def length(self) -> int:
+        """How many tokens the next block must be given."""
+        if self.wide and self.front is not None:
+            return self.front.group.shape[1]
+        return self.entry if self.wide or self.total is None else self.total.anchor.shape[1]
+
+    def narrow(self, x: Tensor) -> Tensor:
+        """Undo `widen`: x comes at full length from a block that was watched."""
+        total = self.front if self.total is None else self.total
+        return x if total is None or not self.wide else total.gather(x)
+
+    def widen(self, x: Tensor, fill: int | str) -> Tensor:
+        """[B, M, C] -> [B, entry, C]; the prefix fills nothing but itself."""
+        total = self.front if self.total is None else self.total  # a resized image loses nothing further
+        if total is None:
+            return x
+        rest = total.drop_prefix(self.prefix).unmerge(x[:, self.prefix :], fill)
+        return torch.cat([x[:, : self.prefix], rest], dim=1) if self.prefix else rest
+
+
+def taken_at(table: Tensor, index: Tensor, dim: int = -2) -> Tensor:
+    """Rows of a position table [..., N, D], [N, D] or [H, N, D] at `index` [B, M]: [B, 1 or H, M, D]."""
+    if table.ndim == 2:
+        return table[index][:, None]
+    if table.ndim == 3 and table.shape[0] == 1:
+        return table[0][index][:, None]
+    if table.ndim == 3:
+        table = table[None]
+    table = table.expand(index.shape[0], *table.shape[1:])
+    return table.gather(2, index[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3]))
+
+
+def relative_bias(table: Tensor, stage: CallState) -> Tensor:
+    """A relative position bias [H, N, N] or [1 or B, H, N, N] at the anchors: [B, H, M, M]."""
+    assert stage.total is not None
+    at = stage.total.anchor.clamp(min=0)
+    table = table[None] if table.ndim == 3 else table
+    table = table.expand(at.shape[0], *table.shape[1:])
+    rows = table.gather(2, at[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3]))
+    return rows.gather(3, at[:, None, None, :].expand(-1, table.shape[1], rows.shape[2], -1))

@@ -1,0 +1,189 @@
+"""Hugging Face encoders: ViT, DeiT, ViT-MAE, DINOv2 (with registers), DINOv3, CLIP, SigLIP, SigLIP 2, BEiT.
+
+Works on the model itself and wherever it sits inside another (AutoModel, pipelines, CLIPModel, task heads). Layers are
+told by their parts and tried on random tokens before anything is patched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc.adapters.encoders import reasons
+from vtc.adapters.encoders.site import NOT_ROTARY, EncoderSite, Refusal, examined
+from vtc.adapters.encoders.timm import encodes as in_timm
+from vtc.adapters.encoders.transformers_blocks import BEIT, attention_of, kind_of
+from vtc.macs import EncoderMACs, linear_weights
+
+name = "huggingface"
+_MASKS = ("attention_mask", "mask")
+covers = "ViT, DeiT, ViT-MAE, DINOv2 (with registers), DINOv3, CLIP, SigLIP, SigLIP 2, BEiT"
+
+
+def find(model: nn.Module) -> Iterator[EncoderSite | Refusal]:
+    """Every vision encoder of transformers inside `model`, or why it cannot be reduced."""
+    taken: set[int] = set()
+    for path, module in model.named_modules():
+        if not _of_library(module):
+            continue
+        if not _encodes(module):
+            if path == "" and _sees(module) and not any(map(_covered, model.modules())):
+                yield Refusal(path, type(module).__name__, reasons.why_not(module, _layers(module) or (), _MASKS))
+            continue
+        layers = _layers(module)
+        if id(layers) in taken:
+            continue
+        taken.add(id(layers))
+        yield examined(path, module, _site)
+
+
+def _of_library(module: Any) -> bool:
+    return any(cls.__module__.startswith("transformers.") for cls in type(module).__mro__)
+
+
+def _inputs(module: Any) -> tuple[str, ...]:  # a part that is no model of its own has none
+    named = getattr(module, "main_input_name", ())
+    return (named,) if isinstance(named, str) else tuple(named)
+
+
+def _sees(module: Any) -> bool:
+    named = [*_inputs(module), *signature(type(module).forward).parameters]
+    return any(name.startswith(("pixel_values", "flattened_patches")) for name in named)
+
+
+def _encodes(module: Any) -> bool:
+    """True for embeddings of images and layers behind them: a model of its own, or a part of one (OWL-ViT)."""
+    if not isinstance(getattr(module, "embeddings", None), nn.Module):
+        return False
+    if any(name.startswith("pixel_values") for name in _inputs(module)):
+        # without layers, it may be a model around an encoder, whose embeddings are a text's
+        return _layers(module) is not None or not any(_covered(m) for m in module.modules() if m is not module)
+    cuts = any(isinstance(part, nn.Conv2d) for part in module.embeddings.modules())
+    return cuts and _layers(module) is not None and _sees(module)
+
+
+def _covered(module: Any) -> bool:
+    """True for an encoder that this adapter judges for itself, or that the timm adapter does (TimmWrapperModel)."""
+    return (_of_library(module) and _encodes(module)) or in_timm(module)
+
+
+def _layers(module: Any) -> Any:
+    for place in ("layers", "layer", "encoder.layers", "encoder.layer", "model.layers", "model.layer", "blocks"):
+        found = module
+        for step in place.split("."):
+            found = getattr(found, step, None)
+        if isinstance(found, nn.ModuleList):
+            return found
+    return None
+
+
+def _site(path: str, model: Any) -> EncoderSite | Refusal:
+    layers, kind = _layers(model), type(model).__name__
+    kinds = [kind_of(layer) for layer in layers or ()]
+    if not kinds or any(found is None or found is not kinds[0] for found in kinds):
+        return Refusal(path, kind, reasons.why_not(model, layers or (), _MASKS))
+    block = kinds[0]
+    assert block is not None
+    embeddings = model.embeddings
+    patchify = next((m for m in embeddings.modules() if isinstance(m, nn.Conv2d)), None)
+    naflex = None
+    if patchify is None:
+        naflex, patchify = embeddings, getattr(embeddings, "patch_embedding", None)
+        if not isinstance(patchify, nn.Linear):
+            return Refusal(path, kind, "it does not cut images into patches with one projection")
+    prefix = _prefix(embeddings)
+    resizable: Any = ((embeddings, _interpolation(embeddings)),)
+    if hasattr(model, "rope_embeddings"):
+        resizable = ((embeddings, {}), (model.rope_embeddings, {}))
+    if block is BEIT:
+        resizable = "its relative positions belong to one image size"
+    if naflex is not None:
+        resizable = "its images are cut into patches by the processor: give that a smaller max_num_patches"
+    attention = getattr(model.config, "_attn_implementation", None) or "eager"
+    return EncoderSite(
+        path,
+        kind,
+        tuple(layers),
+        block,
+        prefix,
+        patchify,
+        EncoderMACs(
+            attention=tuple(linear_weights(attention_of(layer)) for layer in layers),
+            width=tuple(block.width(layer) for layer in layers),
+            mlp=tuple(linear_weights(layer.mlp) for layer in layers),
+            patch=patchify.weight.numel(),
+            prefix=prefix,
+            tail=_tail(model),
+        ),
+        naflex=naflex,
+        resizable=resizable,
+        shuffled=hasattr(embeddings, "random_masking"),
+        no_bias="" if attention in ("eager", "sdpa") else f'attn_implementation="{attention}"',
+        rotary=_rotary(model, getattr(patchify, "stride", None)),
+        encoder=model,
+        probe=_probe(model, patchify),
+    )
+
+
+def _probe(model: Any, patchify: Any) -> Any:
+    """Calls the encoder with an image of the size it was made for."""
+    like: dict[str, Any] = {"dtype": patchify.weight.dtype, "device": "meta"}
+    if isinstance(patchify, nn.Linear):  # patches, none of them padding, and their rows and columns
+        inputs = {
+            "pixel_values": torch.empty(1, 12, patchify.in_features, **like),
+            "pixel_attention_mask": None,
+            "spatial_shapes": torch.tensor([[3, 4]]),
+        }
+        return lambda net: net.forward(**inputs)
+    size = getattr(model.config, "image_size", None) or tuple(4 * step for step in patchify.stride)
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    image = torch.empty(1, patchify.in_channels, *size, **like)
+    return lambda net: net.forward(image)
+
+
+def _rotary(model: Any, patch: Any) -> Any:
+    rope = getattr(model, "rope_embeddings", None)
+    if rope is None:
+        return NOT_ROTARY
+
+    def table() -> tuple[Tensor, tuple[int, int], int]:
+        # a module of its own: with numbers where the model has none (meta), without hooks, never in training
+        with torch.device("cpu" if rope.inv_freq.is_meta else rope.inv_freq.device):
+            _, sine = type(rope)(rope.config).eval()(torch.zeros(1, 3, 3 * patch[0], 4 * patch[1]))
+        return sine, (3, 4), 1
+
+    return table
+
+
+def _prefix(embeddings: Any) -> int:
+    """Tokens in front of the patches, by the shapes of what is put there: [C], [1, C] or [1, tokens, C]."""
+    count = 0
+    for attribute in ("cls_token", "class_embedding", "distillation_token", "register_tokens"):
+        token = getattr(embeddings, attribute, None)
+        if token is not None:
+            count += token.shape[1] if token.ndim == 3 else 1
+    return count
+
+
+def _interpolation(embeddings: Any) -> dict:
+    """The keyword that makes the embeddings accept another image size, where they do not do so by themselves."""
+    return (
+        {"interpolate_pos_encoding": True}
+        if "interpolate_pos_encoding" in signature(type(embeddings).forward).parameters
+        else {}
+    )
+
+
+def _tail(model: Any) -> tuple[int, int]:
+    """Weights of a pooling head: applied to every token, applied once."""
+    head = getattr(model, "head", None)
+    attention = getattr(head, "attention", None)
+    if isinstance(head, nn.Module) and isinstance(attention, nn.MultiheadAttention):
+        fused = attention.in_proj_weight.numel()
+        return fused * 2 // 3, linear_weights(head) - fused * 2 // 3
+    pooler = getattr(model, "pooler", None)
+    return 0, linear_weights(pooler if isinstance(pooler, nn.Module) else None)

@@ -1,0 +1,399 @@
+"""The trial: what an adapter believes of an encoder is checked by behaviour, before anything is patched.
+
+Do as many tokens reach the first block as the adapter counts? Does every block compute `x + attend(x)`, then
+`x + feed(x)`, to the last bit? Do sizes mean what they should: all of size 1 is no bias, and a token of size 4 is that
+token four times? All but the second question go to copies with random weights, so that a model on the meta device, one
+that is offloaded and one in half precision get the same answers.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc.adapters.encoders.site import EncoderSite, unforeseen
+from vtc.adapters.encoders.state import CallState
+from vtc.errors import UnsupportedModelError, first_line
+from vtc.scores.attention import head_mean
+from vtc.token_map import TokenMap
+
+_MASKS = {"attention_mask", "attn_mask", "mask"}  # which the run reads, and cuts or refuses
+_INSTANCE = ("forward", "_old_forward", "_hf_hook", "forward_intermediates")  # what others put on an instance
+_LOOSE = 0.05  # of a block that is not copied: half precision, quantized weights
+_TIGHT = 1e-3
+
+
+def check(site: EncoderSite) -> str:
+    """Why `site` is not what its adapter takes it for, or ""."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        try:
+            return check_entry(site) or check_blocks(site)
+        except _Unreached as error:  # its blocks may say more
+            return check_blocks(site) or str(error)
+        except Exception as error:  # of a model that is put together in a way nobody foresaw
+            return unforeseen(error)
+
+
+# -- what reaches the first block -----------------------------------------------------------------------------------
+
+
+class _Passed(Exception):
+    """The last block was called."""
+
+
+class _Unreached(Exception):
+    """A block was not called, and why."""
+
+
+class _Passage(nn.Module):
+    """Stands in for the blocks of a copy: notes what each is given, and ends the call at the last."""
+
+    def __init__(self, index: int, last: bool, calls: list) -> None:
+        super().__init__()
+        self.index, self.last, self.calls = index, last, calls
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append((self.index, args, kwargs))
+        if self.last:
+            raise _Passed
+        return args[0] if args else next(iter(kwargs.values()))
+
+
+def check_entry(site: EncoderSite) -> str:
+    """Run the encoder up to its last block on the meta device, with blocks that do nothing."""
+    if site.encoder is None or site.probe is None:
+        return ""
+    calls: list = []
+    patches: list = []
+    last = len(site.blocks) - 1
+    known: dict[int, Any] = {id(b): _Passage(i, i == last, calls) for i, b in enumerate(site.blocks)}
+    encoder = bare_copy(site.encoder, _on_meta, known)
+    known[id(site.patchify)].register_forward_hook(lambda module, args, output: patches.append(output))
+    try:
+        _probe(site, encoder, calls, patches)
+    except _Passed:
+        pass
+    except Exception as error:  # whatever a foreign encoder may raise
+        where = f"after block {len(calls) - 1}" if calls else "before the first"
+        what = "it asks for the numbers in a tensor" if "meta tensor" in str(error) else first_line(error)
+        raise _Unreached(
+            f"it does not run its blocks one after the other on one image, as vtc expects: {where}, {what}"
+        ) from error
+    else:
+        raise _Unreached(f"its call with one image runs {len(calls)} of its {last + 1} blocks")
+    if [index for index, *_ in calls] != list(range(last + 1)):
+        return f"it runs its blocks in the order {', '.join(str(index) for index, *_ in calls)}"
+    names = list(inspect.signature(type(site.blocks[0]).forward).parameters)[1:]
+    _, args, kwargs = calls[0]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    x = given.pop(next(iter(given)))
+    if not isinstance(x, Tensor) or x.ndim != 3:
+        return f"its blocks take {_form(x)}, not one row of tokens for each image [B, N, C]"
+    about = site.block.example(site.blocks[0], site.prefix)
+    expected = {name for name, value in about[2].items() if value is not None} | _MASKS
+    strange = [name for name, value in given.items() if name not in expected and _holds_tensor(value)]
+    if strange:
+        return f"its blocks are given {' and '.join(strange)}, which vtc does not know how to shorten"
+    for index, args, kwargs in calls[1:]:
+        now = args[0] if args else next(iter(kwargs.values()))
+        if now.shape != x.shape:
+            return f"{now.shape[1]} tokens reach block {index}, and {x.shape[1]} the blocks before: they are no patches"
+    count = _patch_count(patches)
+    if count and not site.shuffled and x.shape[1] != site.prefix + count:
+        return (
+            f"{x.shape[1]} tokens reach its first block for {count} patches, and vtc counts {site.prefix} prefix "
+            f"token{'s' * (site.prefix != 1)}: the others would be taken for patches"
+        )
+    return ""
+
+
+def _probe(site: EncoderSite, encoder: nn.Module, calls: list, patches: list) -> None:
+    """Call the copy; where that fails for a tensor that its forward makes on the CPU, once more with those on meta."""
+    assert site.probe is not None
+    try:
+        site.probe(encoder)
+    except RuntimeError as error:
+        if "meta" not in str(error):
+            raise
+        calls.clear()
+        patches.clear()
+        with torch.device("meta"):
+            site.probe(encoder)
+
+
+def _form(x: Any) -> str:
+    return f"a tensor {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+
+
+def _holds_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(map(_holds_tensor, value)))
+
+
+def _patch_count(outputs: list) -> int:
+    """Patches in the output of the module that cuts: [B, C, h, w], or [B, N, C]; 0 = another form."""
+    if len(outputs) != 1 or not isinstance(outputs[0], Tensor):
+        return 0
+    shape = outputs[0].shape
+    return {3: lambda: shape[1], 4: lambda: shape[2] * shape[3]}.get(len(shape), lambda: 0)()
+
+
+# -- blocks ---------------------------------------------------------------------------------------------------------
+
+
+def check_blocks(site: EncoderSite) -> str:
+    """Every block against its account; how it takes sizes once for every kind of block."""
+    tried = set()
+    for index, block in enumerate(site.blocks):
+        where = f"block {index} ({type(block).__name__})"
+        kind = _kind(block)
+        stand_in = None if kind in tried else _stand_in(block)
+        tried.add(kind)
+        try:
+            if _here(block):
+                reason = _exact(site, block, index)
+            elif stand_in is None or stand_in is block or site.no_bias:
+                continue
+            else:
+                reason = _exact(site, stand_in, index)
+            if not reason and stand_in is not None:
+                reason = _sizes(site, stand_in, block)
+        except Exception as error:  # whatever a foreign block may raise
+            reason = f"does not run as vtc knows it: {first_line(error)}"
+        if reason:
+            return f"{where} {reason}"
+    return ""
+
+
+def _exact(site: EncoderSite, block: nn.Module, seed: int) -> str:
+    x, args, kwargs = _example(site, block, seed)
+    with _evaluating(block), torch.autocast(x.device.type, enabled=False):
+        own: Any = block.forward(x, *args, **kwargs)
+        if not isinstance(own, Tensor):
+            return f"gives a {type(own).__name__}, not one tensor of tokens"
+        ours = x + site.block.attend(block, x, None, args, kwargs)
+        ours = ours + site.block.feed(block, ours)
+    if not own.isfinite().all():
+        return "gives NaN or infinity on a trial: check the model's weights"
+    if not torch.equal(own, ours):
+        return f"computes something vtc does not know (difference {(own - ours).abs().max().item():.2g} on a trial)"
+    return ""
+
+
+def _sizes(site: EncoderSite, stand_in: nn.Module, block: nn.Module) -> str:
+    """On the copy; on the block itself where a copy does not run (kernels of a GPU alone, quantized weights)."""
+    if stand_in is not block and not site.no_bias:
+        try:
+            return _sizes_of(site, stand_in, _TIGHT)
+        except Exception:
+            if not _here(block) or next(_floats(block)).device.type == "cpu":
+                raise
+    device = next(_floats(block)).device.type
+    with _evaluating(block), torch.autocast(device, enabled=False):
+        return _sizes_of(site, block, _LOOSE)
+
+
+def _sizes_of(site: EncoderSite, block: nn.Module, tolerance: float) -> str:
+    about = site.block
+    x, args, kwargs = _example(site, block, 0)
+    tokens = x.shape[1]
+
+    def attended(which: list[int], size: list[float] | None) -> Tensor:
+        """The attention branch of tokens `which`, with sizes."""
+        anchor = torch.tensor([which], device=x.device)
+        sizes = None if size is None else torch.tensor([size], device=x.device)
+        total = replace(TokenMap.identity(1, tokens, x.device), anchor=anchor)
+        stage = CallState(0, site.prefix, tokens, (), None, total=total, size=sizes)
+        return about.attend(block, x[:, which], stage, args, kwargs)
+
+    every, twin = list(range(tokens)), site.prefix + 1
+    copies = sorted([*every, *[twin] * 3])
+    fed = about.feed(block, x)
+    if _differ(about.feed(block, x[:, copies]), fed[:, copies], tolerance):
+        return "mixes tokens in its MLP, so it needs every token in its place"
+    plain, keys = _heard(site, block, x, args, kwargs)
+    if keys:
+        return keys
+    if site.no_bias:
+        return ""
+    if _causal(site, block, x, args, kwargs, plain):
+        return "attends causally: each token sees only those before it, and a merged token has no place in that order"
+    if _differ(attended(every, [1.0] * tokens), plain, tolerance):
+        return "attends differently once it is given sizes, even if they are all 1"
+    size = [1.0] * tokens
+    size[twin] = 4.0
+    if _differ(attended(copies, None), attended(every, size)[:, copies], tolerance):
+        return "does not take a token of size 4 for that token four times: the sizes of merged tokens do not reach it"
+    return ""
+
+
+def _heard(site: EncoderSite, block: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> tuple[Tensor, str]:
+    """The attention branch of all tokens, and why the keys are not what the adapter takes them for, or ""."""
+    about, outputs = site.block, []
+    if about.keys is None:
+        if about.project is not None:
+            outputs.append(about.project(block, x))
+        return about.attend(block, x, None, args, kwargs), "" if outputs and outputs[0].shape[:2] == x.shape[:2] else (
+            "does not show one key for each token"
+        )
+    hook = about.keys(block).register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        plain = about.attend(block, x, None, args, kwargs)
+    finally:
+        hook.remove()
+    if not outputs:
+        return plain, "attends without showing its keys, which methods compare"
+    keys, heads = outputs[-1], about.heads(block)
+    try:
+        found = head_mean(keys, heads).shape[:2] == x.shape[:2]
+    except Exception:  # einops says it in its own way
+        found = False
+    return plain, "" if found else f"has keys of form {list(keys.shape)}, not {heads} heads of {x.shape[1]} tokens"
+
+
+def _causal(site: EncoderSite, block: nn.Module, x: Tensor, args: tuple, kwargs: dict, plain: Tensor) -> bool:
+    """Does another last token leave the first ones as they were?"""
+    other = x.clone()
+    other[:, -1] = -other[:, -1]
+    moved = site.block.attend(block, other, None, args, kwargs)[:, :-1] - plain[:, :-1]
+    return not bool(moved.any()) and bool(plain.any())
+
+
+def _differ(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
+    return not bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())  # NaN differs
+
+
+def _example(site: EncoderSite, block: nn.Module, seed: int) -> tuple[Tensor, tuple, dict]:
+    """Random tokens for a block, and its other arguments."""
+    tokens, args, kwargs = site.block.example(block, site.prefix)
+    channels = width_of(block, site.block.parts(block)[0])
+    x = torch.randn(1, tokens, channels, generator=torch.Generator().manual_seed(seed), device="cpu")
+    like = next(_floats(block))
+    return x.to(like.device, like.dtype), args, kwargs
+
+
+def width_of(block: nn.Module, attention: nn.Module) -> int:
+    """Channels of a block's tokens, read off its attention's first projection (shapes, not weights: these may be
+    quantized)."""
+    for module in attention.modules():
+        for name in ("in_features", "embed_dim"):
+            if isinstance(getattr(module, name, None), int):
+                return getattr(module, name)
+    raise UnsupportedModelError(f"{type(block).__name__}: no layer of its attention says how many features it takes")
+
+
+# -- copies ---------------------------------------------------------------------------------------------------------
+
+
+def bare_copy(module: nn.Module, tensor: Callable[[str, Tensor], Tensor], known: dict[int, Any] | None = None) -> Any:
+    """A deep copy of `module` whose parameters and buffers come from `tensor(name, old)`, without hooks and without
+    what others have put on its parts. `known`: id -> what takes an object's place; afterwards, every copy."""
+    memo = {} if known is None else known
+    for part in module.modules():
+        for store in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            memo[id(getattr(part, store))] = OrderedDict()
+        for name in _INSTANCE:
+            if name in vars(part):
+                memo[id(vars(part)[name])] = None
+        if "config" in vars(part):
+            memo[id(part.config)] = part.config
+    for name, parameter in module.named_parameters():
+        if id(parameter) not in memo:
+            memo[id(parameter)] = nn.Parameter(tensor(name, parameter), requires_grad=False)
+    for name, buffer in module.named_buffers():
+        if id(buffer) not in memo:
+            memo[id(buffer)] = tensor(name, buffer)
+    copied = copy.deepcopy(module, memo)
+    for part in copied.modules():
+        for name in _INSTANCE:
+            part.__dict__.pop(name, None)
+    return copied.eval()
+
+
+def _on_meta(name: str, old: Tensor) -> Tensor:
+    return torch.empty(old.shape, dtype=old.dtype, device="meta")
+
+
+def _stand_in(block: nn.Module) -> nn.Module:
+    """A copy of `block` in float32 on the CPU with random weights; the block itself where its weights are packed."""
+    if not all(type(p) is nn.Parameter and p.is_floating_point() and p.itemsize > 1 for p in block.parameters()):
+        return block
+    if any(map(_packed, block.modules())):
+        return block
+    made = bare_copy(block, _noise)
+    for part in made.modules():  # tables that a class computes for itself
+        if any(buffer.is_meta for buffer in part._buffers.values() if buffer is not None):
+            for name, buffer in part._buffers.items():
+                part._buffers[name] = None if buffer is None else torch.zeros_like(buffer, device="cpu")
+            if hasattr(part, "init_non_persistent_buffers"):
+                part.init_non_persistent_buffers()
+    return made
+
+
+def _packed(module: nn.Module) -> bool:
+    """Weights that are no parameters (quantize_dynamic keeps them in an object of its own)."""
+    return hasattr(module, "in_features") and not any(True for _ in module.parameters())
+
+
+def _noise(name: str, old: Tensor) -> Tensor:
+    """Random values in which every part shows: matrices keep the scale of what passes, norms are around 1."""
+    if not isinstance(old, nn.Parameter):
+        if old.is_meta:
+            return old.detach()
+        return old.detach().to("cpu", torch.float32 if old.is_floating_point() else old.dtype, copy=True)
+    generator = torch.Generator().manual_seed(old.numel() % 1009 + len(name))
+    count = min(old.numel(), 1_000_003)  # prime, so that no two rows are alike; huge matrices repeat it
+    flat = torch.randn(count, generator=generator, device="cpu")
+    flat = flat.repeat(-(-old.numel() // count))[: old.numel()] if count else flat
+    if old.ndim > 1:
+        return flat.reshape(old.shape) / max(1, old.shape[-1]) ** 0.5
+    return (flat * 0.2).clamp(-0.6, 0.6).reshape(old.shape) + (1.0 if name.endswith("weight") else 0.0)
+
+
+def _kind(block: nn.Module) -> tuple:
+    """Blocks that are alike: the same modules, shapes and switches."""
+    parts = []
+    for name, module in block.named_modules():
+        switches = [
+            (key, value)
+            for key, value in vars(module).items()
+            if isinstance(value, (int, str)) and key != "training" and "idx" not in key and "index" not in key
+        ]
+        parts.append((name, type(module), tuple(switches)))
+    shapes = tuple((name, tuple(p.shape)) for name, p in [*block.named_parameters(), *block.named_buffers()])
+    return (tuple(parts), shapes)
+
+
+def _floats(block: nn.Module) -> Iterator[Tensor]:
+    """Parameters in the type that tokens come in: floating, not packed into bytes; at least one."""
+    found = False
+    for parameter in block.parameters():
+        if parameter.is_floating_point() and parameter.itemsize > 1:
+            found = True
+            yield parameter
+    if not found:
+        yield torch.empty(0)
+
+
+def _here(block: nn.Module) -> bool:
+    """True if the block holds numbers, not only their shapes (meta: not loaded, or offloaded)."""
+    return not any(parameter.is_meta for parameter in block.parameters())
+
+
+@contextmanager
+def _evaluating(block: nn.Module) -> Iterator[None]:
+    """In this context dropout is off in `block`."""
+    modes = {module: module.training for module in block.modules()}
+    block.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

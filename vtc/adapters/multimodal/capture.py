@@ -1,0 +1,221 @@
+"""What methods may ask for beyond the image tokens: attention and keys of the vision tower, the projector's input.
+
+Attention is listened to where transformers hands queries and keys to its attention function, so that it works with
+every implementation (sdpa, eager, flash) and nothing is computed twice. No attention map of the model exists here.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc import scores
+from vtc.adapters.hooks import Hook
+from vtc.adapters.multimodal import masks
+from vtc.adapters.multimodal.families.base import Family, Modality
+from vtc.adapters.patch import Patch
+from vtc.errors import InputError, VTCError
+from vtc.layout import Layout
+from vtc.scores.attention import head_mean
+
+_NAME = "vtc_listen"
+# What large images receive from all their patches would cost more than a layer of the decoder: there, each _EVERYth
+# patch is asked (with 2x2 patches to a token, one of each token).
+_ALL, _EVERY = 1024, 4
+
+
+class AttentionTap(Patch):
+    """For the `config` of one attention module. While `heard` is a list, the module's attention function is ours, which
+    notes queries and keys and calls the one that the config names. In all else it is that config."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module, "config")
+        self.real = module.config
+        self.heard: list | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "real" not in self.__dict__:  # while being copied
+            raise AttributeError(name)
+        if name == "_attn_implementation" and self.heard is not None:
+            return _NAME
+        return getattr(self.real, name)
+
+
+def _listen(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    module.config.heard.append((query.detach(), key.detach(), attention_mask, kwargs.get("scaling")))
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config.real._attn_implementation, eager)
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+def listen(module: Any) -> AttentionTap:
+    """Put an ear on an attention module; `strip` takes it off."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if _NAME not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        ALL_ATTENTION_FUNCTIONS.register(_NAME, _listen)
+    ear = module.__dict__.get("config")
+    if not isinstance(ear, AttentionTap):
+        ear = AttentionTap(module)
+        ear.install()
+    return ear
+
+
+@dataclass(eq=False)
+class Capture:
+    """Listens to one model's tower and projector while they encode, for the fields of `Tokens` in `needs`."""
+
+    family: Family
+    inner: Any
+    needs: frozenset[str]
+    ears: dict[str, AttentionTap] = field(default_factory=dict)
+    projected: Tensor | None = None
+    hidden: Tensor | None = None  # of the projector, before its activation
+    listening: bool = False
+    note: str = ""  # what a report should say of it
+
+    def install(self) -> None:
+        attentions = self.family.attentions(self.inner)
+        if not attentions:
+            self.needs -= {"attention", "middle", "keys"}
+        if self.needs & {"attention", "keys"}:
+            self.ears["attention"] = listen(attentions[-1])
+        if "middle" in self.needs:
+            self.ears["middle"] = listen(attentions[round(self.family.middle * len(attentions))])
+        if "projector" in self.needs:
+            projector = self.family.projector(self.inner)
+            projector.register_forward_pre_hook(Hook("saw_projected", self))
+            entrance = scores.entrance(projector)
+            if entrance is not None:
+                entrance.register_forward_hook(Hook("saw_hidden", self))
+
+    def saw_projected(self, hook: Hook, args: tuple) -> None:
+        if self.listening:
+            self.projected = args[0].detach()
+
+    def saw_hidden(self, hook: Hook, args: tuple, output: Tensor) -> None:
+        if self.listening and output.dtype == torch.float32:  # decisions are made in float32, so halves are no help
+            self.hidden = output.detach()
+
+    def start(self) -> None:
+        self.listening, self.projected, self.hidden = True, None, None
+        for ear in self.ears.values():
+            ear.heard = []
+
+    def stop(self) -> dict[str, list]:
+        """Stop listening; what was heard by layer."""
+        self.listening = False
+        heard = {name: ear.heard or [] for name, ear in self.ears.items()}
+        for ear in self.ears.values():
+            ear.heard = None
+        return heard
+
+    def gather(
+        self, heard: dict[str, list], kind: Modality, layout: Layout, tokens: int, call: dict
+    ) -> dict[str, Tensor]:
+        """The evidence for each of the kind's tokens: [tokens, ...] by field name of `Tokens`."""
+        found: dict[str, Tensor] = {}
+        packed = self.family.segments(self.inner, kind, call) is not None
+        for name in self.needs & {"attention", "middle"}:
+            query, key, mask, scale, prefix = self.states(heard[name], kind, call)
+            if prefix:
+                received = scores.cls_attention(query, key, prefix=prefix, scale=scale)
+            else:
+                every = 1 if query.shape[2] <= _ALL else _EVERY
+                received = scores.attention_received(query, key, scale=scale, mask=mask, every=every)
+                self.note = "" if every == 1 else f"attention asked of every {every}th patch"
+            found[name] = self.to_tokens(received[..., None], mask, layout, tokens, packed, total=True)[:, 0]
+        if "keys" in self.needs:
+            _, key, mask, _, prefix = self.states(heard["attention"], kind, call)
+            mean = head_mean(key, key.shape[1])[:, prefix:]
+            found["keys"] = self.to_tokens(mean, mask, layout, tokens, packed, total=False)
+        if "projector" in self.needs:
+            if self.projected is None:
+                raise VTCError(
+                    f"{type(self.inner).__name__}: its projector did not run as a module, so vtc did not see what it "
+                    "reads; use a method that reads the tokens alone, such as divprune"
+                )
+            blocks = self.family.blocks(self.inner, self.projected)
+            found["inputs"] = _at(blocks.float(), layout.source, tokens)
+            if self.hidden is not None and self.hidden[..., 0].numel() == len(blocks):
+                found["hidden"] = _at(self.hidden.flatten(0, -2), layout.source, tokens)
+            self.projected = self.hidden = None
+        return found
+
+    def states(
+        self, calls: list, kind: Modality, call: dict
+    ) -> tuple[Tensor, Tensor, Tensor | None, float | None, int]:
+        """Queries and keys [F, H, P, D], one row per image or frame, the mask of real patches, and the prefix."""
+        if not calls:
+            raise VTCError(
+                f"{type(self.inner).__name__}: its tower attended past transformers' attention interface, where vtc "
+                "listens; use a method that reads the tokens alone, such as divprune"
+            )
+        query = torch.cat([c[0] for c in calls], dim=2 if len(calls) > 1 else 0)
+        key = torch.cat([c[1] for c in calls], dim=2 if len(calls) > 1 else 0)
+        lengths = self.family.segments(self.inner, kind, call)
+        if lengths is not None:  # all images or frames packed in one row
+            query, key = (_pad(x, lengths) for x in (query, key))
+            longest = torch.arange(max(lengths), device=query.device)
+            mask = longest < torch.tensor(lengths, device=query.device)[:, None]
+            return query, key, None if len(set(lengths)) == 1 else mask, calls[0][3], 0
+        mask = calls[0][2]
+        if mask is not None:  # [B, 1, P, P]: the columns that somebody may look at are real
+            seen = mask if mask.dtype == torch.bool else mask >= 0
+            mask = seen.any(dim=2)[:, 0].expand(query.shape[0], -1)
+        return query, key, mask, calls[0][3], self.family.prefix(self.inner, call)
+
+    def to_tokens(
+        self, x: Tensor, mask: Tensor | None, layout: Layout, tokens: int, packed: bool, total: bool
+    ) -> Tensor:
+        """[F, P, C] of every patch -> [tokens, C], summed or averaged over the patches of each token."""
+        if packed:  # consecutive patches make a row
+            x = x if mask is None else x[mask]
+            x = x.reshape(-1, self.family.unit(self.inner), x.shape[-1])
+        else:
+            per_image = self.family.rows_per_image(self.inner, x.shape[1])
+            members = self.family.patches(self.inner, x.shape[1], per_image).to(x.device)
+            x = x[:, members].flatten(0, 1)
+        return _at(x.sum(1) if total else x.mean(1), layout.source, tokens)
+
+
+def _pad(x: Tensor, lengths: list[int]) -> Tensor:
+    """[1, H, sum(lengths), D] -> [F, H, max(lengths), D]."""
+    parts = x[0].transpose(0, 1).split(lengths)
+    return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True).transpose(1, 2)
+
+
+def _at(rows: Tensor, source: Tensor | None, tokens: int) -> Tensor:
+    """The rows that the tokens come from; a token from nowhere (a newline) gets 0, one of several rows their mean."""
+    if source is None:
+        if rows.shape[0] != tokens:
+            raise VTCError(
+                f"{rows.shape[0]} rows of the tower for {tokens} image tokens: this model arranges its patches as "
+                "vtc does not know them; use a method that reads the tokens alone, such as divprune"
+            )
+        return rows
+    source = source.to(rows.device)
+    taken = rows[source.clamp(min=0)]
+    absent = (source < 0).reshape(*source.shape, *([1] * (taken.ndim - source.ndim)))
+    taken = taken.masked_fill(absent, 0)
+    return taken if source.ndim == 1 else taken.mean(1)
+
+
+def text(name: str, family: Family, inner: Any, call: dict[str, Any], prompts: list[int]) -> tuple[Tensor, Tensor]:
+    """Embeddings [U, T, C] of the text tokens of every unit's prompt, and which are real."""
+    ids = call.get("input_ids")
+    if ids is None:
+        raise InputError(f"{name} reads the prompt's words: pass input_ids, not inputs_embeds")
+    visual = torch.zeros_like(ids, dtype=torch.bool)
+    for kind in family.kinds:
+        visual |= ids == getattr(inner.config, kind.token)
+    real = masks.words(call.get("attention_mask"), ids.shape[1])
+    words = ~visual if real is None else ~visual & real
+    embeds = inner.get_input_embeddings()(torch.where(visual, 0, ids))
+    return embeds[prompts].detach(), words[prompts]

@@ -1,0 +1,178 @@
+"""What a family file says about its multimodal models: where the parts are, and how image tokens are laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vtc.layout import Grid, Layout, Unit
+
+
+@dataclass(frozen=True)
+class Modality:
+    """A kind of visual input: the call's argument with its pixels, the config's placeholder id, the model's encoder."""
+
+    name: str
+    pixels: str
+    token: str
+    encode: str
+
+
+IMAGE = Modality("image", "pixel_values", "image_token_id", "get_image_features")
+VIDEO = Modality("video", "pixel_values_videos", "video_token_id", "get_video_features")
+
+
+class Projection:
+    """A projector as methods see it: [..., P, V] -> [..., C], P patches per token. `module` is the model's own."""
+
+    def __init__(self, module: nn.Module, run: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        self.module, self.run = module, run
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.run(self.module, x)
+
+
+def _one_patch(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x.squeeze(-2))
+
+
+class Family:
+    """One family of multimodal models. Subclasses set names and override what differs.
+
+    Attributes:
+        classes: class names of the model without its language head, which holds tower, projector and decoder.
+        decoder: the attribute with the text decoder.
+        kinds: the visual inputs it takes.
+        passed: arguments for the tower that the model's forward passes on to its encoder without naming them.
+        in_tower: why methods cannot merge inside the tower with fewer tokens reaching the decoder; "" = they can.
+    """
+
+    name: ClassVar[str]
+    covers: ClassVar[str]
+    classes: ClassVar[tuple[str, ...]]
+    decoder: ClassVar[str] = "language_model"
+    kinds: ClassVar[tuple[Modality, ...]] = (IMAGE,)
+    ignored: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # arguments of the encoder that the model's forward does not pass on
+    passed: ClassVar[frozenset[str]] = frozenset()
+    middle: ClassVar[float] = 0.375  # depth of the tower's "middle" layer (HiPrune: 9 of CLIP's 24)
+    in_tower: ClassVar[str] = "its tower's tokens are rearranged on the way to the decoder"
+
+    # -- the prompt ---------------------------------------------------------------------------------------------
+
+    def lengths(self, inner: Any, kind: Modality, features: list[int], call: dict[str, Any]) -> list[int]:
+        """Tokens of every item, given how many rows each tensor of `features` has that the encoder made."""
+        return features
+
+    def layout(self, inner: Any, kind: Modality, lengths: list[int], call: dict[str, Any]) -> Layout:
+        """How the tokens of the items with `lengths` tokens are laid out. By default every item is an image whose
+        patches are folded evenly; it fills a grid where that of its pixels comes to as many tokens."""
+        grids = [self.folded(inner, grid) for grid in self.grids(inner, kind, call)]
+        units, start = [], 0
+        for item, length in enumerate(lengths):
+            grid = grids[item] if len(grids) == len(lengths) else None
+            fits = grid is not None and grid[0] * grid[1] == length
+            units.append(Unit(torch.arange(start, start + length), item, grid if fits else None))
+            start += length
+        return Layout(tuple(units))
+
+    def grids(self, inner: Any, kind: Modality, call: dict[str, Any]) -> list[Grid]:
+        """(rows, columns) of the patches that the tower cuts every image into, read off the pixels; [] = unknown."""
+        pixels, patch = call.get(kind.pixels), self.patch(inner)
+        if not isinstance(pixels, Tensor) or pixels.ndim < 4 or patch is None:
+            return []
+        grid = (pixels.shape[-2] // patch[0], pixels.shape[-1] // patch[1])
+        return [grid] * pixels.shape[:-3].numel()
+
+    def patch(self, inner: Any) -> Grid | None:
+        """(height, width) of the tower's patches in pixels; None = unknown."""
+        size = getattr(getattr(self.tower(inner), "config", None), "patch_size", None)
+        if isinstance(size, (tuple, list)) and len(size) == 2:
+            return (int(size[0]), int(size[1]))
+        return (size, size) if isinstance(size, int) else None
+
+    def folded(self, inner: Any, grid: Grid) -> Grid | None:
+        """The grid of the tokens that the projector makes of a grid of patches; None = they fill none."""
+        return grid
+
+    def trailing(self, inner: Any, kind: Modality) -> int:
+        """Placeholders behind every item that the model's forward fills itself, after the encoder."""
+        return 0
+
+    def positions(self, inner: Any, call: dict[str, Any], past: int, embeds: Tensor) -> Tensor:
+        """Positions [B, L] or [axes, B, L] that the model gives a call which brings none."""
+        batch, length = embeds.shape[:2]
+        return torch.arange(past, past + length, device=embeds.device).expand(batch, length)
+
+    def placed(self, inner: Any, call: dict[str, Any], past: int) -> Tensor:
+        """The positions of all of a call's columns, [B, L] or [axes, B, L], as the dense model counts them."""
+        given: Tensor = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
+        positions = call.get("position_ids")
+        if positions is None:
+            words = inner.get_input_embeddings()(given.clamp(min=0)) if given.ndim == 2 else given
+            positions = self.positions(inner, call, past, words)
+        positions = positions[-3:] if positions.ndim == 3 else positions
+        return positions.expand(*positions.shape[:-2], len(given), -1)[..., -given.shape[1] :]
+
+    # -- the tower ----------------------------------------------------------------------------------------------
+
+    def tower(self, inner: Any) -> nn.Module:
+        return inner.vision_tower
+
+    def attentions(self, inner: Any) -> list[nn.Module]:
+        """The attention modules of the tower, in order, up to the layer whose output is projected."""
+        found = [m for m in self.tower(inner).modules() if _attends(m)]
+        return found[: len(found) + 1 + self.feature_layer(inner)]
+
+    def feature_layer(self, inner: Any) -> int:
+        """Which of the tower's hidden states is projected, from the end: -1 = the last."""
+        layer = getattr(inner.config, "vision_feature_layer", -1)
+        if not isinstance(layer, int):
+            return -1
+        depth = getattr(inner.config.vision_config, "num_hidden_layers", 0)
+        return layer if layer < 0 else layer - depth - 1
+
+    def prefix(self, inner: Any, call: dict[str, Any]) -> int:
+        """How many of the tower's leading tokens (CLS) never reach the projector, in a call of the encoder."""
+        own = getattr(inner.config, "vision_feature_select_strategy", "full")
+        return int((call.get("vision_feature_select_strategy") or own) == "default")
+
+    def segments(self, inner: Any, kind: Modality, call: dict[str, Any]) -> list[int] | None:
+        """Patches per image or frame, where the tower packs all into one row; None = one image a row."""
+        return None
+
+    # -- the projector ------------------------------------------------------------------------------------------
+
+    def projector(self, inner: Any) -> nn.Module:
+        """The module from the tower's patches to the decoder's width; its input is what ZOO-Prune perturbs."""
+        return inner.multi_modal_projector
+
+    def projection(self, inner: Any) -> Projection:
+        return Projection(self.projector(inner), _one_patch)
+
+    def blocks(self, inner: Any, seen: Tensor) -> Tensor:
+        """What the projector was given -> [rows, P, V], the patches of each of its output rows."""
+        return seen.reshape(-1, 1, seen.shape[-1])
+
+    def rows_per_image(self, inner: Any, patches: int) -> int:
+        """Projector rows of an image with so many patches, where images are not packed."""
+        return patches
+
+    def unit(self, inner: Any) -> int:
+        """Consecutive patches per projector row, where images are packed."""
+        return 1
+
+    def patches(self, inner: Any, count: int, rows: int) -> Tensor:
+        """[rows, P] long: which of an image's `count` patches each of its projector rows is made of."""
+        assert count == rows, "a family that folds patches says how"
+        return torch.arange(count)[:, None]
+
+
+def _attends(module: nn.Module) -> bool:
+    """An attention module that goes through transformers' attention interface."""
+    return type(module).__name__.endswith("Attention") and hasattr(module, "config") and hasattr(module, "is_causal")

@@ -1,0 +1,92 @@
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL: images of any size packed in one row, 2x2 patches to a token, three axes of place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc.adapters.multimodal.cache import cache_name
+from vtc.adapters.multimodal.families.base import IMAGE, VIDEO, Family, Modality, Projection
+from vtc.errors import InputError
+from vtc.layout import Layout, Unit
+
+
+def _merge(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x.reshape(-1, x.shape[-1])).view(*x.shape[:-2], -1)
+
+
+class QwenVL(Family):
+    """Budget per image, and in a video per frame (two frames of the clip, as the model pairs them)."""
+
+    name = "qwen_vl"
+    covers = "Qwen2-VL, Qwen2.5-VL, Qwen3-VL (DeepStack included), images and video"
+    classes = ("Qwen2VLModel", "Qwen2_5_VLModel", "Qwen3VLModel")
+    kinds = (IMAGE, VIDEO)
+    middle = 0.5
+
+    def layout(self, inner: Any, kind: Modality, lengths: list[int], call: dict[str, Any]) -> Layout:
+        units, start, edge = [], 0, inner.visual.spatial_merge_size
+        for item, (frames, rows, columns) in enumerate(_grid(kind, call).tolist()):
+            grid = (rows // edge, columns // edge)
+            for _ in range(frames):
+                units.append(Unit(torch.arange(start, start + grid[0] * grid[1]), item, grid))
+                start += grid[0] * grid[1]
+        return Layout(tuple(units), self.windows(inner, _grid(kind, call)))
+
+    def windows(self, inner: Any, grid: Tensor) -> Tensor | None:
+        """Where window attention has put each token (Qwen2.5-VL); None = tokens in raster order."""
+        if not hasattr(inner.visual, "window_size"):
+            return None
+        from transformers.vision_utils import get_vision_window_index
+
+        visual = inner.visual
+        index, _ = get_vision_window_index(
+            grid,
+            spatial_merge_size=visual.spatial_merge_size,
+            window_size=visual.window_size,
+            patch_size=visual.patch_size,
+        )
+        return index.argsort()
+
+    def positions(self, inner: Any, call: dict[str, Any], past: int, embeds: Tensor) -> Tensor:
+        names = ("image_grid_thw", "video_grid_thw", "attention_mask", cache_name(), "mm_token_type_ids")
+        given = {name: call.get(name) for name in (*names, "input_ids")}
+        mask = given["attention_mask"]
+        if mask is not None and getattr(mask, "ndim", 0) != 2:
+            raise InputError("attention_mask is not [B, L], of which the model makes its positions: give position_ids")
+        if call.get("second_per_grid_ts") is not None:
+            given["second_per_grid_ts"] = call["second_per_grid_ts"]
+        found = inner.compute_3d_position_ids(inputs_embeds=embeds, **given)
+        if found is None:
+            return super().positions(inner, call, past, embeds).expand(3, -1, -1)
+        return found[..., -embeds.shape[1] :]
+
+    def tower(self, inner: Any) -> nn.Module:
+        return inner.visual
+
+    def feature_layer(self, inner: Any) -> int:
+        return -1
+
+    def prefix(self, inner: Any, call: dict[str, Any]) -> int:
+        return 0
+
+    def segments(self, inner: Any, kind: Modality, call: dict[str, Any]) -> list[int]:
+        return [rows * columns for frames, rows, columns in _grid(kind, call).tolist() for _ in range(frames)]
+
+    def projector(self, inner: Any) -> nn.Module:
+        return inner.visual.merger
+
+    def projection(self, inner: Any) -> Projection:
+        return Projection(self.projector(inner), _merge)
+
+    def blocks(self, inner: Any, seen: Tensor) -> Tensor:
+        return seen.reshape(-1, self.unit(inner), seen.shape[-1])
+
+    def unit(self, inner: Any) -> int:
+        return inner.visual.spatial_merge_size**2
+
+
+def _grid(kind: Modality, call: dict[str, Any]) -> Tensor:
+    return call[f"{kind.name}_grid_thw"]

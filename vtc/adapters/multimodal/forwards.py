@@ -1,0 +1,100 @@
+"""What takes the place of a model's own parts. Objects, not closures, so that deep copies refer to their own model."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from vtc.adapters.multimodal.families.base import Modality
+from vtc.adapters.patch import Patch, forward_name
+
+
+class ModelForward(Patch):
+    """For the `forward` of a multimodal model."""
+
+    def __init__(self, parent: Any, name: str) -> None:
+        super().__init__(parent.inner, name)
+        self.parent = parent
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        names = inspect.signature(type(self.module).forward).parameters
+        return self.parent.run(self, {**dict(zip(list(names)[1:], args, strict=False)), **kwargs})
+
+
+class Encode(Patch):
+    """For `get_image_features` and `get_video_features`: what they give carries what a method needs to know of it.
+    While the model runs on a shorter prompt, `output` is what they have given already, reduced."""
+
+    output: Any = None
+
+    def __init__(self, parent: Any, kind: Modality) -> None:
+        super().__init__(parent.inner, kind.encode)
+        self.parent, self.kind = parent, kind
+        self.names = list(self.__signature__.parameters)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.output is not None:
+            self.parent.guard.alone()
+            return self.output
+        return self.parent.encode(self, args, kwargs)
+
+
+class OwnerForward(Patch):
+    """For the `forward` of a model around: says which columns of the prompt it will read of what comes back."""
+
+    def __init__(self, parent: Any, module: nn.Module, asked: str | None = None) -> None:
+        super().__init__(module, forward_name(module))
+        self.parent, self.asked = parent, asked
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        asked: Any = self.asked
+        if asked is None:
+            names = list(inspect.signature(type(self.module).forward).parameters)[1:]
+            asked = {**dict(zip(names, args, strict=False)), **kwargs}.get("logits_to_keep")
+        self.parent.asked = None if isinstance(asked, int) and asked == 0 else asked
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            self.parent.asked = None
+
+
+class MaskMaker(Patch):
+    """For a model's `create_masks_for_generate`, which makes 4-D masks in advance for static caches: the padding mask
+    is handed on instead, for the shorter prompt to make its own of."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module, "create_masks_for_generate")
+
+    def __call__(self, *args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        return attention_mask
+
+
+class Loss(Patch):
+    """For a model's `loss_function`: labels of tokens that went away go with them."""
+
+    def __init__(self, parent: Any, module: nn.Module) -> None:
+        super().__init__(module, "_loss_function")
+        self.parent = parent
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        self.remove()  # without ours the model finds its own
+        try:
+            own = self.module.loss_function
+        finally:
+            self.install()
+        return own(*args, **kwargs)  # type: ignore[operator]
+
+    def __call__(self, logits: Tensor, labels: Any = None, *args: Any, **kwargs: Any) -> Any:
+        went = self.parent.went if self.parent.asked is None else None
+        if went is not None:
+            shape = went.kept.shape  # a loss of the caller's own may take other labels
+            labels = went.labels(labels) if getattr(labels, "shape", None) == shape else labels
+            if getattr(kwargs.get("shift_labels"), "shape", None) == shape:
+                kwargs["shift_labels"] = went.shifted(kwargs["shift_labels"])
+        if args:  # as the model gave them
+            return self.original(logits, labels, *args, **kwargs)
+        return self.original(logits=logits, labels=labels, **kwargs)

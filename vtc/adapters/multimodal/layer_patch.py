@@ -1,0 +1,348 @@
+"""Fewer image tokens from some layers of the decoder on: FastV and DART drop them once, a cascade merges again.
+
+A level is what the layers between two reductions see: the layers before the first see all rows that enter the decoder,
+the others those that are left, at their own positions, and cache only those. The model's loop over its layers hands
+every layer the same mask and the same rotary table, of all rows, so a level takes its rows and columns of it.
+
+Two ways to count: a prompt has columns; the rows that enter the decoder (and the entries of its first layer's cache)
+are those of them that the input left. Levels refer to the latter.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from vtc.adapters.patch import Patch, forward_name
+
+if TYPE_CHECKING:
+    from vtc.adapters.multimodal.layer_patch import DecoderPatch
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from vtc import scores
+from vtc.adapters.multimodal import masks
+from vtc.adapters.multimodal.cache import Entries, Shortened
+from vtc.adapters.multimodal.capture import AttentionTap, listen
+from vtc.adapters.multimodal.families.base import Family
+from vtc.adapters.multimodal.rotary import Positions
+from vtc.adapters.multimodal.token_batch import CallRecord, TokenBatch
+from vtc.checks import check_finite
+from vtc.decide import decide
+from vtc.errors import InputError
+from vtc.macs import attention
+from vtc.methods.base import Method, Tokens
+from vtc.token_map import TokenMap
+
+
+@dataclass(frozen=True)
+class Level:
+    """What the layers from one reduction to the next see in this call.
+
+    Attributes:
+        columns: [B, S] long, which of the rows that entered the decoder; -1 = padding.
+        entries: of their caches, by the entries of the first layer's.
+        ids: the rotary positions of the rows, where they are not those of the decoder's table (PPE).
+    """
+
+    columns: Tensor
+    entries: Entries
+    ids: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PendingCall:
+    """A call with images in progress, in columns of its prompt [B, L].
+
+    Attributes:
+        question: the image tokens.
+        record: what the decoder's input did with them; None = nothing.
+        columns: [B, S], which column each row that enters the decoder is; -1 = padding.
+        positions: [axes, B, L] or [B, L].
+        mask: [B, L] bool, columns that are no padding; None = all.
+        words: the same where a mask of the caller's own says it, for what reads the text.
+        past: entries of the first layer's cache before.
+    """
+
+    question: TokenBatch
+    record: CallRecord | None
+    columns: Tensor
+    positions: Tensor
+    mask: Tensor | None
+    words: Tensor | None
+    past: int
+
+
+@dataclass(eq=False)
+class DecoderPatch:
+    """One decoder whose layers see fewer and fewer tokens, and the call in progress."""
+
+    family: Family
+    inner: Any
+    method: Method
+    positions: Positions
+    ear: AttentionTap | None = None
+    call: PendingCall | None = None
+    levels: list[Level] = field(default_factory=list)  # the first: all rows
+    past: tuple[Entries, ...] = ()  # of every level's caches, before the call
+    record: CallRecord | None = None
+
+    @property
+    def steps(self) -> tuple[tuple[int, float | int], ...]:
+        """(layer, what stays) of every reduction."""
+        if self.method.in_decoder:
+            return ((self.method.layer, self.method.keep),)  # type: ignore[attr-defined, return-value]
+        return self.method.cascade
+
+    def install(self) -> list[LayerForward]:
+        layers = getattr(self.inner, self.family.decoder).layers
+        first = 0 if self.method.proportional else self.steps[0][0]
+        if self.method.in_decoder:
+            self.ear = listen(attention(layers[first - 1]))
+        patches = [LayerForward(self, i, layer) for i, layer in enumerate(layers) if i >= first]
+        for patch in patches:
+            patch.install()
+        return patches
+
+    # -- a call -------------------------------------------------------------------------------------------------
+
+    def begin(self, cache: Any, call: PendingCall | None, entering: Tensor, past: int) -> None:
+        """Before the decoder runs on new rows, `entering` [B, S], behind `past` entries of its first layer's cache."""
+        (batch, rows), device = entering.shape, entering.device
+        known = cache.vtc_levels if isinstance(cache, Shortened) else ()
+        self.levels, self.call, self.record = [], call, None
+        if call is None and not known:  # nothing has gone, and nothing will
+            return
+        if getattr(cache, "is_compileable", False):
+            raise InputError(
+                f"{self.method.name} leaves layers with caches of different lengths, which a static cache cannot hold: "
+                "use the default one, or a method that works at the decoder's input"
+            )
+        known = known or (Entries.whole(batch, past, device),) * (len(self.steps) + 1)
+        if self.ear is not None:
+            self.ear.heard = [] if call is not None else None
+        columns = torch.arange(rows, device=device).expand(batch, rows)
+        if call is None:  # text: the same rows for all
+            self.levels = [Level(columns, entries.extend(columns, rows, False)) for entries in known]
+            return
+        sizes = self.sizes(call.record, call.columns)
+        self.past = known
+        self.levels = [Level(columns, known[0].extend(columns, rows, False, sizes))]
+
+    def end(self) -> tuple[Entries, ...]:
+        """After it: the entries of every level's caches."""
+        done = tuple(level.entries for level in self.levels)
+        if self.ear is not None:
+            self.ear.heard = None
+        self.levels, self.call = [], None
+        return done
+
+    def run(self, patch: LayerForward, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+        depth = sum(layer <= patch.index for layer, _ in self.steps)  # reductions at and before this layer
+        if not self.levels or (depth == 0 and not self.method.proportional):
+            return patch.original(x, *args, **kwargs)
+        if args or (self.call is not None and torch.is_grad_enabled() and _checkpoints(patch.module)):
+            raise InputError(
+                f"{self.method.name} cannot take tokens out between layers that are checkpointed: switch gradient "
+                "checkpointing off, or use a method that works at the decoder's input"
+            )
+        if self.call is not None and depth == len(self.levels):
+            x = self.reduce(x, *self.steps[depth - 1])
+        return patch.original(x, **self.narrowed(kwargs, self.levels[depth], x))
+
+    # -- a reduction --------------------------------------------------------------------------------------------
+
+    def reduce(self, x: Tensor, layer: int, keep: float | int) -> Tensor:
+        """Decide before `layer` on its rows x [B, S, C], note the next level, and return the rows that are left."""
+        call, earlier = self.call, self.record
+        assert call is not None
+        question, record = call.question, earlier or call.record
+        now = call.columns if record is None else record.columns  # the prompt's columns of the rows of x
+        total = None if record is None else record.token_map
+        prompts = torch.tensor(question.prompts, device=x.device)[:, None]
+        rows = _rows_of(now, question.length)
+        members, real = self.tokens_of(x, prompts, rows, question, total)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            mask = None if bool(real.all()) else real
+            features = members.detach()
+            check_finite(features, f"hidden states before layer {layer} of {type(self.inner).__name__}")
+            fields = {"grid": question.grids} | self.evidence(call, x.detach(), real) if self.method.in_decoder else {}
+            tokens = Tokens(features, size=None if total is None else total.size, mask=mask, **fields)
+            step = decide(self.method, tokens, question.removals(keep, real.sum(1).tolist()))
+            after = step if total is None else total.compose(step)
+            _, decided = question.answered(after, call.mask, self.method.notes(tokens), layer)
+        self.record = replace(decided, earlier=record)
+        left = decided.columns
+        x = x.gather(1, rows.gather(1, left.clamp(min=0))[..., None].expand(-1, -1, x.shape[-1]))
+        if self.method.merges:
+            slot = after.anchor >= 0
+            at = _rows_of(left, question.length)[prompts, _at(question.places, after.anchor).clamp(min=0)]
+            merged = step.merge(members)[slot].to(x.dtype)
+            x = x.index_put((prompts.expand_as(at)[slot], at[slot]), merged)
+        self.note(call, after if self.method.merges else None, left)
+        return x
+
+    def tokens_of(
+        self, x: Tensor, prompts: Tensor, rows: Tensor, question: TokenBatch, total: TokenMap | None
+    ) -> tuple[Tensor, Tensor]:
+        """The image tokens [U, N, C] that are among the rows of x, 0 on padding, and which are real."""
+        columns = question.places if total is None else _at(question.places, total.anchor)
+        real = columns >= 0
+        return x[prompts, rows[prompts, columns.clamp(min=0)]].masked_fill(~real[..., None], 0), real
+
+    def note(self, call: PendingCall, after: TokenMap | None, left: Tensor) -> None:
+        """The level that begins: what its layers see of this call's rows, and where a merged token stands."""
+        absent = left < 0
+        columns = _rows_of(call.columns, call.question.length).gather(1, left.clamp(min=0)).masked_fill(absent, -1)
+        sizes = self.sizes(self.record, left)
+        past = self.past[len(self.levels)]
+        entries = past.extend(columns, call.columns.shape[1], bool(absent.any()), sizes)
+        ids = None
+        if after is not None and self.positions.slot is not None:
+            carried = call.question.carried(after, self.positions.slots)
+            ids = self.positions.taken(call.positions, left.clamp(min=0), carried)
+        self.levels.append(Level(columns, entries, ids))
+
+    def sizes(self, record: CallRecord | None, columns: Tensor) -> Tensor | None:
+        """[B, S] float32, what every row stands for; None where nobody asks."""
+        if not self.method.proportional or record is None:
+            return None
+        token_map, device = record.token_map, columns.device
+        of_column = torch.ones(record.kept.shape, device=device)
+        unit, slot = (token_map.anchor >= 0).nonzero(as_tuple=True)
+        column = record.places[unit, token_map.anchor[unit, slot]]
+        of_column[torch.tensor(record.rows, device=device)[unit], column] = token_map.size[unit, slot]
+        return of_column.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, 1.0)
+
+    # -- what FastV and DART look at: everything has reached their layer, so rows are columns ---------------------
+
+    def evidence(self, call: PendingCall, hidden: Tensor, real: Tensor) -> dict[str, Any]:
+        question, method = call.question, self.method
+        assert self.ear is not None
+        if not self.ear.heard:
+            raise InputError(
+                f"layer {self.steps[0][0] - 1} of the decoder attended without being heard: if its attention was "
+                "replaced since vtc compressed the model, compress it again"
+            )
+        query, key, _, scale = self.ear.heard[-1]
+        self.ear.heard = None
+        prompts = torch.tensor(question.prompts, device=hidden.device)[:, None]
+        keys = key.transpose(1, 2)  # [B, past + L, heads, D]
+        chosen = keys[prompts, question.places.clamp(min=0) + call.past]
+        fields: dict[str, Any] = {}
+        if "attention" in method.needs:
+            last = self.last_words(question, call.words)[prompts[:, 0]]
+            asking = query.transpose(1, 2)[prompts[:, 0], last]
+            fields["attention"] = scores.last_query_attention(
+                asking, chosen.transpose(1, 2), scale=scale, mask=question.mask
+            )
+        if method.turned:
+            fields["rotary"] = question.of_columns(self.positions.means(call.positions))
+        if "keys" in method.needs:
+            fields["keys"] = question.padded(chosen.flatten(2))
+        if "text" in method.needs:
+            fields["text"], fields["text_mask"] = self.text(question, hidden, keys[:, call.past :], call.words)
+        return fields
+
+    def words(self, question: TokenBatch, real: Tensor | None) -> Tensor:
+        """[B, L] bool, the columns with text."""
+        visual = torch.zeros(question.batch * question.length, dtype=torch.bool, device=question.columns.device)
+        visual[question.columns] = True
+        text = ~visual.view(question.batch, question.length)
+        return text if real is None else text & real
+
+    def last_words(self, question: TokenBatch, real: Tensor | None) -> Tensor:
+        """[B], the last column with text."""
+        text = self.words(question, real)
+        place = torch.arange(question.length, device=text.device)
+        return torch.where(text, place, -1).amax(1).clamp(min=0)
+
+    def text(self, question: TokenBatch, hidden: Tensor, keys: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Hidden states [U, T, C] of the text in every unit's prompt by falling L1 norm of the keys; which are real."""
+        text = self.words(question, real)
+        norm = keys.float().abs().sum((2, 3)).masked_fill(~text, -1.0)
+        order = norm.argsort(dim=1, descending=True, stable=True)[:, : int(text.sum(1).max())]
+        states = hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1]))
+        return states[question.prompts], text.gather(1, order)[question.prompts]
+
+    # -- what a level's layers are given --------------------------------------------------------------------------
+
+    def narrowed(self, kwargs: dict[str, Any], level: Level, x: Tensor) -> dict[str, Any]:
+        """A layer's arguments for the tokens that are left: rows at `columns`, keys at the entries of its cache."""
+        entries, columns = level.entries, level.columns
+        kwargs, at = dict(kwargs), columns.clamp(min=0)
+        batch, rows = columns.shape
+        tables = kwargs.get("position_embeddings")
+        if level.ids is not None:
+            kwargs["position_embeddings"] = self.positions.table(x, level.ids)
+        elif tables is not None:
+            kwargs["position_embeddings"] = tuple(
+                t.expand(batch, -1, -1).gather(1, at[..., None].expand(-1, -1, t.shape[-1])) for t in tables
+            )
+        first = entries.columns.shape[1] - rows
+        ids = kwargs.get("position_ids")
+        if ids is not None:  # counted, so that no gap passes for a border
+            kwargs["position_ids"] = masks.counted(masks.packs(ids, None, ids.shape[-1]), at, first)
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 2:
+            kwargs["attention_mask"] = entries.take(mask)
+            return kwargs
+        if mask is not None:
+            keys = entries.columns.clamp(min=0)
+            mask = mask.expand(batch, *mask.shape[1:])
+            mask = mask.gather(2, at[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+            mask = mask.gather(3, keys[:, None, None].expand(-1, mask.shape[1], rows, -1))
+            absent = (entries.columns < 0)[:, None, None]
+            shut = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            mask = mask.masked_fill(absent, shut)
+        elif entries.padded or (rows > 1 and first > 0) or entries.sizes is not None:
+            mask = self.mask(entries, columns, x)
+        if mask is not None and mask.ndim == 4 and entries.sizes is not None:  # proportional attention, ToMe's Eq. 1
+            if mask.dtype == torch.bool:
+                mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(
+                    ~mask, torch.finfo(x.dtype).min
+                )
+            mask = mask + entries.sizes.log()[:, None, None].to(mask.dtype)
+        kwargs["attention_mask"] = mask
+        return kwargs
+
+    def mask(self, entries: Entries, columns: Tensor, x: Tensor) -> Tensor:
+        """A causal mask where the model made none, because nothing was padded. [B, E], or [B, 1, S, E] for sdpa."""
+        real = entries.columns >= 0
+        if "flash" in str(getattr(self.inner, self.family.decoder).config._attn_implementation):
+            return real.long()
+        count, rows = entries.columns.shape[1], columns.shape[1]
+        place = torch.arange(count, device=x.device)
+        causal = place <= place[-rows:, None]
+        seen = causal & real[:, None]
+        return (seen | (place == place[-rows:, None]))[:, None]  # padding sees itself, so that no row is empty
+
+
+def _rows_of(columns: Tensor, length: int) -> Tensor:
+    """[B, S], the column of every row -> [B, length], the row of every column; 0 where it has none."""
+    row = torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
+    spare = torch.where(columns < 0, length, columns)
+    return columns.new_zeros(len(columns), length + 1).scatter(1, spare, row)[:, :length]
+
+
+def _at(places: Tensor, index: Tensor) -> Tensor:
+    """places[u, index[u, i]], and -1 where the index is."""
+    return torch.where(index < 0, -1, places.gather(1, index.clamp(min=0)))
+
+
+def _checkpoints(layer: Any) -> bool:
+    return bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
+
+
+class LayerForward(Patch):
+    """For the `forward` of a decoder layer behind which image tokens are fewer."""
+
+    def __init__(self, decoder_patch: DecoderPatch, index: int, module: nn.Module) -> None:
+        super().__init__(module, forward_name(module))
+        self.decoder_patch, self.index = decoder_patch, index
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.decoder_patch.run(self, hidden_states, args, kwargs)

@@ -1,0 +1,405 @@
+"""Where a decoder takes in image tokens: fewer of them, at their own positions.
+
+The model's forward runs as it is, on a shorter prompt. Image features are encoded once and a method decides; then the
+placeholders of the tokens that go are taken out of the ids, the mask and everything else that has a column per token,
+and the model's own code does the rest: it fills in the features it is handed, builds its masks, its caches, its
+DeepStack planes. Only the rotary embedding is told that the positions have gaps (`Positions`), so that nothing else in
+the model takes a gap for a border between packed sequences.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc.adapters.encoders.patch import EncoderPatch
+from vtc.adapters.encoders.state import CallState
+from vtc.adapters.multimodal import masks
+from vtc.adapters.multimodal.cache import Entries, Shortened, cache_name, goes_on, shorten
+from vtc.adapters.multimodal.capture import Capture, text
+from vtc.adapters.multimodal.columns import as_asked, check_arguments, check_asked, shorter
+from vtc.adapters.multimodal.families.base import Family, Modality
+from vtc.adapters.multimodal.forwards import Encode, Loss, MaskMaker, ModelForward, OwnerForward
+from vtc.adapters.multimodal.guard import Guard
+from vtc.adapters.multimodal.layer_patch import DecoderPatch, PendingCall
+from vtc.adapters.multimodal.owners import Owners
+from vtc.adapters.multimodal.rotary import Positions
+from vtc.adapters.multimodal.token_batch import CallRecord, EncodedFeatures, PlacedTokens, TokenBatch
+from vtc.adapters.multimodal.trial import try_positions
+from vtc.checks import check_finite
+from vtc.decide import decide, in_events
+from vtc.errors import InputError
+from vtc.methods.base import Method
+from vtc.token_map import TokenMap
+
+# What the model's forward is given as pixels where the features exist: it only looks whether there are any.
+_NO_PIXELS = torch.empty(1, 0)
+
+
+@dataclass(eq=False)
+class MultimodalPatch:
+    """One patched multimodal model: its family, the method, and the last call."""
+
+    family: Family
+    path: str
+    inner: Any
+    owners: Owners  # the models around it
+    method: Method
+    tower: EncoderPatch | None = None  # merging happens in here instead
+    evidence: Capture | None = None
+    patched: list[Any] = field(default_factory=list)
+    record: CallRecord | None = None
+    inside: CallState | None = None  # what `tower` did in that call
+    turn: int = 0  # when that call ended
+    bare_calls: int = 0  # prompts without images since then
+    went: CallRecord | None = None  # of the call in progress or just done, where columns went
+    asked: Any = None  # which columns of it a model around reads: logits_to_keep, or "all"; None = as they come
+    carried: Tensor | None = None  # [slots, B, L]: the columns whose positions each column of this call carries (PPE)
+    encoding: bool = False
+    latest: dict[str, tuple[EncodedFeatures, Tensor]] = field(
+        default_factory=dict
+    )  # by kind, with the first and last row
+    decoder_patch: DecoderPatch | None = None  # tokens go between layers of the decoder
+    told: bool = False  # others than the rotary embedding read positions, so the decoder gets the true ones
+
+    @property
+    def where(self) -> str:
+        return self.path or type(self.inner).__name__
+
+    # -- on and off ---------------------------------------------------------------------------------------------
+
+    def install(self, root: nn.Module) -> None:
+        decoder = getattr(self.inner, self.family.decoder)
+        name = "_old_forward" if "_old_forward" in self.inner.__dict__ else "forward"
+        self.positions = Positions(decoder.rotary_emb, self.method.ppe)
+        self.told = try_positions(decoder).reads
+        self.encoders = {kind.name: Encode(self, kind) for kind in self.family.kinds}
+        forward = ModelForward(self, name)
+        self.guard = Guard(self)
+        self.guard.install(root)
+        self.patched = [forward, self.positions, *self.encoders.values()]
+        for head in self.owners.heads:
+            self.patched += [OwnerForward(self, head), Loss(self, head), MaskMaker(head)]
+        self.patched += [OwnerForward(self, owner, "all") for owner in self.owners.classifiers]
+        for patch in self.patched:
+            patch.install()
+        if self.method.in_decoder or self.method.cascade or self.method.proportional:
+            self.decoder_patch = DecoderPatch(self.family, self.inner, self.method, self.positions)
+            self.patched += self.decoder_patch.install()
+        if self.method.in_decoder:
+            return
+        idle = self.tower is not None or self.method.keep == 1.0  # everything stays, whatever the evidence
+        needs = frozenset() if idle else self.method.needs - {"grid", "text"}
+        if self.method.encoder:  # the keys that ToMe and PiToMe compare in a tower; here they compare the tokens
+            needs -= {"keys"}
+        if needs:
+            self.evidence = Capture(self.family, self.inner, needs)
+            self.evidence.install()
+        if self.tower is not None:
+            self.tower.install(root)
+
+    # -- running ------------------------------------------------------------------------------------------------
+
+    def run(self, patch: ModelForward, call: dict[str, Any]) -> Any:
+        call = {name: value for name, value in call.items() if value is not None}
+        if "past_key_values" in call:  # which newer versions still take
+            call.setdefault(cache_name(), call.pop("past_key_values"))
+        given = dict(call.pop("mm_encoder_outputs", None) or {})  # `generate` encodes before it calls
+        for kind in self.family.kinds:
+            if kind.pixels in call:
+                encode = self.encoders[kind.name]
+                wanted = {name for name in {*encode.names[1:], *self.family.passed} if name in call}
+                wanted -= self.family.ignored
+                given[kind.name] = encode(call[kind.pixels], **{name: call[name] for name in wanted}, return_dict=True)
+        seen = [
+            self.see(kind, given[kind.name], call) for kind in self.family.kinds if given.get(kind.name) is not None
+        ]
+        self.guard.saw(bool(seen), call)
+        question = self.question(seen, call) if seen else None
+        before = self.record, self.inside
+        bare = question is None and self.record is not None and not goes_on(call.get(cache_name()))
+        try:
+            output = self.answer(patch, call, seen, question)
+        except BaseException:  # what did not come to an end is no last call
+            self.record, self.inside = before
+            raise
+        if question is not None:
+            self.turn, self.bare_calls = time.monotonic_ns(), 0
+        self.bare_calls += bare
+        return output
+
+    def answer(
+        self, patch: ModelForward, call: dict[str, Any], seen: list[PlacedTokens], question: TokenBatch | None
+    ) -> Any:
+        columns = None
+        if question is not None and self.method.keep != 1.0 and (self.method.in_decoder or "text" in self.method.needs):
+            before = Entries.before(call.get(cache_name()), question.batch, question.rows.device)
+            masks.check_text(self.method.name, call, question, before.length)
+        if question is not None and not self.method.in_decoder:
+            columns, question = self.reduce(seen, question, call)
+        for item in seen:  # the model asks its encoders, which hand out what they have given already, reduced
+            call.setdefault(item.kind.pixels, _NO_PIXELS)
+            handed = self.encoders[item.kind.name].output = copy.copy(item.output)
+            handed.__dict__.pop("vtc_encoded", None)  # newer versions make it part of what the model gives
+        try:
+            more = self.decoder_patch is not None and question is not None  # tokens may go on the way
+            self.went = self.record if columns is not None else None
+            if columns is None and not more and not isinstance(call.get(cache_name()), Shortened):
+                return patch.original(**call)
+            return self.shortened(patch, call, columns, question)
+        finally:
+            for encode in self.encoders.values():
+                encode.output = None
+            self.latest.clear()
+
+    def encode(self, encode: Encode, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run one of the model's encoders, with ears on what the method needs."""
+        if self.encoding:  # one encoder calling the other
+            return encode.original(*args, **kwargs)
+        self.guard.enter(encode)
+        if self.evidence is not None:
+            self.evidence.start()
+        self.encoding = True
+        try:
+            output = encode.original(*args, **kwargs)
+        finally:
+            self.encoding = False
+            self.guard.leave(encode)
+            heard = {} if self.evidence is None else self.evidence.stop()
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is None:  # return_dict=False: not for us
+            return output
+        call = {**dict(zip(encode.names, args, strict=False)), **kwargs}
+        call[encode.kind.pixels] = call[encode.names[0]]  # which is what the argument is called, but for old versions
+        if self.tower is not None and self.family.prefix(self.inner, call) != self.tower.site.prefix:
+            given = call.get("vision_feature_select_strategy")
+            raise InputError(
+                f"vision_feature_select_strategy={given!r}: the model was compressed in its tower as its configuration "
+                'says; call it without, or use where="llm"'
+            )
+        made = [x.numel() // x.shape[-1] for x in pooled]
+        lengths = tuple(self.family.lengths(self.inner, encode.kind, made, call))
+        layout = self.family.layout(self.inner, encode.kind, list(lengths), call)
+        found: dict[str, Tensor] = {}
+        if self.evidence is not None:
+            with torch.no_grad(), torch.autocast(pooled[0].device.type, enabled=False):
+                found = self.evidence.gather(heard, encode.kind, layout, sum(lengths), call)
+        stage = None if self.tower is None else self.tower.stage
+        merged = None if stage is None or stage.total is None else stage.total.drop_prefix(stage.prefix)
+        output.vtc_encoded = EncodedFeatures(self, lengths, layout, found, merged)
+        filled = [x.reshape(-1, x.shape[-1]) for x in pooled if x.numel()]  # a prompt without images has no rows
+        if filled:
+            ends = torch.stack([filled[0][0], filled[-1][-1]])
+            self.latest[encode.kind.name] = (output.vtc_encoded, ends.detach())
+        return output
+
+    def known(self, kind: Modality, output: Any, rows: Tensor) -> EncodedFeatures:
+        """What was noted of an output when it was encoded."""
+        encoded = getattr(output, "vtc_encoded", None)
+        if encoded is not None and encoded.owner is self:
+            return encoded
+        # accelerate copies outputs between devices, without what was noted on them: is it the last one?
+        if kind.name in self.latest:
+            last, ends = self.latest[kind.name]
+            fits = len(rows) > 0 and len(rows) % sum(last.lengths) == 0
+            if fits and torch.equal(rows[[0, -1]].to(ends.device), ends):
+                return last
+        raise InputError(
+            f"the {kind.name} was encoded before vtc compressed this model, or in chunks (prefill_chunk_size): "
+            "pass the pixels, without chunks, or call vtc.remove(model)"
+        )
+
+    def see(self, kind: Modality, output: Any, call: dict[str, Any]) -> PlacedTokens:
+        """Find where an encoder's tokens go in the prompt."""
+        rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in output.pooler_output])
+        encoded = self.known(kind, output, rows)
+        token = getattr(self.inner.config, kind.token)
+        if "input_ids" in call:
+            placeholder = call["input_ids"] == token
+        else:
+            inputs = call["inputs_embeds"]
+            embedded = self.inner.get_input_embeddings()(torch.tensor(token, device=inputs.device))
+            placeholder = (inputs == embedded).all(-1)
+        columns = placeholder.flatten().nonzero().flatten()
+        behind = self.family.trailing(self.inner, kind)
+        if behind:  # not the encoder's: they stay
+            own = torch.cat([torch.arange(n + behind, device=columns.device) < n for n in encoded.lengths])
+            columns = columns[own] if len(own) == len(columns) else columns
+        if len(columns) != len(rows):
+            count = len(output.pooler_output)
+            raise InputError(
+                f"the prompt has {len(columns)} {kind.name} placeholders (id {token}), but the {count} "
+                f"{kind.name}{'s' * (count != 1)} given make {len(rows)} tokens: the number of {kind.name}s does not "
+                "match the prompt"
+            )
+        if len(rows) != sum(encoded.lengths):  # beams: `generate` repeats the images of every prompt
+            times = len(rows) // sum(encoded.lengths)
+            encoded = encoded.repeated(placeholder.sum(1).tolist(), times)
+        return PlacedTokens(kind, output, encoded, rows, columns)
+
+    def reduce(
+        self, seen: list[PlacedTokens], question: TokenBatch, call: dict[str, Any]
+    ) -> tuple[Tensor | None, TokenBatch]:
+        """Which columns [B, S] of the call stay (-1 = padding; None = all), with the outputs in `seen` reduced; and the
+        tokens by the units that the record speaks of."""
+        method, device = self.method, question.rows.device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            check_finite(question.rows, f"image tokens of {type(self.inner).__name__}")
+            if self.tower is not None:
+                token_map, notes = question.from_tower(), ""
+            else:
+                fields: dict[str, Any] = {}
+                if "projector" in method.needs:
+                    fields["projector"] = self.family.projection(self.inner)
+                if "text" in method.needs:
+                    words = text(method.name, self.family, self.inner, call, question.prompts)
+                    fields["text"], fields["text_mask"] = words
+                if method.turned:
+                    past = Entries.before(call.get(cache_name()), question.batch, device).length
+                    placed = self.family.placed(self.inner, call, past)
+                    fields["rotary"] = question.of_columns(self.positions.means(placed))
+                tokens = question.seen_by(method, said=[], **fields)
+                removed = question.removals(method.keep)
+                token_map, notes = decide(method, tokens, removed), ""
+                if bool(torch.as_tensor(removed).any()):
+                    own = "" if self.evidence is None else self.evidence.note
+                    said = dict.fromkeys(tokens.said or ())
+                    notes = "; ".join(filter(None, (method.notes(tokens), *said, own)))
+                    if method.ppe and self.positions.slots == 1:
+                        notes += "; " * bool(notes) + "PPE has no effect: the rotary sections have no common divisor"
+                if method.groups_frames:
+                    question, token_map, events = in_events(question, question.videos(), token_map, method)  # type: ignore[arg-type]
+                    notes = "; ".join(filter(None, (notes, events)))
+        stays, self.record = question.answered(token_map, masks.padding(call.get("attention_mask")), notes)
+        self.inside = None if self.tower is None else self.tower.stage
+        if bool(stays.all()):
+            return None, question
+        self.carried = question.carried(token_map, self.positions.slots)
+        means = token_map if method.merges and self.tower is None else None
+        for item, span in zip(seen, question.spans, strict=True):
+            self.shrink(item, question, span, stays[span], means)
+        return self.record.columns, question
+
+    def question(self, seen: list[PlacedTokens], call: dict[str, Any]) -> TokenBatch:
+        given = call["input_ids"] if "input_ids" in call else call["inputs_embeds"]
+        return TokenBatch(seen, given.shape[0], given.shape[1], self.method.pooled)
+
+    def shrink(
+        self, item: PlacedTokens, question: TokenBatch, span: slice, stays: Tensor, means: TokenMap | None
+    ) -> None:
+        """Give an encoder's output the rows that stay: as they are, or the means of their groups."""
+
+        def shorter(x: Tensor) -> Tensor:
+            if means is not None:
+                whole = x.new_zeros(len(question.rows), x.shape[-1])
+                whole = torch.cat([whole[: span.start], x, whole[span.stop :]])
+                merged = means.merge(question.packed(whole))[means.anchor >= 0]
+                at = question.anchors(means)
+                inside = (at >= span.start) & (at < span.stop)
+                x = x.index_copy(0, at[inside] - span.start, merged[inside].to(x.dtype))
+            return x[stays]
+
+        output = item.output = copy.copy(item.output)
+        small = shorter(item.rows)
+        if not isinstance(output.pooler_output, Tensor):
+            output.pooler_output = (small,)
+        elif self.family.trailing(self.inner, item.kind):  # one row per item, for the model to add to
+            output.pooler_output = small.view(len(item.encoded.lengths), -1, small.shape[-1])
+        else:
+            output.pooler_output = small[:, None]
+        if getattr(output, "deepstack_features", None) is not None:
+            output.deepstack_features = [
+                shorter(level) if isinstance(level, Tensor) else (shorter(torch.cat(list(level))),)
+                for level in output.deepstack_features
+            ]
+
+    # -- the shorter prompt -------------------------------------------------------------------------------------
+
+    def shortened(
+        self, patch: ModelForward, call: dict[str, Any], columns: Tensor | None, question: TokenBatch | None
+    ) -> Any:
+        """The model's own forward on the columns that stay (None = all of this call's), behind the cache as it is."""
+        ids = call.get("input_ids")
+        given: Tensor = call["inputs_embeds"] if ids is None else ids
+        batch, length = given.shape[:2]
+        device = given.device
+        cache = call.get(cache_name())
+        past = Entries.before(cache, batch, device)
+        padded = columns is not None and bool((columns < 0).any())
+        if columns is not None or (question is not None and self.decoder_patch is not None):
+            own = set(inspect.signature(type(self.inner).forward).parameters)
+            own |= {name for encode in self.encoders.values() for name in (encode.kind.pixels, *encode.names)}
+            check_arguments(call, own, length, past.length + length)
+        if self.went is not None:
+            check_asked(self.asked, self.went)
+        if columns is None:
+            columns = torch.arange(length, device=device).expand(batch, length)
+        entries = past.extend(columns, length, padded)
+        whole = call.get("attention_mask")
+        mask = masks.padding(whole)
+        packs = masks.packs(call.get("position_ids"), mask, length)
+        if packs is not None and self.told:
+            raise InputError(
+                "position_ids pack several sequences in a row, and this decoder reads positions outside of its rotary "
+                "table: give one sequence a row, with an attention_mask"
+            )
+        if packs is not None and entries.padded and (whole is None or mask is not None):
+            raise InputError(
+                "position_ids pack several sequences in a row, and vtc shortens the rows of this batch to different "
+                "lengths, which takes a padding mask: give one packed row a call"
+            )
+        positions = self.family.placed(self.inner, call, past.length)
+        short = shorter(call, columns, entries, length, self.filler())
+        at = columns.clamp(min=0)
+        before = past.columns.shape[1]
+        if call.get("cache_position") is not None:
+            short["cache_position"] = torch.arange(before, before + columns.shape[1], device=device)
+        short["position_ids"] = masks.counted(packs, at, before)
+        if packs is not None and call["position_ids"].ndim == 3:  # text positions first: where packs are looked for
+            short["position_ids"] = short["position_ids"].expand(4, -1, -1)
+        short["attention_mask"] = masks.shortened(whole, columns, entries, length)
+        short["return_dict"] = True
+        self.positions.ids = self.positions.taken(positions, at, self.carried)
+        if self.told:
+            short["position_ids"] = positions.gather(-1, at.expand(positions.shape[:-1] + at.shape[-1:]))
+            if short["attention_mask"] is None:  # beside a mask, a gap is no border between packed sequences
+                short["attention_mask"] = torch.ones_like(entries.columns)
+        levels: tuple[Entries, ...] = ()
+        try:
+            if self.decoder_patch is not None:
+                real = None if mask is None else mask[:, -length:].bool()
+                record = None if self.method.in_decoder else self.record
+                text = masks.words(whole, length)
+                seen = (
+                    None if question is None else PendingCall(question, record, columns, positions, real, text, before)
+                )
+                self.decoder_patch.begin(cache, seen, columns, before)
+            if isinstance(cache, Shortened):
+                cache.vtc_inside = True
+            output = patch.original(**short)
+        finally:
+            self.positions.ids = self.carried = None
+            if self.decoder_patch is not None:
+                levels = self.decoder_patch.end()
+            if isinstance(cache, Shortened):
+                cache.vtc_inside = False
+        new = getattr(output, cache_name(), None)
+        if new is not None:
+            shorten(new, entries, levels)
+        if self.decoder_patch is not None and self.decoder_patch.record is not None:
+            self.record = self.went = self.decoder_patch.record
+            check_asked(self.asked, self.went)
+        if self.went is not None and self.asked is not None:
+            output.last_hidden_state = as_asked(self.asked, self.went, output.last_hidden_state)
+        return output if call.get("return_dict", self.inner.config.return_dict) else output.to_tuple()
+
+    def filler(self) -> int:
+        """A token id to put where there is nothing; it is masked, so any that is no placeholder will do."""
+        taken = {getattr(self.inner.config, kind.token) for kind in self.family.kinds}
+        return next(token for token in range(len(taken) + 1) if token not in taken)

@@ -1,0 +1,247 @@
+"""From the image tokens of a call to what a method sees, and from its answer to the columns of the prompt that stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.adapters.multimodal.families.base import Modality
+from vtc.decide import Units, regroup
+from vtc.errors import InputError
+from vtc.layout import Layout, Unit
+from vtc.methods.base import Method, Tokens
+from vtc.positions import members
+from vtc.token_map import TokenMap
+
+
+@dataclass(frozen=True)
+class EncodedFeatures:
+    """What is known of an encoder's output: how its tokens are laid out, the evidence, what its tower merged."""
+
+    owner: Any  # the intake that was there
+    lengths: tuple[int, ...]  # of its items (images, videos)
+    layout: Layout
+    evidence: dict[str, Tensor]
+    merged: TokenMap | None = None
+
+    def repeated(self, placeholders: list[int], times: int) -> EncodedFeatures:
+        """For prompts that were each repeated `times`, with their images, one after the other (beams)."""
+        first: list[range] = []  # of every prompt, its items
+        at = 0
+        for count in placeholders[::times]:
+            start = at
+            while count > 0:
+                count -= self.lengths[at]
+                at += 1
+            first.append(range(start, at))
+        order = [item for items in first for _ in range(times) for item in items]
+        edges = torch.tensor([0, *self.lengths]).cumsum(0).tolist()
+        old = torch.cat([torch.arange(edges[item], edges[item + 1]) for item in order])
+        units, start = [], 0
+        for new, item in enumerate(order):
+            for unit in self.layout.units:
+                if edges[item] <= int(unit.rows[0]) < edges[item + 1]:
+                    units.append(Unit(unit.rows - edges[item] + start, new, unit.grid))
+            start += self.lengths[item]
+        source = self.layout.source
+        layout = Layout(tuple(units), old if source is None else source[old])
+        evidence = {name: x[old.to(x.device)] for name, x in self.evidence.items()}
+        return replace(self, lengths=tuple(self.lengths[i] for i in order), layout=layout, evidence=evidence)
+
+
+@dataclass
+class PlacedTokens:
+    """The tokens of one kind in one call: what encoded them, and which columns they fill."""
+
+    kind: Modality
+    output: Any
+    encoded: EncodedFeatures
+    rows: Tensor  # [n, C]
+    columns: Tensor  # [n] long, prompt times length plus column
+
+
+@dataclass(frozen=True)
+class CallRecord:
+    """What happened in the last call that held images.
+
+    Attributes:
+        token_map: one row per unit (image, crop, frame) in prompt order.
+        kept: [B, L] bool, the prompt's columns that the decoder was given; real: those that are no padding.
+        columns: [B, S] long, which column each row of the decoder is; -1 = padding.
+        places: [U, N] long, the column of the prompt that each of the map's inputs has; -1 = padding.
+        rows, lengths: the prompt (batch row) of every unit, and its tokens before.
+        layer: the decoder layer before which tokens went.
+        notes: what the method said.
+        earlier: what had happened before, at the decoder's input or in a layer before.
+        grids: (rows, columns) of every unit, None where its tokens fill no rectangle.
+    """
+
+    token_map: TokenMap
+    kept: Tensor
+    real: Tensor
+    columns: Tensor
+    places: Tensor
+    rows: tuple[int, ...]
+    lengths: tuple[int, ...]
+    layer: int = 0
+    notes: str = ""
+    earlier: CallRecord | None = None
+    grids: tuple[tuple[int, int] | None, ...] = ()
+
+    def at(self, columns: Tensor) -> Tensor:
+        """[B, K] long, the decoder's row of each of `columns` [B, K]; of a removed one, the last row before it."""
+        here = present(self.kept, self.real).long()
+        behind = here.flip(1).cumsum(1).flip(1) - here
+        rows = self.columns.shape[1] - 1 - behind
+        return rows.gather(1, columns.to(rows.device)).clamp(min=0)
+
+    def take(self, values: Tensor, fill: float = 0) -> Tensor:
+        """[B, L] of the prompt's columns -> [B, S] of the decoder's rows, `fill` on padding."""
+        if values.shape != self.kept.shape:
+            raise InputError(f"the values are {list(values.shape)}, but the prompt has {list(self.kept.shape)}")
+        columns = self.columns.to(values.device)
+        return values.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, fill)
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """`take` of labels. Nothing says a prompt's first column, but in a ragged batch padding may come before it."""
+        first = torch.arange(labels.shape[1], device=labels.device) == 0
+        return self.take(labels.masked_fill(first, -100), -100)
+
+    def shifted(self, labels: Tensor) -> Tensor:
+        """The same of shifted labels, where each column holds its next one's: here that of the next that stays."""
+        columns = self.columns.to(labels.device)
+        ahead = torch.nn.functional.pad(columns[:, 1:], (0, 1), value=labels.shape[1])
+        return labels.gather(1, (ahead - 1).clamp(min=0)).masked_fill((columns < 0) | (ahead < 0), -100)
+
+    @property
+    def prompts(self) -> list[int]:
+        """The length of every prompt after it, without padding."""
+        real = self.real.gather(1, self.columns.clamp(min=0))
+        return (real & (self.columns >= 0)).sum(1).tolist()
+
+
+class TokenBatch(Units):
+    """All image tokens of a call, their units in prompt order.
+
+    Attributes:
+        columns: [n], where the rows are in the call; places: [U, N], in their prompt, -1 = padding.
+        prompts: the batch row of every unit.
+    """
+
+    def __init__(self, seen: list[PlacedTokens], batch: int, length: int, pooled: bool) -> None:
+        self.seen, self.batch, self.length = seen, batch, length
+        rows = torch.cat([item.rows for item in seen])
+        self.columns = torch.cat([item.columns for item in seen])
+        self.spans: list[slice] = []
+        units: list[Unit] = []
+        start = 0
+        for item in seen:
+            # items are numbered apart by kind
+            units += [Unit(u.rows + start, u.item + start, u.grid) for u in item.encoded.layout.units]
+            self.spans.append(slice(start, start + len(item.rows)))
+            start += len(item.rows)
+        spots = self.columns.cpu()
+        units.sort(key=lambda unit: int(spots[unit.rows[0]]))
+        self.prompts = [int(spots[unit.rows[0]]) // length for unit in units]
+        if pooled:  # all units of a prompt as one
+            pairs = list(zip(units, self.prompts, strict=True))
+            self.prompts = sorted(set(self.prompts))
+            units = [Unit(torch.cat([u.rows for u, of in pairs if of == prompt]), prompt) for prompt in self.prompts]
+        super().__init__(rows, units)
+
+    @property
+    def places(self) -> Tensor:
+        columns = self.columns.to(self.index.device)[self.index.clamp(min=0)] % self.length
+        return torch.where(self.index < 0, -1, columns)
+
+    def joined(self, groups: list[list[int]]) -> TokenBatch:
+        out = super().joined(groups)
+        out.prompts = [self.prompts[group[0]] for group in groups]
+        return out
+
+    def seen_by(self, method: Method, **fields: Any) -> Tokens:
+        """What the method sees, with the evidence that the encoders' outputs carry."""
+        for name in self.seen[0].encoded.evidence:
+            fields[name] = self.packed(torch.cat([item.encoded.evidence[name] for item in self.seen]))
+        return self.tokens(method, **fields)
+
+    def videos(self) -> list[list[int]]:
+        """The units of every video, its frames in order."""
+        spans = [span for item, span in zip(self.seen, self.spans, strict=True) if item.kind.name == "video"]
+        frames: dict[int, list[int]] = {}
+        for number, unit in enumerate(self.units):
+            if any(span.start <= int(unit.rows[0]) < span.stop for span in spans):
+                frames.setdefault(unit.item, []).append(number)
+        return list(frames.values())
+
+    def of_columns(self, x: Tensor) -> Tensor:
+        """[B, L, ...] -> [U, N, ...], what the columns of the units' tokens have; 0 on padding."""
+        return self.padded(x[torch.tensor(self.prompts, device=x.device)[:, None], self.places.clamp(min=0)])
+
+    def answered(
+        self, token_map: TokenMap, mask: Tensor | None, notes: str, layer: int = 0
+    ) -> tuple[Tensor, CallRecord]:
+        """Which of `rows` stay, and the record, given the prompt's padding mask [B, L]."""
+        stays = torch.ones(len(self.rows), dtype=torch.bool, device=self.rows.device)
+        flat = self.index.flatten()
+        stays[flat[flat >= 0]] = False
+        stays[self.anchors(token_map)] = True
+        kept = torch.ones(self.batch * self.length, dtype=torch.bool, device=self.columns.device)
+        kept[self.columns] = stays.to(kept.device)
+        kept = kept.view(self.batch, self.length)
+        real = torch.ones_like(kept) if mask is None else mask[:, -self.length :].bool()
+        everything = torch.arange(self.length, device=kept.device).expand_as(kept)
+        columns = everything if bool(stays.all()) else lay_out(kept, None if mask is None else real)
+        lengths = tuple(len(unit.rows) for unit in self.units)
+        prompts = tuple(self.prompts)
+        grids = self.grids
+        return stays, CallRecord(
+            token_map, kept, real, columns, self.places, prompts, lengths, layer, notes, grids=grids
+        )
+
+    def anchors(self, token_map: TokenMap) -> Tensor:
+        """The rows that represent the slots, slot by slot."""
+        return self.index.gather(1, token_map.anchor.clamp(min=0))[token_map.anchor >= 0]
+
+    def carried(self, token_map: TokenMap, slots: int) -> Tensor | None:
+        """[slots, B, L] long: the columns of the prompt whose positions every column carries; None = its own."""
+        if slots == 1:
+            return None
+        out = torch.arange(self.length, device=self.places.device).repeat(slots, self.batch, 1)
+        unit, slot = (token_map.anchor >= 0).nonzero(as_tuple=True)
+        prompt = torch.tensor(self.prompts, device=out.device)[unit]
+        for k, index in enumerate(members(token_map, slots)):
+            out[k, prompt, self.places[unit, token_map.anchor[unit, slot]]] = self.places[unit, index[unit, slot]]
+        return out
+
+    def from_tower(self) -> TokenMap:
+        """The map that the tower made, for the tokens that its patches became."""
+        whole, source = self.seen[0].encoded.merged, self.seen[0].encoded.layout.source
+        device = self.index.device
+        if whole is None:
+            return TokenMap.identity(self.index.shape[0], self.index.shape[1], device)
+        patch = torch.arange(len(self.rows), device=device) if source is None else source.to(device)
+        patch = patch[self.index.clamp(min=0)]  # [U, N], counted over the tower's batch
+        crop, inside = patch // whole.group.shape[1], patch % whole.group.shape[1]
+        slot = whole.group[crop, inside].masked_fill(self.index < 0, -1)
+        return regroup(slot, whole.rank[crop, inside])
+
+
+def lay_out(kept: Tensor, mask: Tensor | None) -> Tensor:
+    """Columns [B, S] of the shorter prompt: the kept ones in order, -1 = padding. Padding in front of a prompt is made
+    anew; behind and inside it stays, so that columns counted from the end are where they were."""
+    if mask is not None and mask.shape != kept.shape:
+        raise InputError(f"attention_mask has {mask.shape[1]} columns, but the prompt has {kept.shape[1]}")
+    here = present(kept, mask)
+    longest = max(1, int(here.sum(1).max()))
+    order = here.long().argsort(dim=1, stable=True)[:, -longest:]  # absent first
+    real = here if mask is None else here & mask
+    return order.masked_fill(~real.gather(1, order), -1)
+
+
+def present(kept: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, L] bool, which columns the shorter prompt has: the kept ones without the padding in front."""
+    return kept if mask is None else kept & (mask.long().cumsum(1) > 0)

@@ -1,0 +1,216 @@
+"""What compression does to a user's own model on the user's own images, without labels: tokens, time, loyalty."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc.adapters import multimodal
+from vtc.adapters.multimodal import MultimodalSite
+from vtc.api import compress
+from vtc.bench.timing import Tick, interleave, shared_copy
+from vtc.errors import InputError, OptionError
+from vtc.methods import Method, make
+from vtc.plan import explain
+
+LLM = ("idpruner", "divprune", "tome", "pitome+proportional")  # tried where no method is named
+ENCODER = ("tome", "pitome")
+WORDS = 16  # of an answer that are compared
+MOST = 32  # pictures of a folder
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One method at one budget; the dense model has no method.
+
+    Attributes:
+        tokens: image tokens of all inputs, (before, after).
+        seconds: to the first token (an encoder: of the call), all inputs together, the median.
+        faster: dense over compressed, the median of the rounds' ratios.
+        loyalty: of a multimodal LLM, how much of the dense model's answer is repeated before the first other word, the
+            mean over the inputs; of an encoder, the mean cosine between its outputs and the dense ones.
+    """
+
+    method: Method | None
+    tokens: tuple[int, int]
+    seconds: float
+    faster: float
+    loyalty: float
+
+    def __str__(self) -> str:
+        if self.method is None:
+            return f"dense: {self.tokens[0]} image tokens, {self.seconds:.3f} s"
+        return (
+            f"{self.method.label}, {self.tokens[1]} of {self.tokens[0]} image tokens, {self.faster:.2f} times as fast, "
+            f"loyalty {self.loyalty:.3f}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        named = {"method": "dense", "options": {}}
+        if self.method is not None:
+            named = {"method": self.method.name, "options": self.method.options()}
+        return named | {
+            "tokens_before": self.tokens[0],
+            "tokens_after": self.tokens[1],
+            "seconds": self.seconds,
+            "faster": self.faster,
+            "loyalty": self.loyalty,
+        }
+
+
+def is_llm(model: nn.Module) -> bool:
+    return any(isinstance(found, MultimodalSite) for found in multimodal.find(model))
+
+
+def fitting(model: nn.Module) -> list[str]:
+    """What to try where no method is named: of a few that need no choice, those that the model takes."""
+    names = LLM if is_llm(model) else ENCODER
+    return [name for name in names if explain(model, name).ok] or list(names)  # where none fits, each says why
+
+
+def check(
+    model: nn.Module,
+    inputs: Any,
+    methods: Sequence[Method],
+    repeats: int = 3,
+    *,
+    call: Callable[[nn.Module, Any], Any] | None = None,
+    tick: Tick | None = None,
+) -> list[Checked]:
+    """Run `model` dense and with every method, in turns, on all inputs. The model is not changed.
+
+    Args:
+        inputs: a tensor, keyword arguments, or a list of these.
+        call: how an encoder is run, (model, inputs); default: calling it.
+        tick: called after every run.
+
+    Returns:
+        The dense model, then the methods in their order.
+
+    Raises:
+        InputError: no inputs. UnsupportedModelError: a method that cannot reduce the model.
+    """
+    some = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
+    if not some:
+        raise InputError("inputs is empty: give some of what the model is called with")
+    llm = is_llm(model)
+    first: Callable[[nn.Module, Any], Any] = partial(_answer, count=1) if llm else call or _call
+    whole = partial(_answer, count=WORDS) if llm else first
+    near = _repeated if llm else _cosine
+    networks = [model, *(shared_copy(model) for _ in methods)]
+    handles = [compress(network, method) for network, method in zip(networks[1:], methods, strict=True)]
+
+    def run(network: nn.Module) -> None:
+        for each in some:
+            first(network, each)
+
+    calls = {str(i): partial(run, network) for i, network in enumerate(networks)}
+    took = interleave(calls, repeats, 1, tick=tick)
+    rows = [Checked(None, (0, 0), median(took["0"]), 1.0, 1.0)]
+    with torch.inference_mode():
+        dense = [whole(model, each) for each in some]
+        for i, (method, handle) in enumerate(zip(methods, handles, strict=True), 1):
+            before, after, loyalty = 0, 0, []
+            for each, wanted in zip(some, dense, strict=True):
+                loyalty.append(near(whole(networks[i], each), wanted))
+                before, after = before + sum(handle.report.before), after + sum(handle.report.after)
+            faster = median(d / s for d, s in zip(took["0"], took[str(i)], strict=True))
+            rows.append(Checked(method, (before, after), median(took[str(i)]), faster, mean(loyalty)))
+            rows[0] = replace(rows[0], tokens=(before, before))
+    return rows
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    return model(**inputs) if hasattr(inputs, "items") else model(inputs)
+
+
+def _answer(model: Any, inputs: Any, count: int) -> Tensor:
+    given = dict(inputs)
+    out = model.generate(**given, do_sample=False, num_beams=1, max_new_tokens=count)
+    return out[:, given["input_ids"].shape[1] :]
+
+
+def _repeated(said: Tensor, wanted: Tensor) -> float:
+    """The share of the wanted words that are said before the first other one, over the batch."""
+    length = min(said.shape[1], wanted.shape[1])
+    same = (said[:, :length] == wanted[:, :length]).long().cumprod(1).sum(1)
+    return float((same / wanted.shape[1]).mean())
+
+
+def _cosine(found: Any, wanted: Any) -> float:
+    one, other = (_features(x).float().flatten(0, -2) for x in (found, wanted))
+    return float(nn.functional.cosine_similarity(one, other, dim=-1).mean())
+
+
+def _features(output: Any) -> Tensor:
+    """What an encoder says of its images: its one tensor, or a Transformers output's pooled features, or its tokens."""
+    if isinstance(output, Tensor):
+        return output
+    for name in ("pooler_output", "image_embeds", "logits", "last_hidden_state"):
+        if getattr(output, name, None) is not None:
+            return getattr(output, name)
+    raise InputError(f"the model returns a {type(output).__name__}: give call=, a function that returns its features")
+
+
+# -- a model by name, pictures from a folder ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What `vtc bench --self-check` measures. `methods`, `budgets`: if none are given; `budget`: as what."""
+
+    model: nn.Module
+    inputs: list[Any]
+    call: Callable[[nn.Module, Any], Any] | None
+    methods: list[str]
+    budgets: list[float]
+    budget: str
+
+
+def opened(name: str, folder: str, prompt: str | None, size: int | None, *, download: bool = False) -> Opened:
+    """A model with its weights, and the pictures of a folder as it takes them, at most 32, by name.
+
+    Raises:
+        OptionError: no such folder, no picture in it; an option that is for the other kind of model.
+        ModelError, ChatError: there is no such model, or its weights are not here.
+        ImageError: a picture that cannot be read.
+    """
+    from vtc.models.configs import find_config
+    from vtc.models.encoders import named
+    from vtc.models.images import load_image, preprocess
+
+    where = Path(folder)
+    if not where.is_dir():
+        raise OptionError(f"--images {folder}: no such folder")
+    endings = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+    paths = sorted(path for path in where.iterdir() if path.suffix.lower() in endings)[:MOST]
+    if not paths:
+        raise OptionError(f"--images {folder}: no picture in it ({', '.join(endings)})")
+    pictures = [load_image(path) for path in paths]
+    if find_config(name, download=download) is not None:
+        from vtc.chat import load, prepared, question
+
+        if size is not None:
+            raise OptionError("--size is for encoders: the processor of a multimodal LLM decides on its own")
+        processor, make_model = load(name, make("random", keep=0.5))
+        asked, model = prompt or "Describe this image.", make_model()
+        return Opened(
+            model,
+            [prepared(model, question(processor, [picture], asked)) for picture in pictures],
+            None,
+            fitting(model),
+            [0.5, 0.25, 0.1],
+            "keep",
+        )
+    if prompt is not None:
+        raise OptionError("--prompt is for multimodal LLMs")
+    found = named(name, size, download=download, weights=True)
+    inputs = [preprocess(picture, found.size) for picture in pictures]
+    return Opened(found.model, inputs, found.call, fitting(found.model), [0.8, 0.65, 0.5], "flops")

@@ -1,0 +1,177 @@
+"""The floor that decides: from units of tokens and a budget to a TokenMap, whoever the model belongs to.
+
+A unit is what has a budget of its own: a picture, a crop of it, a frame, a page. Units of several lengths are one
+padded batch; what a method decides of it is a TokenMap with one row per unit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from vtc.budget import kept_at_once, kept_of_units
+from vtc.errors import InputError
+from vtc.layout import Grid, Unit
+from vtc.methods.base import Method, Tokens
+from vtc.token_map import TokenMap
+
+
+UnitsOf = TypeVar("UnitsOf", bound="Units")
+
+
+class Units:
+    """Tokens by unit: one row per unit, padded.
+
+    Attributes:
+        rows: [n, C], all tokens; units: which of them each unit holds.
+        index: [U, N] long into `rows`, -1 = padding; mask: [U, N] bool, which are real, None = all.
+    """
+
+    def __init__(self, rows: Tensor, units: Sequence[Unit]) -> None:
+        self.rows, self.units = rows, list(units)
+        padded = torch.nn.utils.rnn.pad_sequence([unit.rows for unit in self.units], True, -1)
+        self.index = padded.to(rows.device)
+        self.mask = self.index >= 0 if bool((padded < 0).any()) else None
+
+    @property
+    def grids(self) -> tuple[Grid | None, ...]:
+        return tuple(unit.grid for unit in self.units)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(len(unit.rows) for unit in self.units)
+
+    def joined(self: UnitsOf, groups: list[list[int]]) -> UnitsOf:
+        """The same tokens with the units of each group as one (frames as an event)."""
+        out = copy.copy(self)
+        rows = [torch.cat([self.units[i].rows for i in group]) for group in groups]
+        units = [Unit(each, self.units[group[0]].item) for each, group in zip(rows, groups, strict=True)]
+        Units.__init__(out, self.rows, units)
+        return out
+
+    def packed(self, x: Tensor) -> Tensor:
+        """[n, ...] -> [U, N, ...], 0 on padding."""
+        return self.padded(x[self.index.clamp(min=0)])
+
+    def padded(self, x: Tensor) -> Tensor:
+        """[U, N, ...] with 0 on padding."""
+        return x if self.mask is None else x.masked_fill(~self.mask.view(*self.mask.shape, *[1] * (x.ndim - 2)), 0)
+
+    def tokens(self, method: Method, **fields: Any) -> Tokens:
+        """What the method sees; `fields`: more of `Tokens`, and other features than the rows themselves.
+
+        Raises:
+            InputError: it needs a grid of every unit, and one has none.
+        """
+        if "grid" in method.needs and None in self.grids:
+            raise InputError(
+                f"{method.name} needs every image to fill a grid, but one here does not, or of an unknown size (cut to "
+                "its shape, class tokens among the patches, not square where the model folds squares, or budgets "
+                "pooled): use another method"
+            )
+        fields.setdefault("features", self.packed(self.rows.detach()))
+        return Tokens(mask=self.mask, grid=self.grids, **fields)
+
+    def removals(self, keep: float | int, left: Sequence[int] | None = None) -> int | Tensor:
+        """How many tokens of every unit go, of those that are `left` (default: all): an int where all units have the
+        same length, else [U]."""
+        counts = self.lengths if left is None else left
+        kept = kept_of_units(keep, counts, [unit.item for unit in self.units])
+        gone = [n - k for n, k in zip(counts, kept, strict=True)]
+        if len(set(counts)) == 1 and len(set(gone)) == 1:
+            return gone[0]
+        return torch.tensor(gone, device=self.rows.device)
+
+
+def decide(method: Method, tokens: Tokens, removed: int | Tensor) -> TokenMap:
+    """The method's decision, in as many rounds as it takes; `removed` tokens of every unit go: an int, or [U]."""
+    if isinstance(removed, Tensor) and tokens.mask is None:
+        tokens = replace(tokens, mask=torch.ones(tokens.features.shape[:2], dtype=torch.bool, device=removed.device))
+    if not bool(torch.as_tensor(removed).any()):
+        kept = torch.ones(tokens.features.shape[:2], dtype=torch.bool, device=tokens.features.device)
+        return TokenMap.from_anchors(kept if tokens.mask is None else tokens.mask)
+    return in_rounds(method.decide, tokens, removed) if method.halves else method.decide(tokens, removed)
+
+
+def in_rounds(decide: Callable[[Tokens, int | Tensor], TokenMap], tokens: Tokens, removed: int | Tensor) -> TokenMap:
+    """The decision of a method that removes at most half in one round (`halves`): as many rounds as `removed` takes, an
+    int or, with a mask, [B]. What merged in one round counts as one token in the next."""
+    total: TokenMap | None = None
+    while True:
+        if isinstance(removed, Tensor):
+            assert tokens.mask is not None
+            now: int | Tensor = torch.minimum(removed, (tokens.mask.sum(1) - tokens.prefix).clamp(min=0) // 2)
+            done = not bool((removed > 0).any())
+        else:
+            now, done = min(removed, (tokens.features.shape[1] - tokens.prefix) // 2), removed == 0
+        if total is not None and done:
+            return total
+        step = decide(tokens, now)
+        total = step if total is None else total.compose(step)
+        removed = removed - now
+        tokens = replace(
+            tokens,
+            features=step.merge(tokens.features),
+            keys=None if tokens.keys is None else step.merge(tokens.keys),
+            size=step.size,
+            mask=None if tokens.mask is None else step.mask(),
+        )
+
+
+def regroup(slot: Tensor, rank: Tensor) -> TokenMap:
+    """A map from the slot [B, N] of every token (-1 = none, slots of any numbering) and its rank there. A slot's anchor
+    is the token of lowest rank that is left: the one of rank 0 may have been cut away."""
+    tokens = slot.shape[1]
+    place = torch.arange(tokens, device=slot.device).expand_as(slot)
+    spare = int(slot.max()) + 1 if slot.numel() else 0
+    key = torch.where(slot < 0, spare, slot)
+    order = rank * tokens + place
+    mine = order.new_full((slot.shape[0], spare + 1), tokens**2).scatter_reduce(1, key, order, "amin").gather(1, key)
+    kept = (order == mine) & (slot >= 0)
+    source = place.masked_fill(kept | (slot < 0), -1)
+    return TokenMap.from_anchors(kept, (source, mine % tokens, -rank.float()))
+
+
+def in_events(
+    units: UnitsOf, videos: Sequence[Sequence[int]], token_map: TokenMap, method: Method
+) -> tuple[UnitsOf, TokenMap, str]:
+    """The frames of every video clustered into events by their means, and the tokens of an event, already merged frame
+    by frame, merged again.
+
+    Args:
+        videos: the units of every video, its frames in order.
+        token_map: what happened inside the frames.
+
+    Returns:
+        The units with events in place of frames, the map from their first tokens, and a note.
+    """
+    if not videos:
+        return units, token_map, ""
+    weight = token_map.size / token_map.size.sum(1, keepdim=True).clamp(min=1)
+    tokens = token_map.merge(units.packed(units.rows.detach()).float())
+    means = (tokens * weight[..., None]).sum(1)  # of all tokens of a frame
+    events = [[frames[i] for i in event] for frames in videos for event in method.events_of(means[list(frames)])]
+    of_video = {unit for event in events for unit in event}
+    groups = sorted(events + [[unit] for unit in range(len(units.units)) if unit not in of_video])
+    whole = units.joined(groups)
+
+    # What happened inside the frames, told of the events.
+    unit = torch.arange(len(units.units), device=units.index.device)[:, None]
+    real = units.index >= 0
+    slot, rank = (torch.empty(len(units.rows), dtype=torch.long, device=unit.device) for _ in range(2))
+    slot[units.index[real]] = (unit * token_map.anchor.shape[1] + token_map.group)[real]
+    rank[units.index[real]] = token_map.rank[real]
+    first = regroup(whole.packed(slot).masked_fill(whole.index < 0, -1), whole.packed(rank))
+
+    left = first.mask().sum(1).tolist()
+    assert isinstance(method.keep, float)
+    keep = [method.keep if group[0] in of_video else 1.0 for group in groups]
+    gone = [n - kept_at_once(k, n) for n, k in zip(left, keep, strict=True)]
+    merged = Tokens(first.merge(whole.packed(whole.rows.detach())), size=first.size, mask=first.mask())
+    step = decide(method, merged, torch.tensor(gone, device=unit.device))
+    return whole, first.compose(step), f"{len(events)} events of {len(of_video)} frames"

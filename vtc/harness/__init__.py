@@ -1,0 +1,1 @@
+"""vtc in the evaluation harnesses of others."""
