@@ -14,8 +14,8 @@ import torch
 from zoo import ZOO, Entry, one, pixels, randomise
 
 import vtc
-from vtc.adapters import ADAPTERS
-from vtc.adapters.multimodal import FAMILIES
+from vtc.adapters.encoders.find import ADAPTERS
+from vtc.adapters.multimodal.families import FAMILIES
 from vtc.methods import METHODS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

@@ -151,7 +151,7 @@ def test_pool_that_leaves_patches_out():
     config = zoo.FAMILIES["gemma3"].config()
     config.vision_config.image_size, config.vision_config.patch_size, config.mm_tokens_per_image = 28, 4, 4
     model = zoo.randomise(transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa"))
-    family, inner = vtc.adapters.multimodal.FAMILIES["gemma3"], model.model
+    family, inner = vtc.adapters.multimodal.families.FAMILIES["gemma3"], model.model
     number = torch.arange(49.0).view(1, 1, 7, 7)
     pool = torch.nn.AvgPool2d(3, 3)(number).flatten()
     assert torch.equal(family.patches(inner, 49, 4).float().mean(1), pool)

@@ -8,9 +8,9 @@ import torch
 from mllm_oracle import dense_features, dense_generate_positions
 
 import vtc
-from vtc.adapters import multimodal
 from vtc.adapters.multimodal.capture import Capture
 from vtc.adapters.multimodal.families.base import IMAGE, VIDEO
+from vtc.adapters.multimodal.find import find as find_llms
 from vtc.methods import METHODS
 
 NAMES = list(zoo.FAMILIES)
@@ -102,7 +102,7 @@ def test_budgets(pooled):
 def gathered(name, case):
     """The evidence of a call by hand: (gate, {kind: (features, layout, evidence)})."""
     model, inputs = zoo.build(name, fresh=True), zoo.inputs(name, case)
-    gate = next(iter(multimodal.find(model)))
+    gate = next(iter(find_llms(model)))
     evidence = Capture(gate.family, gate.inner, NEEDS)
     evidence.install()
     found = {}
@@ -161,7 +161,7 @@ def test_attention_is_the_towers(name):
     gate, found = gathered(name, "ragged" if name != "gemma3" else "pair")
     features, layout, evidence = found[IMAGE.name]
     model = zoo.build(name, "eager", fresh=True)
-    inner = next(iter(multimodal.find(model))).inner
+    inner = next(iter(find_llms(model))).inner
     inputs = zoo.inputs(name, "ragged" if name != "gemma3" else "pair")
     block = gate.family.attentions(inner)[-1]
     space = __import__("sys").modules[type(block).__module__]

@@ -338,7 +338,7 @@ class OurForConditionalGeneration(transformers.LlavaForConditionalGeneration):
 @torch.no_grad()
 def test_a_family_of_the_users_own(monkeypatch):
     """Its head is called after it and comes from where it comes from, or is one of transformers."""
-    from vtc.adapters.multimodal import FAMILIES
+    from vtc.adapters.multimodal.families import FAMILIES
     from vtc.adapters.multimodal.families.llava import Llava
 
     model, inputs = zoo.build("llava", fresh=True), zoo.inputs("llava", "ragged")

@@ -228,3 +228,15 @@ def test_rounding_is_no_position():
     for layer in text.layers:
         layer.mlp.__class__ = Uneven
     assert not try_positions(text).reads and len(calls) > 2
+
+
+def test_a_trial_calls_no_hooks():
+    """Hooks that others have hung on the layers see the model's own calls alone."""
+    model, seen = zoo.build("llava", fresh=True), []
+    parts = list(zoo.text_model(model).modules())
+    hooks = [part.register_forward_pre_hook(lambda *a: seen.append(a)) for part in parts]
+    hooks += [part.register_forward_hook(lambda *a: seen.append(a)) for part in parts]
+    with vtc.compress(model, "divprune", keep=0.4):
+        assert not seen
+    model(**zoo.inputs("llava", "single"))
+    assert len(seen) >= len(hooks)

@@ -8,7 +8,7 @@ import torch
 from mllm_oracle import dense_features, dense_generate_positions, forward_logits, oracle
 
 import vtc
-from vtc.plan import tower_site
+from vtc.adapters.multimodal.support import tower_site
 
 NAMES = ["llava", "llava_siglip", "llava_next", "paligemma"]
 CASES = [(name, case) for name in NAMES for case in ("single", "ragged", "pair")]

@@ -98,7 +98,7 @@ def test_quantized_weights_are_not_read(name, kind, dtype):
     model, inputs = zoo.build(name, fresh=True).to(dtype), zoo.inputs(name, "single")
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     projector = "visual.merger" if name.startswith("qwen") else "multi_modal_projector"
-    family = vtc.adapters.multimodal.FAMILIES["qwen_vl" if name.startswith("qwen") else name]
+    family = vtc.adapters.multimodal.families.FAMILIES["qwen_vl" if name.startswith("qwen") else name]
     dense = scores.sensitivity(
         family.projection(model.model).__class__(
             copy.deepcopy(model.get_submodule(f"model.{projector}")).float(), family.projection(model.model).run

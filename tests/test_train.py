@@ -11,7 +11,7 @@ from mllm_oracle import dense_deepstack, dense_features, oracle
 from torch.nn.functional import cross_entropy
 
 import vtc
-from vtc.adapters import multimodal
+from vtc.adapters.multimodal.find import find as find_llms
 from vtc.scores import Selector, diff_top_k, load_selector, save_selector
 from vtc.train import train_selector
 from vtc.train.__main__ import main
@@ -179,7 +179,7 @@ def test_hard_selection_is_what_compressing_does(name, case, tmp_path):
 def test_hidden_tokens_have_a_say():
     """The gradient of every token's weight, of those that are not seen too, is what a little more of it changes."""
     model, given = zoo.build("llava"), batch("llava")
-    gate = next(iter(multimodal.find(model)))
+    gate = next(iter(find_llms(model)))
     chosen = Selection(gate, Selector(64, 8), "hard", "mean")
     columns = zoo.placeholders(model, given["input_ids"]).flatten()
     weight = (torch.arange(int(columns.sum())) % 3 == 0).float()

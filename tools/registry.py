@@ -221,10 +221,10 @@ def answer(case: Case) -> dict[str, Any]:
     except Exception as error:
         return {**record, "verdict": "not built", "wrong": "", "note": f"{type(error).__name__}: {error}"[:200]}
     import vtc
-    from vtc.adapters import multimodal
+    from vtc.adapters.multimodal.find import find as find_llms
 
     try:
-        if any(True for _ in multimodal.find(model)):
+        if any(True for _ in find_llms(model)):
             return {**record, "verdict": "multimodal"}
         plan = vtc.explain(model)
         if plan.ok:

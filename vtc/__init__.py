@@ -1,10 +1,12 @@
 """vtc: fewer visual tokens for the vision encoders and multimodal LLMs people already run."""
 
 from vtc import functional
-from vtc.api import Handle, Report, list_methods, remove
-from vtc.auto import Choice, choose, compress
+from vtc.adapters.report import Report
+from vtc.api import compress, list_methods
+from vtc.auto import Choice, choose
 from vtc.config import load_config, save_config
 from vtc.errors import InputError, OptionError, UnsupportedModelError, VTCError
+from vtc.handle import Handle, remove
 from vtc.methods import (
     DART,
     DPCKNN,

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from vtc import api
 from vtc.checks import check_number
 from vtc.errors import OptionError
 from vtc.methods import Method, make
@@ -121,39 +120,3 @@ def _choice(rows: Sequence[Checked], target: str, ttft: float | None, loyalty: f
         return Choice(row.method, f"{row}: the most loyal within {ttft:g} s", tuple(rows))
     row = max(faster, key=lambda row: (row.loyalty, row.faster))
     return Choice(row.method, f"{row}: the most loyal at this number of tokens", tuple(rows))
-
-
-def compress(model: nn.Module, method: str | Method, **options: Any) -> api.Handle:
-    """Patch `model` in place so that it works on fewer visual tokens. Takes itself off with `handle.remove()`,
-    `vtc.remove(model)` or at the end of a `with` block.
-
-    Args:
-        model: a vision encoder of timm, open_clip or transformers, or a model that contains one; or a multimodal LLM of
-            transformers.
-        method: a name (`vtc.list_methods()`) with its options, or a ready method: `vtc.PiToMe(keep=0.9)`. With
-            keep="auto" the budget is measured as `vtc.choose` does, and takes its arguments: inputs= and one of ttft=,
-            tokens=, loyalty=; method "auto" chooses that too. Where nothing is faster, the model keeps all its tokens.
-
-    Returns:
-        A `Handle`. An encoder's outputs keep their shape: merged tokens are copied back to the places they came from
-        after the last block. A multimodal LLM takes its own calls (`generate`, `forward`, `pipeline`); its decoder and
-        cache hold fewer tokens. A model that is compressed already gets the new method instead of the old one.
-        After keep="auto", `handle.choice` says why.
-
-    Raises:
-        OptionError: unknown method or option, a value out of range.
-        UnsupportedModelError: nothing that can be reduced, and why. The model is unchanged.
-    """
-    if options.get("keep") != "auto":
-        return api.compress(model, method, **options)
-    del options["keep"]
-    if "inputs" not in options:
-        raise OptionError("keep='auto' measures on your own inputs: give inputs=, and ttft=, tokens= or loyalty=")
-    choice = choose(model, options.pop("inputs"), method, **options)
-    if choice.method is None:
-        tried = next(row.method for row in choice.rows if row.method is not None)
-        handle = api.compress(model, replace(tried, keep=1.0, r=None, flops=None))
-    else:
-        handle = api.compress(model, choice.method)
-    handle.choice = choice
-    return handle

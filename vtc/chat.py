@@ -16,11 +16,12 @@ from torch import Tensor
 
 from vtc import checkpoints
 from vtc.adapters.multimodal.patch import MultimodalPatch
-from vtc.api import Report, compress
+from vtc.adapters.report import Report
 from vtc.bench.prefill import cache_bytes, watched
 from vtc.bench.timing import Tick, interleave, settle, shared_copy
 from vtc.checkpoints import tiny
 from vtc.errors import OptionError, UnsupportedModelError, VTCError, first_line
+from vtc.handle import install
 from vtc.methods import Method
 from vtc.models.configs import find_config, sketch
 from vtc.models.encoders import quiet
@@ -187,7 +188,7 @@ def compare(
 ) -> Comparison:
     """Both answers, greedy, and what they took. The model stays as it was."""
     ready, small = prepared(model, inputs), shared_copy(model)
-    with compress(small, method) as handle, watched(handle) as watch, quiet():
+    with install(small, method) as handle, watched(handle) as watch, quiet():
         sides = {"dense": model, "less": small}
         shares: list[float] = []
         caches: dict[str, int] = {}

@@ -12,7 +12,7 @@ from vtc.errors import OptionError
 from vtc.methods import METHODS, Method, make
 
 if TYPE_CHECKING:
-    from vtc.api import Handle
+    from vtc.handle import Handle
 
 FORMAT = 1
 _logger = logging.getLogger(__name__)

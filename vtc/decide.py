@@ -20,7 +20,6 @@ from vtc.layout import Grid, Unit
 from vtc.methods.base import Method, Tokens
 from vtc.token_map import TokenMap
 
-
 UnitsOf = TypeVar("UnitsOf", bound="Units")
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.adapters import multimodal
-from vtc.adapters.multimodal import MultimodalSite
-from vtc.api import compress
+from vtc.adapters.multimodal.find import MultimodalSite
+from vtc.adapters.multimodal.find import find as find_llms
 from vtc.bench.timing import Tick, interleave, shared_copy
 from vtc.errors import InputError, OptionError
+from vtc.handle import install
 from vtc.methods import Method, make
 from vtc.plan import explain
 
@@ -66,7 +66,7 @@ class Checked:
 
 
 def is_llm(model: nn.Module) -> bool:
-    return any(isinstance(found, MultimodalSite) for found in multimodal.find(model))
+    return any(isinstance(found, MultimodalSite) for found in find_llms(model))
 
 
 def fitting(model: nn.Module) -> list[str]:
@@ -105,7 +105,7 @@ def check(
     whole = partial(_answer, count=WORDS) if llm else first
     near = _repeated if llm else _cosine
     networks = [model, *(shared_copy(model) for _ in methods)]
-    handles = [compress(network, method) for network, method in zip(networks[1:], methods, strict=True)]
+    handles = [install(network, method) for network, method in zip(networks[1:], methods, strict=True)]
 
     def run(network: nn.Module) -> None:
         for each in some:

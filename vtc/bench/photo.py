@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vtc.api import Report, compress
+from vtc.adapters.report import Report
 from vtc.bench.timing import Tick, interleave, shared_copy
 from vtc.checkpoints import SaliencyModel
+from vtc.handle import install
 from vtc.methods import Method
 from vtc.token_map import TokenMap
 
@@ -62,7 +63,7 @@ def compare(
     as it was; only the encoder is timed."""
     small = shared_copy(model)
     encoders: list[Any] = [model.backbone, small.backbone]
-    with compress(small, method) as handle, torch.inference_mode():
+    with install(small, method) as handle, torch.inference_mode():
         features, maps = [], []
         for whole, encoder in zip((model, small), encoders, strict=True):
             maps.append(whole(pixels)[0, 0].float())

@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vtc.adapters import multimodal
-from vtc.adapters.multimodal import MultimodalSite
 from vtc.adapters.multimodal.cache import cache_name
+from vtc.adapters.multimodal.find import MultimodalSite
+from vtc.adapters.multimodal.find import find as find_llms
 from vtc.adapters.multimodal.patch import MultimodalPatch
-from vtc.api import Handle, compress
 from vtc.bench.timing import Tick, interleave, settle, shared_copy
 from vtc.errors import UnsupportedModelError
+from vtc.handle import Handle, install
 from vtc.methods import Method
 
 
@@ -122,7 +122,7 @@ class Runner:
         inner = gate(self.model)
         self.watch_tower(inner)
         self.watch_layers(inner)
-        self.handle = None if method is None else compress(self.model, method)
+        self.handle = None if method is None else install(self.model, method)
         if self.handle is not None:
             watch_method(self.handle, self.watches["method"])
 
@@ -152,7 +152,7 @@ class Runner:
 
 def gate(model: nn.Module) -> MultimodalSite:
     """The multimodal part of a model."""
-    for found in multimodal.find(model):
+    for found in find_llms(model):
         if isinstance(found, MultimodalSite):
             return found
         raise UnsupportedModelError(f"{found.kind}: {found.reason}")
@@ -161,13 +161,15 @@ def gate(model: nn.Module) -> MultimodalSite:
 
 def watch_method(handle: Handle, watch: Stopwatch) -> None:
     """Time what vtc itself does in a call: gathering evidence, deciding, shortening the prompt."""
-    for part in handle.patches:
-        if not isinstance(part, MultimodalPatch):
-            continue
-        places: list[tuple[Any, str]] = [(part, "reduce"), (part.evidence, "gather"), (part.decoder_patch, "reduce")]
-        for owner, name in places:
-            if owner is not None:
-                owner.__dict__[name] = watch.around(getattr(owner, name))
+    for owner, name in _timed(handle):
+        owner.__dict__[name] = watch.around(getattr(owner, name))
+
+
+def _timed(handle: Handle) -> Iterator[tuple[Any, str]]:
+    for patch in handle.patches:
+        if isinstance(patch, MultimodalPatch):
+            places = (patch, "reduce"), (patch.encoders.capture, "gather"), (patch.decoder_patch, "reduce")
+            yield from (place for place in places if place[0] is not None)
 
 
 @contextmanager
@@ -178,10 +180,8 @@ def watched(handle: Handle) -> Iterator[Stopwatch]:
     try:
         yield watch
     finally:
-        for part in handle.patches:
-            for owner in (part, getattr(part, "evidence", None), getattr(part, "thinning", None)):
-                for name in ("reduce", "gather"):
-                    getattr(owner, "__dict__", {}).pop(name, None)
+        for owner, name in _timed(handle):
+            owner.__dict__.pop(name, None)
 
 
 def cache_bytes(output: Any) -> int:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vtc.api import Handle, compress
 from vtc.errors import OptionError
+from vtc.handle import Handle, install
 from vtc.methods import Method
 
 Tick = Callable[[], Any]
@@ -76,7 +76,7 @@ def measure(
     handles: list[Handle] = []
     for index, method in enumerate(methods):
         for key, budget in (("", method), ("keep=1.0", replace(method, keep=1.0, r=None, flops=None))):
-            handle = compress(shared_copy(model), budget)
+            handle = install(shared_copy(model), budget)
             calls[f"{index} {key}"] = partial(run, handle.model, inputs)
             handles += [] if key else [handle]
     took = interleave(calls, repeats, warmup, tick=tick)

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from vtc.api import Handle, compress
 from vtc.chat import load
 from vtc.errors import OptionError
+from vtc.handle import Handle, install
 from vtc.methods import make
 
 try:
@@ -77,7 +77,7 @@ class Chat(Base):
             pretrained, plan, dtype=dtype, device=str(self.device), trust_remote_code=trust_remote_code
         )
         self.model = weights()
-        self.handle: Handle | None = None if chosen is None else compress(self.model, chosen)
+        self.handle: Handle | None = None if chosen is None else install(self.model, chosen)
         self.batch_size, self.frames = int(batch_size), num_frames
 
     def generate_until(self, requests: list[Any]) -> list[Any]:

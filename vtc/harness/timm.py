@@ -20,8 +20,8 @@ import timm
 from timm.models import register_model
 from torch import nn
 
-from vtc.api import compress
 from vtc.errors import OptionError
+from vtc.handle import install
 from vtc.methods import make
 
 __all__ = ["vtc"]
@@ -41,7 +41,7 @@ def vtc(pretrained: bool = False, **options: Any) -> nn.Module:
         raise OptionError(f'vtc_model={name!r}: name the model of timm, such as vtc_model="deit_small_patch16_224"')
     method = make(own.pop("method", None), **own)  # before the weights are loaded, which takes long
     model = timm.create_model(name, pretrained, **options)
-    compress(model, method)
+    install(model, method)
     return model
 
 

@@ -1,1 +1,3 @@
 """From a name to a model."""
+
+from __future__ import annotations

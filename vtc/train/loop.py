@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from vtc.adapters import multimodal
-from vtc.adapters.multimodal import MultimodalSite
+from vtc.adapters.multimodal.find import MultimodalSite
+from vtc.adapters.multimodal.find import find as find_llms
 from vtc.adapters.patch import Patch
 from vtc.errors import InputError, OptionError, UnsupportedModelError
 from vtc.scores.scorer import Selector
@@ -127,7 +127,7 @@ def train_selector(
 
 
 def _gate(model: nn.Module) -> MultimodalSite:
-    found = list(multimodal.find(model))
+    found = list(find_llms(model))
     if len(found) != 1 or not isinstance(found[0], MultimodalSite):
         reason = "; ".join(getattr(item, "reason", item.path) for item in found) or "no multimodal LLM that vtc knows"
         raise UnsupportedModelError(f"{type(model).__name__}: a scorer cannot be trained for it ({reason})")

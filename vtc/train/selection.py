@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from vtc import ops
-from vtc.adapters.multimodal import MultimodalSite
 from vtc.adapters.multimodal.families.base import Modality
+from vtc.adapters.multimodal.find import MultimodalSite
 from vtc.adapters.patch import Patch
 from vtc.errors import InputError, UnsupportedModelError
 from vtc.methods.order import marked

@@ -20,8 +20,9 @@ from vtc.adapters.encoders.guard import Guard, changed, container, recomputing
 from vtc.adapters.encoders.masks import cut, read
 from vtc.adapters.encoders.rotary import column_slots
 from vtc.adapters.encoders.site import EncoderSite
-from vtc.adapters.encoders.state import CallState, Running
+from vtc.adapters.encoders.state import CallState, Grid, Running, layer_maps, report
 from vtc.adapters.hooks import Hook
+from vtc.adapters.report import Report
 from vtc.adapters.tracing import refuse_traced, rides, tracer
 from vtc.budget import per_layer, resized_count
 from vtc.checks import check_finite
@@ -29,6 +30,7 @@ from vtc.errors import InputError, VTCError
 from vtc.methods.base import Method, Tokens
 from vtc.methods.downsample import coarse_grid, pool_map
 from vtc.positions import members
+from vtc.token_map import TokenMap
 
 
 @dataclass(eq=False)
@@ -71,6 +73,33 @@ class EncoderPatch:
     @property
     def where(self) -> str:
         return self.site.path or self.site.kind
+
+    # -- what it tells ------------------------------------------------------------------------------------------
+
+    @property
+    def last(self) -> CallState | None:
+        return self.stage
+
+    @property
+    def maps(self) -> list[TokenMap]:
+        assert self.stage is not None
+        return layer_maps(self.stage)
+
+    @property
+    def grids(self) -> tuple[Grid | None, ...]:
+        assert self.stage is not None
+        return self.stage.grid or (None,) * self.stage.batch
+
+    def report(self, several: str = "") -> Report:
+        """What the last call did; `several`: what to add to the name where there are more encoders."""
+        assert self.stage is not None
+        notes = ["no image in the last call: this is of an earlier one"] if self.idle_calls else []
+        notes += [f"encoder {self.where}{several}"] if several else []
+        return replace(report(self.method.name, self.site, self.stage), notes="; ".join(notes))
+
+    @property
+    def installed(self) -> bool:
+        return any(patch.installed for patch in self.patched)
 
     # -- on and off ---------------------------------------------------------------------------------------------
 

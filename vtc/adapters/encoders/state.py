@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtc.adapters.encoders.site import EncoderSite
+from vtc.adapters.report import Report, plain
 from vtc.positions import combine
 from vtc.token_map import TokenMap
 
@@ -146,3 +148,39 @@ def relative_bias(table: Tensor, stage: CallState) -> Tensor:
     table = table.expand(at.shape[0], *table.shape[1:])
     rows = table.gather(2, at[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3]))
     return rows.gather(3, at[:, None, None, :].expand(-1, table.shape[1], rows.shape[2], -1))
+
+
+def layer_maps(stage: CallState) -> list[TokenMap]:
+    """Patches to the tokens after each layer that reduced; at least one map."""
+    maps = [] if stage.front is None else [stage.front]
+    for step in stage.maps:
+        maps.append(maps[-1].compose(step) if maps else step)
+    return [step.drop_prefix(stage.prefix) for step in maps or [TokenMap.identity(stage.batch, stage.entry)]]
+
+
+def report(name: str, site: EncoderSite, stage: CallState) -> Report:
+    """What a call of an encoder did."""
+    images, prefix = stage.batch, stage.prefix
+
+    def each(count: Any) -> list[int]:
+        return [int(n) for n in count] if isinstance(count, Tensor) else [int(count)] * images
+
+    flow = [(each(a), each(b)) for a, b in stage.flow]
+    seen = flow[0][0]  # what the encoder was given; a resized image had more
+    entry = seen if stage.front is None else each(stage.front.group.shape[1])
+    costs = site.macs.first(stage.layer)
+    before = macs = 0
+    for b in range(images):
+        before += costs.dense(entry[b] - prefix)
+        macs += costs.total([a[b] for a, _ in flow], [m[b] for _, m in flow], seen[b] - prefix)
+
+    return Report(
+        name,
+        images,
+        tuple(n - prefix for n in entry),
+        tuple(n - prefix for n in flow[-1][1]),
+        tuple((plain(a), plain(b)) for a, b in flow),
+        before,
+        macs,
+        site.path,
+    )

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vtc.adapters.multimodal.families.base import Modality
 from vtc.adapters.patch import Patch, forward_name
 
 
@@ -21,24 +20,6 @@ class ModelForward(Patch):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         names = inspect.signature(type(self.module).forward).parameters
         return self.parent.run(self, {**dict(zip(list(names)[1:], args, strict=False)), **kwargs})
-
-
-class Encode(Patch):
-    """For `get_image_features` and `get_video_features`: what they give carries what a method needs to know of it.
-    While the model runs on a shorter prompt, `output` is what they have given already, reduced."""
-
-    output: Any = None
-
-    def __init__(self, parent: Any, kind: Modality) -> None:
-        super().__init__(parent.inner, kind.encode)
-        self.parent, self.kind = parent, kind
-        self.names = list(self.__signature__.parameters)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.output is not None:
-            self.parent.guard.alone()
-            return self.output
-        return self.parent.encode(self, args, kwargs)
 
 
 class OwnerForward(Patch):

@@ -20,21 +20,28 @@ from torch import Tensor, nn
 
 from vtc.adapters.encoders.patch import EncoderPatch
 from vtc.adapters.encoders.state import CallState
+from vtc.adapters.encoders.state import report as encoder_report
 from vtc.adapters.multimodal import masks
 from vtc.adapters.multimodal.cache import Entries, Shortened, cache_name, goes_on, shorten
 from vtc.adapters.multimodal.capture import Capture, text
-from vtc.adapters.multimodal.columns import as_asked, check_arguments, check_asked, shorter
-from vtc.adapters.multimodal.families.base import Family, Modality
-from vtc.adapters.multimodal.forwards import Encode, Loss, MaskMaker, ModelForward, OwnerForward
+from vtc.adapters.multimodal.columns import as_asked, check_arguments, check_asked
+from vtc.adapters.multimodal.encode import Encoders
+from vtc.adapters.multimodal.families.base import Family
+from vtc.adapters.multimodal.find import MultimodalSite
+from vtc.adapters.multimodal.forwards import Loss, MaskMaker, ModelForward, OwnerForward
 from vtc.adapters.multimodal.guard import Guard
 from vtc.adapters.multimodal.layer_patch import DecoderPatch, PendingCall
 from vtc.adapters.multimodal.owners import Owners
 from vtc.adapters.multimodal.rotary import Positions
-from vtc.adapters.multimodal.token_batch import CallRecord, EncodedFeatures, PlacedTokens, TokenBatch
+from vtc.adapters.multimodal.short_prompt import shorten_call
+from vtc.adapters.multimodal.support import in_tower, tower_site
+from vtc.adapters.multimodal.token_batch import CallRecord, PlacedTokens, TokenBatch
 from vtc.adapters.multimodal.trial import try_positions
+from vtc.adapters.report import Report, plain
 from vtc.checks import check_finite
 from vtc.decide import decide, in_events
-from vtc.errors import InputError
+from vtc.layout import Grid
+from vtc.macs import decoder_macs
 from vtc.methods.base import Method
 from vtc.token_map import TokenMap
 
@@ -52,7 +59,6 @@ class MultimodalPatch:
     owners: Owners  # the models around it
     method: Method
     tower: EncoderPatch | None = None  # merging happens in here instead
-    evidence: Capture | None = None
     patched: list[Any] = field(default_factory=list)
     record: CallRecord | None = None
     inside: CallState | None = None  # what `tower` did in that call
@@ -61,16 +67,81 @@ class MultimodalPatch:
     went: CallRecord | None = None  # of the call in progress or just done, where columns went
     asked: Any = None  # which columns of it a model around reads: logits_to_keep, or "all"; None = as they come
     carried: Tensor | None = None  # [slots, B, L]: the columns whose positions each column of this call carries (PPE)
-    encoding: bool = False
-    latest: dict[str, tuple[EncodedFeatures, Tensor]] = field(
-        default_factory=dict
-    )  # by kind, with the first and last row
     decoder_patch: DecoderPatch | None = None  # tokens go between layers of the decoder
     told: bool = False  # others than the rotary embedding read positions, so the decoder gets the true ones
+
+    @classmethod
+    def at(cls, site: MultimodalSite, method: Method) -> MultimodalPatch:
+        tower = tower_site(site) if method.where == "tower" else None
+        assert not isinstance(tower, str)
+        inside = None if tower is None else EncoderPatch(tower, in_tower(method))
+        return cls(site.family, site.path, site.inner, site.owners, method, inside)
 
     @property
     def where(self) -> str:
         return self.path or type(self.inner).__name__
+
+    # -- what it tells ------------------------------------------------------------------------------------------
+
+    @property
+    def last(self) -> CallRecord | None:
+        return self.record
+
+    @property
+    def maps(self) -> list[TokenMap]:
+        assert self.record is not None
+        return [self.record.token_map]
+
+    @property
+    def grids(self) -> tuple[Grid | None, ...]:
+        assert self.record is not None
+        return self.record.grids
+
+    def report(self, several: str = "") -> Report:
+        """What the last call did: the decoder's prefill, and the tower where the method works in it."""
+        record = self.record
+        assert record is not None
+        decoder = getattr(self.inner, self.family.decoder)
+        before, after = record.lengths, tuple(record.token_map.mask().sum(1).tolist())
+        dense = record.real.sum(1).tolist()
+        steps = [record]  # the last first
+        while steps[-1].earlier is not None:
+            steps.append(steps[-1].earlier)
+        prompts, kept = [], []  # of every layer: the lengths of the prompts, the part of the image tokens that is there
+        for layer in range(len(decoder.layers)):
+            there = next((step for step in steps if step.layer <= layer), None)
+            prompts.append(dense if there is None else there.prompts)
+            kept.append(1.0 if there is None else int(there.token_map.mask().sum()) / max(1, sum(before)))
+        macs = [
+            sum(decoder_macs(decoder, n) for n in dense),
+            sum(decoder_macs(decoder, n) for n in zip(*prompts, strict=True)),
+        ]
+        if self.tower is not None and self.inside is not None:
+            inside = encoder_report(self.method.name, self.tower.site, self.inside)
+            macs = [macs[0] + inside.macs_before, macs[1] + inside.macs_after]
+        flow = tuple((plain(counts),) * 2 for counts in prompts)
+        said = [step.notes for step in reversed(steps)]
+        if self.bare_calls:
+            said.append("the last prompt held no image: this is of the last one that did")
+        notes = "; ".join(dict.fromkeys(filter(None, said)))
+        layers = tuple(kept) if len(set(kept)) > 1 else ()
+        return Report(
+            self.method.name,
+            len(before),
+            before,
+            after,
+            flow,
+            macs[0],
+            macs[1],
+            self.where,
+            notes,
+            tuple(dense),
+            layers,
+        )
+
+    @property
+    def installed(self) -> bool:
+        return any(patch.installed for patch in self.patched)
 
     # -- on and off ---------------------------------------------------------------------------------------------
 
@@ -79,11 +150,11 @@ class MultimodalPatch:
         name = "_old_forward" if "_old_forward" in self.inner.__dict__ else "forward"
         self.positions = Positions(decoder.rotary_emb, self.method.ppe)
         self.told = try_positions(decoder).reads
-        self.encoders = {kind.name: Encode(self, kind) for kind in self.family.kinds}
         forward = ModelForward(self, name)
         self.guard = Guard(self)
         self.guard.install(root)
-        self.patched = [forward, self.positions, *self.encoders.values()]
+        self.encoders = Encoders(self.family, self.inner, self.guard, self.tower)
+        self.patched = [forward, self.positions, *self.encoders.by.values()]
         for head in self.owners.heads:
             self.patched += [OwnerForward(self, head), Loss(self, head), MaskMaker(head)]
         self.patched += [OwnerForward(self, owner, "all") for owner in self.owners.classifiers]
@@ -99,8 +170,8 @@ class MultimodalPatch:
         if self.method.encoder:  # the keys that ToMe and PiToMe compare in a tower; here they compare the tokens
             needs -= {"keys"}
         if needs:
-            self.evidence = Capture(self.family, self.inner, needs)
-            self.evidence.install()
+            self.encoders.capture = Capture(self.family, self.inner, needs)
+            self.encoders.capture.install()
         if self.tower is not None:
             self.tower.install(root)
 
@@ -113,12 +184,14 @@ class MultimodalPatch:
         given = dict(call.pop("mm_encoder_outputs", None) or {})  # `generate` encodes before it calls
         for kind in self.family.kinds:
             if kind.pixels in call:
-                encode = self.encoders[kind.name]
+                encode = self.encoders.by[kind.name]
                 wanted = {name for name in {*encode.names[1:], *self.family.passed} if name in call}
                 wanted -= self.family.ignored
                 given[kind.name] = encode(call[kind.pixels], **{name: call[name] for name in wanted}, return_dict=True)
         seen = [
-            self.see(kind, given[kind.name], call) for kind in self.family.kinds if given.get(kind.name) is not None
+            self.encoders.placed(kind, given[kind.name], call)
+            for kind in self.family.kinds
+            if given.get(kind.name) is not None
         ]
         self.guard.saw(bool(seen), call)
         question = self.question(seen, call) if seen else None
@@ -145,7 +218,7 @@ class MultimodalPatch:
             columns, question = self.reduce(seen, question, call)
         for item in seen:  # the model asks its encoders, which hand out what they have given already, reduced
             call.setdefault(item.kind.pixels, _NO_PIXELS)
-            handed = self.encoders[item.kind.name].output = copy.copy(item.output)
+            handed = self.encoders.by[item.kind.name].output = copy.copy(item.output)
             handed.__dict__.pop("vtc_encoded", None)  # newer versions make it part of what the model gives
         try:
             more = self.decoder_patch is not None and question is not None  # tokens may go on the way
@@ -154,94 +227,7 @@ class MultimodalPatch:
                 return patch.original(**call)
             return self.shortened(patch, call, columns, question)
         finally:
-            for encode in self.encoders.values():
-                encode.output = None
-            self.latest.clear()
-
-    def encode(self, encode: Encode, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Run one of the model's encoders, with ears on what the method needs."""
-        if self.encoding:  # one encoder calling the other
-            return encode.original(*args, **kwargs)
-        self.guard.enter(encode)
-        if self.evidence is not None:
-            self.evidence.start()
-        self.encoding = True
-        try:
-            output = encode.original(*args, **kwargs)
-        finally:
-            self.encoding = False
-            self.guard.leave(encode)
-            heard = {} if self.evidence is None else self.evidence.stop()
-        pooled = getattr(output, "pooler_output", None)
-        if pooled is None:  # return_dict=False: not for us
-            return output
-        call = {**dict(zip(encode.names, args, strict=False)), **kwargs}
-        call[encode.kind.pixels] = call[encode.names[0]]  # which is what the argument is called, but for old versions
-        if self.tower is not None and self.family.prefix(self.inner, call) != self.tower.site.prefix:
-            given = call.get("vision_feature_select_strategy")
-            raise InputError(
-                f"vision_feature_select_strategy={given!r}: the model was compressed in its tower as its configuration "
-                'says; call it without, or use where="llm"'
-            )
-        made = [x.numel() // x.shape[-1] for x in pooled]
-        lengths = tuple(self.family.lengths(self.inner, encode.kind, made, call))
-        layout = self.family.layout(self.inner, encode.kind, list(lengths), call)
-        found: dict[str, Tensor] = {}
-        if self.evidence is not None:
-            with torch.no_grad(), torch.autocast(pooled[0].device.type, enabled=False):
-                found = self.evidence.gather(heard, encode.kind, layout, sum(lengths), call)
-        stage = None if self.tower is None else self.tower.stage
-        merged = None if stage is None or stage.total is None else stage.total.drop_prefix(stage.prefix)
-        output.vtc_encoded = EncodedFeatures(self, lengths, layout, found, merged)
-        filled = [x.reshape(-1, x.shape[-1]) for x in pooled if x.numel()]  # a prompt without images has no rows
-        if filled:
-            ends = torch.stack([filled[0][0], filled[-1][-1]])
-            self.latest[encode.kind.name] = (output.vtc_encoded, ends.detach())
-        return output
-
-    def known(self, kind: Modality, output: Any, rows: Tensor) -> EncodedFeatures:
-        """What was noted of an output when it was encoded."""
-        encoded = getattr(output, "vtc_encoded", None)
-        if encoded is not None and encoded.owner is self:
-            return encoded
-        # accelerate copies outputs between devices, without what was noted on them: is it the last one?
-        if kind.name in self.latest:
-            last, ends = self.latest[kind.name]
-            fits = len(rows) > 0 and len(rows) % sum(last.lengths) == 0
-            if fits and torch.equal(rows[[0, -1]].to(ends.device), ends):
-                return last
-        raise InputError(
-            f"the {kind.name} was encoded before vtc compressed this model, or in chunks (prefill_chunk_size): "
-            "pass the pixels, without chunks, or call vtc.remove(model)"
-        )
-
-    def see(self, kind: Modality, output: Any, call: dict[str, Any]) -> PlacedTokens:
-        """Find where an encoder's tokens go in the prompt."""
-        rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in output.pooler_output])
-        encoded = self.known(kind, output, rows)
-        token = getattr(self.inner.config, kind.token)
-        if "input_ids" in call:
-            placeholder = call["input_ids"] == token
-        else:
-            inputs = call["inputs_embeds"]
-            embedded = self.inner.get_input_embeddings()(torch.tensor(token, device=inputs.device))
-            placeholder = (inputs == embedded).all(-1)
-        columns = placeholder.flatten().nonzero().flatten()
-        behind = self.family.trailing(self.inner, kind)
-        if behind:  # not the encoder's: they stay
-            own = torch.cat([torch.arange(n + behind, device=columns.device) < n for n in encoded.lengths])
-            columns = columns[own] if len(own) == len(columns) else columns
-        if len(columns) != len(rows):
-            count = len(output.pooler_output)
-            raise InputError(
-                f"the prompt has {len(columns)} {kind.name} placeholders (id {token}), but the {count} "
-                f"{kind.name}{'s' * (count != 1)} given make {len(rows)} tokens: the number of {kind.name}s does not "
-                "match the prompt"
-            )
-        if len(rows) != sum(encoded.lengths):  # beams: `generate` repeats the images of every prompt
-            times = len(rows) // sum(encoded.lengths)
-            encoded = encoded.repeated(placeholder.sum(1).tolist(), times)
-        return PlacedTokens(kind, output, encoded, rows, columns)
+            self.encoders.forget()
 
     def reduce(
         self, seen: list[PlacedTokens], question: TokenBatch, call: dict[str, Any]
@@ -268,7 +254,7 @@ class MultimodalPatch:
                 removed = question.removals(method.keep)
                 token_map, notes = decide(method, tokens, removed), ""
                 if bool(torch.as_tensor(removed).any()):
-                    own = "" if self.evidence is None else self.evidence.note
+                    own = self.encoders.capture.note if self.encoders.capture else ""
                     said = dict.fromkeys(tokens.said or ())
                     notes = "; ".join(filter(None, (method.notes(tokens), *said, own)))
                     if method.ppe and self.positions.slots == 1:
@@ -325,64 +311,30 @@ class MultimodalPatch:
         self, patch: ModelForward, call: dict[str, Any], columns: Tensor | None, question: TokenBatch | None
     ) -> Any:
         """The model's own forward on the columns that stay (None = all of this call's), behind the cache as it is."""
-        ids = call.get("input_ids")
-        given: Tensor = call["inputs_embeds"] if ids is None else ids
-        batch, length = given.shape[:2]
-        device = given.device
         cache = call.get(cache_name())
-        past = Entries.before(cache, batch, device)
-        padded = columns is not None and bool((columns < 0).any())
+        given: Tensor = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
+        past = Entries.before(cache, len(given), given.device).length
         if columns is not None or (question is not None and self.decoder_patch is not None):
             own = set(inspect.signature(type(self.inner).forward).parameters)
-            own |= {name for encode in self.encoders.values() for name in (encode.kind.pixels, *encode.names)}
-            check_arguments(call, own, length, past.length + length)
+            own |= {name for encode in self.encoders.by.values() for name in (encode.kind.pixels, *encode.names)}
+            check_arguments(call, own, given.shape[1], past + given.shape[1])
         if self.went is not None:
             check_asked(self.asked, self.went)
-        if columns is None:
-            columns = torch.arange(length, device=device).expand(batch, length)
-        entries = past.extend(columns, length, padded)
-        whole = call.get("attention_mask")
-        mask = masks.padding(whole)
-        packs = masks.packs(call.get("position_ids"), mask, length)
-        if packs is not None and self.told:
-            raise InputError(
-                "position_ids pack several sequences in a row, and this decoder reads positions outside of its rotary "
-                "table: give one sequence a row, with an attention_mask"
-            )
-        if packs is not None and entries.padded and (whole is None or mask is not None):
-            raise InputError(
-                "position_ids pack several sequences in a row, and vtc shortens the rows of this batch to different "
-                "lengths, which takes a padding mask: give one packed row a call"
-            )
-        positions = self.family.placed(self.inner, call, past.length)
-        short = shorter(call, columns, entries, length, self.filler())
-        at = columns.clamp(min=0)
-        before = past.columns.shape[1]
-        if call.get("cache_position") is not None:
-            short["cache_position"] = torch.arange(before, before + columns.shape[1], device=device)
-        short["position_ids"] = masks.counted(packs, at, before)
-        if packs is not None and call["position_ids"].ndim == 3:  # text positions first: where packs are looked for
-            short["position_ids"] = short["position_ids"].expand(4, -1, -1)
-        short["attention_mask"] = masks.shortened(whole, columns, entries, length)
-        short["return_dict"] = True
-        self.positions.ids = self.positions.taken(positions, at, self.carried)
-        if self.told:
-            short["position_ids"] = positions.gather(-1, at.expand(positions.shape[:-1] + at.shape[-1:]))
-            if short["attention_mask"] is None:  # beside a mask, a gap is no border between packed sequences
-                short["attention_mask"] = torch.ones_like(entries.columns)
+        positions = self.family.placed(self.inner, call, past)
+        short = shorten_call(call, columns, positions, self.filler(), self.told)
+        self.positions.ids = self.positions.taken(positions, short.columns.clamp(min=0), self.carried)
         levels: tuple[Entries, ...] = ()
         try:
             if self.decoder_patch is not None:
-                real = None if mask is None else mask[:, -length:].bool()
-                record = None if self.method.in_decoder else self.record
-                text = masks.words(whole, length)
-                seen = (
-                    None if question is None else PendingCall(question, record, columns, positions, real, text, before)
-                )
-                self.decoder_patch.begin(cache, seen, columns, before)
+                record, pending = None if self.method.in_decoder else self.record, None
+                if question is not None:
+                    pending = PendingCall(
+                        question, record, short.columns, positions, short.real, short.words, short.past
+                    )
+                self.decoder_patch.begin(cache, pending, short.columns, short.past)
             if isinstance(cache, Shortened):
                 cache.vtc_inside = True
-            output = patch.original(**short)
+            output = patch.original(**short.arguments)
         finally:
             self.positions.ids = self.carried = None
             if self.decoder_patch is not None:
@@ -391,7 +343,7 @@ class MultimodalPatch:
                 cache.vtc_inside = False
         new = getattr(output, cache_name(), None)
         if new is not None:
-            shorten(new, entries, levels)
+            shorten(new, short.entries, levels)
         if self.decoder_patch is not None and self.decoder_patch.record is not None:
             self.record = self.went = self.decoder_patch.record
             check_asked(self.asked, self.went)

@@ -7,6 +7,7 @@ that they are given (Ministral 3), or by a count of their own (Llama 4).
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from vtc.adapters.multimodal.cache import cache_name
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _HUNG_ON = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
 _FAR = 10_000_000  # beyond every length from which decoders scale by position
 
@@ -173,15 +175,19 @@ def _few(shape: torch.Size) -> Tensor:
 
 @contextmanager
 def _at_rest(start: Any) -> Iterator[None]:
-    """No dropout, and plain attention, which takes our mask whatever the model's own attention takes."""
+    """No dropout, no hooks of others, who would take this for a call, and plain attention, which takes our mask whatever
+    the model's own attention takes."""
     training = {module: module.training for module in start.modules()}
+    hooks = {module: {name: module.__dict__[name] for name in _HOOKS} for module in training}
     attention = start.config._attn_implementation
     try:
         for module in training:
             module.training = False
+            module.__dict__.update({name: OrderedDict() for name in _HOOKS})
         start.config._attn_implementation = "eager"
         yield
     finally:
         start.config._attn_implementation = attention
         for module, mode in training.items():
             module.training = mode
+            module.__dict__.update(hooks[module])

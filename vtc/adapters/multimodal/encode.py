@@ -1,0 +1,150 @@
+"""A multimodal model's encoders: what they give is noted with what a method needs to know of it, and handed out again,
+reduced, while the model runs on a shorter prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.adapters.encoders.patch import EncoderPatch
+from vtc.adapters.multimodal.capture import Capture
+from vtc.adapters.multimodal.families.base import Family, Modality
+from vtc.adapters.multimodal.guard import Guard
+from vtc.adapters.multimodal.token_batch import EncodedFeatures, PlacedTokens
+from vtc.adapters.patch import Patch
+from vtc.errors import InputError
+
+
+class Encode(Patch):
+    """For `get_image_features` and `get_video_features`: what they give carries what a method needs to know of it.
+    While the model runs on a shorter prompt, `output` is what they have given already, reduced."""
+
+    output: Any = None
+
+    def __init__(self, encoders: Encoders, kind: Modality) -> None:
+        super().__init__(encoders.inner, kind.encode)
+        self.encoders, self.kind = encoders, kind
+        self.names = list(self.__signature__.parameters)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.output is not None:
+            self.encoders.guard.alone()
+            return self.output
+        return self.encoders.run(self, args, kwargs)
+
+
+@dataclass(eq=False)
+class Encoders:
+    """Those of one model.
+
+    Attributes:
+        tower: where merging happens inside it. capture: listens for what the method reads.
+        by: their patches by modality. latest: what was noted last, by modality, with the first and the last row.
+        running: one of them is, which may call the other.
+    """
+
+    family: Family
+    inner: Any
+    guard: Guard
+    tower: EncoderPatch | None = None
+    capture: Capture | None = None
+    by: dict[str, Encode] = field(default_factory=dict)
+    latest: dict[str, tuple[EncodedFeatures, Tensor]] = field(default_factory=dict)
+    running: bool = False
+
+    def __post_init__(self) -> None:
+        self.by = {kind.name: Encode(self, kind) for kind in self.family.kinds}
+
+    def forget(self) -> None:
+        """After a call: nothing is handed out any more."""
+        for encode in self.by.values():
+            encode.output = None
+        self.latest.clear()
+
+    def run(self, encode: Encode, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run one of the model's encoders, with ears on what the method needs."""
+        if self.running:  # one encoder calling the other
+            return encode.original(*args, **kwargs)
+        self.guard.enter(encode)
+        if self.capture is not None:
+            self.capture.start()
+        self.running = True
+        try:
+            output = encode.original(*args, **kwargs)
+        finally:
+            self.running = False
+            self.guard.leave(encode)
+            heard = {} if self.capture is None else self.capture.stop()
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is None:  # return_dict=False: not for us
+            return output
+        call = {**dict(zip(encode.names, args, strict=False)), **kwargs}
+        call[encode.kind.pixels] = call[encode.names[0]]  # which is what the argument is called, but for old versions
+        if self.tower is not None and self.family.prefix(self.inner, call) != self.tower.site.prefix:
+            given = call.get("vision_feature_select_strategy")
+            raise InputError(
+                f"vision_feature_select_strategy={given!r}: the model was compressed in its tower as its configuration "
+                'says; call it without, or use where="llm"'
+            )
+        made = [x.numel() // x.shape[-1] for x in pooled]
+        lengths = tuple(self.family.lengths(self.inner, encode.kind, made, call))
+        layout = self.family.layout(self.inner, encode.kind, list(lengths), call)
+        found: dict[str, Tensor] = {}
+        if self.capture is not None:
+            with torch.no_grad(), torch.autocast(pooled[0].device.type, enabled=False):
+                found = self.capture.gather(heard, encode.kind, layout, sum(lengths), call)
+        stage = None if self.tower is None else self.tower.stage
+        merged = None if stage is None or stage.total is None else stage.total.drop_prefix(stage.prefix)
+        output.vtc_encoded = EncodedFeatures(self, lengths, layout, found, merged)
+        filled = [x.reshape(-1, x.shape[-1]) for x in pooled if x.numel()]  # a prompt without images has no rows
+        if filled:
+            ends = torch.stack([filled[0][0], filled[-1][-1]])
+            self.latest[encode.kind.name] = (output.vtc_encoded, ends.detach())
+        return output
+
+    def known(self, kind: Modality, output: Any, rows: Tensor) -> EncodedFeatures:
+        """What was noted of an output when it was encoded."""
+        encoded = getattr(output, "vtc_encoded", None)
+        if encoded is not None and encoded.owner is self:
+            return encoded
+        # accelerate copies outputs between devices, without what was noted on them: is it the last one?
+        if kind.name in self.latest:
+            last, ends = self.latest[kind.name]
+            fits = len(rows) > 0 and len(rows) % sum(last.lengths) == 0
+            if fits and torch.equal(rows[[0, -1]].to(ends.device), ends):
+                return last
+        raise InputError(
+            f"the {kind.name} was encoded before vtc compressed this model, or in chunks (prefill_chunk_size): "
+            "pass the pixels, without chunks, or call vtc.remove(model)"
+        )
+
+    def placed(self, kind: Modality, output: Any, call: dict[str, Any]) -> PlacedTokens:
+        """Find where an encoder's tokens go in the prompt."""
+        rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in output.pooler_output])
+        encoded = self.known(kind, output, rows)
+        token = getattr(self.inner.config, kind.token)
+        if "input_ids" in call:
+            placeholder = call["input_ids"] == token
+        else:
+            inputs = call["inputs_embeds"]
+            embedded = self.inner.get_input_embeddings()(torch.tensor(token, device=inputs.device))
+            placeholder = (inputs == embedded).all(-1)
+        columns = placeholder.flatten().nonzero().flatten()
+        behind = self.family.trailing(self.inner, kind)
+        if behind:  # not the encoder's: they stay
+            own = torch.cat([torch.arange(n + behind, device=columns.device) < n for n in encoded.lengths])
+            columns = columns[own] if len(own) == len(columns) else columns
+        if len(columns) != len(rows):
+            count = len(output.pooler_output)
+            raise InputError(
+                f"the prompt has {len(columns)} {kind.name} placeholders (id {token}), but the {count} "
+                f"{kind.name}{'s' * (count != 1)} given make {len(rows)} tokens: the number of {kind.name}s does not "
+                "match the prompt"
+            )
+        if len(rows) != sum(encoded.lengths):  # beams: `generate` repeats the images of every prompt
+            times = len(rows) // sum(encoded.lengths)
+            encoded = encoded.repeated(placeholder.sum(1).tolist(), times)
+        return PlacedTokens(kind, output, encoded, rows, columns)

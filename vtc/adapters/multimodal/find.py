@@ -1,0 +1,44 @@
+"""Multimodal LLMs in a model, and why not where there is none that vtc knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from vtc.adapters.encoders.site import Refusal
+from vtc.adapters.multimodal.families import FAMILIES
+from vtc.adapters.multimodal.families.base import Family
+from vtc.adapters.multimodal.owners import Owners, around, foreign, known_as
+
+
+@dataclass(frozen=True)
+class MultimodalSite:
+    """One multimodal model that was found: the part without language head, and the models around it."""
+
+    path: str
+    family: Family
+    inner: Any
+    owners: Owners
+
+
+def find(model: nn.Module) -> Iterator[MultimodalSite | Refusal]:
+    """Every multimodal LLM in `model`; those of unknown families, and those in unknown models, as refusals."""
+    known = {name: family for family in FAMILIES.values() for name in family.classes}
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        name = kind if kind in known else known_as(module, known)
+        if name:
+            owners = around(model, module, known)
+            if name != kind and foreign(module, name):
+                owners = f"{kind} has a forward that is not that of transformers' {name}; use {name} itself"
+            yield (
+                Refusal(path, kind, owners)
+                if isinstance(owners, str)
+                else MultimodalSite(path, known[name], module, owners)
+            )
+        elif hasattr(module, "get_placeholder_mask") and hasattr(module, "language_model"):
+            families = "; ".join(family.covers for family in FAMILIES.values())
+            yield Refusal(path, kind, f"no adapter for this multimodal family; there are {families}")

@@ -1,0 +1,174 @@
+"""Whether a method can reduce a multimodal LLM, and why not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from vtc.adapters.encoders.find import find as find_encoders
+from vtc.adapters.encoders.site import EncoderSite, Refusal
+from vtc.adapters.encoders.support import refusal
+from vtc.adapters.multimodal.families.base import VIDEO
+from vtc.adapters.multimodal.find import MultimodalSite
+from vtc.adapters.multimodal.rotary import axes
+from vtc.adapters.multimodal.trial import try_positions
+from vtc.adapters.report import Encoder
+from vtc.errors import OptionError
+from vtc.macs import attention
+from vtc.methods import Method
+from vtc.positions import sections, slots_for
+
+
+def explained(site: MultimodalSite, method: Method | None) -> Encoder:
+    decoder = getattr(site.inner, site.family.decoder)
+    layers = len(getattr(decoder, "layers", ()))
+    where = "" if method is None else "the decoder's input, once"
+    if method is not None and method.cascade:
+        where = f"the decoder's input and layers {', '.join(str(layer) for layer, _ in method.cascade)}"
+    if method is not None and method.where == "tower":
+        where = "the layers of its vision tower"
+    if method is not None and method.in_decoder:
+        where = f"layer {getattr(method, 'layer', 0)} of the decoder"
+    refusal = _refusal(site, method)
+    if method is not None and method.ppe and not refusal:
+        found = sections(axes(decoder.rotary_emb))
+        slots = slots_for(method.ppe, found)
+        where += f"; a merged token carries the positions of up to {slots} members (rotary sections {list(found)})"
+    return Encoder(site.path, type(site.inner).__name__, site.family.name, layers, None, where, refusal)
+
+
+def _refusal(site: MultimodalSite, method: Method | None) -> str:
+    decoder = getattr(site.inner, site.family.decoder)
+    if getattr(decoder, "rotary_emb", None) is None:
+        return f"its decoder ({type(decoder).__name__}) has no rotary positions, which kept tokens would keep"
+    reason = _positions_refuse(decoder, method)
+    if reason or method is None:
+        return reason
+    if method.ppe:
+        try:
+            slots_for(method.ppe, sections(axes(decoder.rotary_emb)))
+        except OptionError as error:
+            return str(error)
+    if method.resizes:
+        return 'mode="resize": give the processor a smaller image instead; mode="pool" works'
+    if method.where == "tower":
+        site = tower_site(site)
+        return site if isinstance(site, str) else refusal(site, in_tower(method))
+    if method.keep is None:
+        return "r= and flops= are for the layers of an encoder; at the decoder's input give keep="
+    between = method.in_decoder or method.cascade or method.proportional
+    if between and decoder.config._attn_implementation == "flex_attention":
+        return (
+            f"{method.name} cuts the masks of the decoder's layers, and those of flex_attention are no tensors; load "
+            'the model with attn_implementation="sdpa"'
+        )
+    if method.in_decoder:
+        return _layer_refuses(site, method, method.layer)  # type: ignore[attr-defined]
+    reasons = [_layer_refuses(site, method, layer) for layer, _ in method.cascade]
+    if method.proportional:
+        reasons.append(_bias_refuses(decoder))
+    if any(reasons):
+        return next(filter(None, reasons))
+    if method.groups_frames and VIDEO not in site.family.kinds:
+        return "events= merges the frames of videos, and vtc knows this family with images only"
+    method.check(decoder.config.hidden_size)
+    needs = (method.needs - method.optional) & {"attention", "middle", "keys"} if not method.encoder else frozenset()
+    if needs and not site.family.attentions(site.inner):
+        return (
+            f"{method.name} reads the tower's attention, and {type(site.family.tower(site.inner)).__name__} shows none"
+        )
+    return ""
+
+
+def _positions_refuse(decoder: Any, method: Method | None) -> str:
+    """Why the tokens that stay could not keep their positions everywhere in this decoder."""
+    trial, kind = try_positions(decoder), type(decoder).__name__
+    if trial.error:
+        return f"its decoder ({kind}) could not be tried on positions with gaps: {trial.error}"
+    if trial.counts:
+        return (
+            f"its decoder ({kind}) scales attention by its own count of the tokens in front, which is another when "
+            "some go: give the processor smaller images instead"
+        )
+    if not trial.reads:
+        return ""
+    if "flash" in str(decoder.config._attn_implementation):
+        return (
+            f"its decoder ({kind}) reads positions outside of its rotary table, and FlashAttention would take their "
+            'gaps for borders between prompts: load the model with attn_implementation="sdpa"'
+        )
+    if method is not None and method.ppe:
+        return f"positions={method.positions!r}: {kind} reads positions outside of its rotary table, one for each token"
+    if method is not None and (method.in_decoder or method.cascade or method.proportional):
+        what = "cascade=" if method.cascade else "proportional=" if method.proportional else method.name
+        return (
+            f"{what} works between the layers of the decoder, and {kind} reads positions there: use a method at the "
+            "decoder's input, such as divprune"
+        )
+    return ""
+
+
+def _unattending(decoder: Any) -> str:
+    """Which of the decoder's layers has no attention (a convolution, linear attention, a state space), or ""."""
+    for index, layer in enumerate(decoder.layers):
+        if attention(layer) is None:
+            return (
+                f"layer {index} of this decoder ({type(layer).__name__}) is no attention and keeps a state of its own"
+            )
+    return ""
+
+
+def _bias_refuses(decoder: Any) -> str:
+    reason = _unattending(decoder)
+    if reason:
+        return f"proportional=True: {reason}"
+    if "sliding_attention" in (getattr(decoder.config, "layer_types", None) or ()):
+        return "proportional=True: the caches of this decoder's sliding layers hold a part of the sizes only"
+    if "flash" in str(decoder.config._attn_implementation):
+        return 'proportional=True: FlashAttention takes no size bias; load the model with attn_implementation="sdpa"'
+    return ""
+
+
+def _layer_refuses(site: MultimodalSite, method: Method, layer: int) -> str:
+    decoder = getattr(site.inner, site.family.decoder)
+    depth = len(decoder.layers)
+    if not 1 <= layer < depth:
+        return f"layer={layer}: the decoder has {depth} layers, so it takes 1 to {depth - 1}"
+    if "sliding_attention" in (getattr(decoder.config, "layer_types", None) or ()):
+        return f"{method.name} reduces between layers, and the windows of this decoder's sliding layers would shift"
+    reason = _unattending(decoder)
+    if reason:
+        return f"{method.name} reduces between layers, and {reason}: use a method at the input, such as divprune"
+    planes = len(getattr(getattr(site.inner, "visual", None), "deepstack_visual_indexes", ()))
+    if layer < planes:
+        return f"layer={layer}: DeepStack adds to the image tokens behind {planes} layers; give layer={planes} or more"
+    return ""
+
+
+def in_tower(method: Method) -> Method:
+    """What a multimodal LLM's tower does for `method`: the positions that PPE means are the decoder's."""
+    return replace(method, positions="original")
+
+
+def tower_site(site: MultimodalSite) -> EncoderSite | str:
+    """The layers of a multimodal LLM's tower up to the one that is projected, or why it cannot be reduced."""
+    reason = site.family.in_tower
+    if reason:
+        return f'where="tower": {reason}; where="llm" works'
+    for _, item in find_encoders(site.family.tower(site.inner)):
+        if isinstance(item, Refusal):
+            return f'where="tower": {item.reason}'
+        away = site.family.prefix(site.inner, {})
+        if item.prefix != away:
+            return (
+                f'where="tower": of {item.prefix} class and register tokens of its tower {item.prefix - away} reach '
+                'the decoder among the image tokens, and vtc merges patches alone there; where="llm" works'
+            )
+        depth = len(item.blocks) + 1 + site.family.feature_layer(site.inner)
+        macs = item.macs
+        macs = replace(
+            macs, attention=macs.attention[:depth], width=macs.width[:depth], mlp=macs.mlp[:depth], tail=(0, 0)
+        )
+        path = f"{site.path}.vision_tower".strip(".")
+        return replace(item, path=path, blocks=item.blocks[:depth], macs=macs)
+    return f'where="tower": {type(site.family.tower(site.inner)).__name__} is no encoder that vtc knows'

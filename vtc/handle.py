@@ -1,0 +1,137 @@
+"""A compressed model in hand: what was put in, what it did last, and the way back."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+from vtc.adapters.encoders.patch import EncoderPatch
+from vtc.adapters.encoders.site import EncoderSite
+from vtc.adapters.multimodal.patch import MultimodalPatch
+from vtc.adapters.multimodal.token_batch import CallRecord
+from vtc.adapters.patch import strip
+from vtc.adapters.report import Report
+from vtc.errors import OptionError, UnsupportedModelError, VTCError
+from vtc.methods import Method, make
+from vtc.plan import explain
+from vtc.token_map import TokenMap
+
+
+def install(model: nn.Module, method: str | Method, **options: Any) -> Handle:
+    """`vtc.compress` with a budget that is known."""
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model is a {type(model).__name__}: compress takes a torch.nn.Module")
+    chosen = make(method, **options)
+    plan = explain(model, chosen)
+    if not plan.ok:
+        raise UnsupportedModelError(str(plan))
+    remove(model)
+    patches: list[EncoderPatch | MultimodalPatch] = []
+    try:
+        for site in plan._sites:
+            patches.append((EncoderPatch if isinstance(site, EncoderSite) else MultimodalPatch.at)(site, chosen))
+            patches[-1].install(model)
+    except BaseException:
+        remove(model)
+        raise
+    return Handle(model, chosen, tuple(patches))
+
+
+def remove(model: nn.Module) -> None:
+    """Take every patch of vtc off `model`. Does nothing to a model without."""
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model is a {type(model).__name__}: remove takes a torch.nn.Module")
+    for module in model.modules():
+        strip(module)
+
+
+class Handle:
+    """A compressed model's method, what it did last, and the way back. `choice`: what keep="auto" measured."""
+
+    choice: Any = None
+
+    def __init__(self, model: nn.Module, method: Method, patches: tuple[EncoderPatch | MultimodalPatch, ...]) -> None:
+        self.model, self.method, self.patches = model, method, patches
+
+    def remove(self) -> None:
+        """Give the model back as it was. Nothing happens if it is, or if another method took this one's place."""
+        if any(patch.installed for patch in self.patches):
+            remove(self.model)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _ran(self) -> list[EncoderPatch | MultimodalPatch]:
+        """The patches that have something to tell, the one that ran last at the end."""
+        ran = [patch for patch in self.patches if patch.last is not None]
+        if not ran:
+            raise VTCError("nothing to report yet: no call with an image has gone through the compressed model")
+        return sorted(ran, key=lambda patch: patch.turn)
+
+    def _prompts(self, name: str) -> CallRecord:
+        last = self._ran()[-1].last
+        if not isinstance(last, CallRecord):
+            raise VTCError(f"{name} speaks of prompts, and this model is a vision encoder: see token_map")
+        return last
+
+    @property
+    def token_map(self) -> TokenMap:
+        """Image tokens (without CLS and other prefix tokens) to the tokens at the end, in the last call that held
+        images; in a multimodal LLM one row per image in prompt order (per crop, per frame), newlines not counted."""
+        return self.layer_maps[-1]
+
+    @property
+    def layer_maps(self) -> list[TokenMap]:
+        """Image tokens to the tokens after each layer that reduced, in the last call; at least one."""
+        return self._ran()[-1].maps
+
+    @property
+    def grids(self) -> tuple[tuple[int, int] | None, ...]:
+        """(rows, columns) of the image tokens in each row of `token_map`, for pictures; None where they fill no
+        rectangle (an image cut to its shape) or nobody knows."""
+        return self._ran()[-1].grids
+
+    @property
+    def kept(self) -> Tensor:
+        """[B, L] bool: which columns of the prompt a multimodal LLM's decoder was given in the last call with images.
+        Logits of a forward and hidden states are those of these columns, in order."""
+        return self._prompts("kept").kept
+
+    def take(self, values: Tensor, fill: float = 0) -> Tensor:
+        """[B, L], one for each column of the prompt (labels, a mask) -> [B, S], one for each of the logits of the last
+        call with images; `fill` on padding. For what compares logits by itself, as label smoothing does; labels of a
+        batch want -100 in their first column, which padding may come to stand before."""
+        return self._prompts("take").take(values, fill)
+
+    @property
+    def report(self) -> Report:
+        """What the last call did: tokens per layer and image, MACs before and after. Of a model with several encoders,
+        what the one did that ran last; see `reports`."""
+        return self._reports()[-1]
+
+    @property
+    def reports(self) -> tuple[Report, ...]:
+        """The last report of every encoder that has run, the latest at the end."""
+        return tuple(self._reports())
+
+    def _reports(self) -> list[Report]:
+        ran, several = self._ran(), len(self.patches) > 1
+        return [
+            patch.report(f", one of {len(self.patches)}: handle.reports has all" if several else "") for patch in ran
+        ]
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{k}={v!r}" for k, v in self.method.options().items())
+        where = ", ".join(patch.where for patch in self.patches)
+        try:
+            last = "; last call " + " | ".join(map(str, self.reports))
+        except VTCError:
+            last = "; no call yet"
+        return f"Handle({self.method.name}({options}) in {where}{last})"
