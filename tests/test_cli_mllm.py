@@ -125,8 +125,8 @@ def test_run_json(vtc_, folders):
 
 def test_run_says_what_the_model_says(vtc_, folders):
     """Both answers are those of `generate` in Python, and keep=1 gives the dense one twice."""
-    from vtc.chat import question
     from vtc.models.images import load_image
+    from vtc.models.llms import build_inputs as question
 
     model = transformers.AutoModelForImageTextToText.from_pretrained(folders / "llava").eval()
     processor = transformers.AutoProcessor.from_pretrained(folders / "llava")

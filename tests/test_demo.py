@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import vtc
-from vtc import chat
+from vtc.bench import answer as chat
 from vtc.cli import command as cli
 from vtc.errors import OptionError, UnsupportedModelError, VTCError
 from vtc.eval import scenes

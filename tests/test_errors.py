@@ -15,10 +15,11 @@ from torch import nn
 from zoo import model, pixels
 
 import vtc
-from vtc import chat, checkpoints
+from vtc import checkpoints
 from vtc.adapters.multimodal import capture as evidence
 from vtc.adapters.multimodal.families.llava_next import LlavaNext
 from vtc.adapters.multimodal.rotary import axes
+from vtc.bench import answer as chat
 from vtc.bench import fidelity as check
 from vtc.bench import measure, named, prefill
 from vtc.checkpoints import CheckpointError, MissingPackageError, tiny

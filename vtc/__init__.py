@@ -28,8 +28,7 @@ from vtc.methods import (
 from vtc.plan import Explanation, explain, list_adapters
 from vtc.positions import PPE
 from vtc.token_map import TokenMap
-
-__version__ = "0.1.0"
+from vtc.version import __version__ as __version__
 
 __all__ = [
     "DART",

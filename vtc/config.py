@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from vtc.errors import OptionError
 from vtc.methods import METHODS, Method, make
+from vtc.version import __version__
 
 if TYPE_CHECKING:
     from vtc.handle import Handle
@@ -20,8 +21,6 @@ _logger = logging.getLogger(__name__)
 
 def save_config(source: Handle | Method, path: str | Path) -> None:
     """Write a method, or the method of a handle, to a JSON file. Refuses to overwrite anything but a config of ours."""
-    from vtc import __version__
-
     method = source if isinstance(source, Method) else getattr(source, "method", None)
     if not isinstance(method, Method):
         raise OptionError(f"{source!r} is neither a handle nor a method, so there is nothing to save")

@@ -195,7 +195,7 @@ def opened(name: str, folder: str, prompt: str | None, size: int | None, *, down
         raise OptionError(f"--images {folder}: no picture in it ({', '.join(endings)})")
     pictures = [load_image(path) for path in paths]
     if find_config(name, download=download) is not None:
-        from vtc.chat import load, prepared, question
+        from vtc.models.llms import build_inputs, load, prepared
 
         if size is not None:
             raise OptionError("--size is for encoders: the processor of a multimodal LLM decides on its own")
@@ -203,7 +203,7 @@ def opened(name: str, folder: str, prompt: str | None, size: int | None, *, down
         asked, model = prompt or "Describe this image.", make_model()
         return Opened(
             model,
-            [prepared(model, question(processor, [picture], asked)) for picture in pictures],
+            [prepared(model, build_inputs(processor, [picture], asked)) for picture in pictures],
             None,
             fitting(model),
             [0.5, 0.25, 0.1],

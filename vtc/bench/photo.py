@@ -20,7 +20,7 @@ from vtc.token_map import TokenMap
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class PhotoComparison:
     """Dense against compressed.
 
     Attributes:
@@ -58,7 +58,7 @@ class Comparison:
 
 def compare(
     model: SaliencyModel, pixels: Tensor, method: Method, repeats: int = 5, warmup: int = 1, *, tick: Tick | None = None
-) -> Comparison:
+) -> PhotoComparison:
     """Run `pixels` [1, 3, H, W] through the saliency model as it is and with `method` in its encoder. The model stays
     as it was; only the encoder is timed."""
     small = shared_copy(model)
@@ -73,7 +73,7 @@ def compare(
         report, token_map = handle.report, handle.token_map
     alike = torch.nn.functional.cosine_similarity(features[0], features[1], dim=-1)[0]
     pair = torch.stack([each.flatten().double() for each in maps])
-    return Comparison(
+    return PhotoComparison(
         method,
         report,
         token_map,
@@ -86,7 +86,7 @@ def compare(
     )
 
 
-def picture(photo: Image.Image, found: Comparison, grid: tuple[int, int], side: int = 480) -> Any:
+def picture(photo: Image.Image, found: PhotoComparison, grid: tuple[int, int], side: int = 480) -> Any:
     """The sheet of `vtc run`: photograph, groups, both saliency maps. `photo` is cropped as the encoder's input was."""
     from vtc.viz import heatmap, overlay, sheet
 

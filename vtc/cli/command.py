@@ -95,12 +95,13 @@ def _run_llm(args: argparse.Namespace) -> int:
     images = [load_image(path) for path in paths]
     prompt, repeats = args.prompt or "Describe this image.", args.repeats or 3
 
-    from vtc.chat import compare, load, question
+    from vtc.bench.answer import compare
+    from vtc.models.llms import build_inputs, load
 
     more = {"dtype": args.dtype or "auto", "device": args.device or "cpu", "trust_remote_code": args.trust_remote_code}
     with _bar(args, 2 * (repeats + 2), "loading the model") as bar:
         processor, model = load(args.model, method, **more)
-        inputs = question(processor, images, prompt)
+        inputs = build_inputs(processor, images, prompt)
         ready = model()
         bar.set_description("dense and compressed in turns")
         found = compare(ready, processor, inputs, method, args.max_new_tokens or 64, repeats, tick=bar.update)
@@ -108,7 +109,7 @@ def _run_llm(args: argparse.Namespace) -> int:
     dtype = str(ready.dtype).removeprefix("torch.")
     result["environment"] = environment(batch=1, dtype=dtype, device=more["device"], repeats=repeats)
     if args.out is not None:
-        from vtc.chat import picture
+        from vtc.bench.answer import picture
         from vtc.viz import save
 
         save(picture(images[0], found), args.out)

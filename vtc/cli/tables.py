@@ -11,12 +11,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from vtc.bench.fidelity import Checked
-from vtc.bench.photo import Comparison
+from vtc.bench.photo import PhotoComparison
 from vtc.bench.prefill import Dense, Prefill
 from vtc.bench.timing import Row
 
 
-def show_run(found: Comparison, result: Mapping[str, Any]) -> None:
+def show_run(found: PhotoComparison, result: Mapping[str, Any]) -> None:
     """The tables of `vtc run`."""
     console = Console(highlight=False)
     report, name = found.report, type(found.method).__name__

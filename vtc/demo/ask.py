@@ -12,7 +12,7 @@ import gradio as gr
 import torch
 from PIL import Image
 
-from vtc import chat
+from vtc.bench import answer as chat
 from vtc.bench.timing import Tick
 from vtc.checkpoints.tiny import TINY
 from vtc.demo import look
@@ -28,7 +28,7 @@ LONGEST = 2000  # characters of a question
 
 @lru_cache(maxsize=1)  # the last one only: it may be large
 def model(name: str) -> tuple[Any, Any]:
-    """The processor and the model of this name, as `vtc.chat.load` finds them."""
+    """The processor and the model of this name, as `vtc.models.llms.load` finds them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor, weights = chat.load(name, make("random", keep=1.0), device=device)
     return processor, weights()
@@ -46,7 +46,7 @@ def budget(name: str, keep: float, positions: str = "original", sized: bool = Fa
 
 def run(
     name: str, image: Image.Image, prompt: str, method: Method, repeats: int = REPEATS, *, tick: Tick | None = None
-) -> chat.Comparison:
+) -> chat.AnswerComparison:
     """Both answers and what they took.
 
     Raises:
@@ -64,7 +64,7 @@ def run(
     return chat.compare(ready, processor, inputs, method, NEW_TOKENS, repeats, tick=tick)
 
 
-def answers(found: chat.Comparison, truth: str | None = None) -> str:
+def answers(found: chat.AnswerComparison, truth: str | None = None) -> str:
     """Both answers side by side, as HTML; `truth` marks them right or wrong."""
     cards = []
     for head, side in (("As it is", found.dense), (type(found.method).__name__, found.less)):
@@ -98,12 +98,12 @@ def sweep(
     levels: Sequence[float] = LEVELS,
     *,
     tick: Tick | None = None,
-) -> list[tuple[float, chat.Comparison]]:
+) -> list[tuple[float, chat.AnswerComparison]]:
     """The same question at several budgets. Raises as `run`."""
     return [(q, run(name, image, prompt, budget(method, q, positions, sized), tick=tick)) for q in levels]
 
 
-def sweep_html(rows: Sequence[tuple[float, chat.Comparison]]) -> tuple[str, str]:
+def sweep_html(rows: Sequence[tuple[float, chat.AnswerComparison]]) -> tuple[str, str]:
     """Time over keep as a chart, and the answers as a table."""
     dense = rows[0][1].dense
     usual = median(found.dense.first_seconds for _, found in rows)

@@ -40,7 +40,7 @@ class PlacedTokens:
     columns] of the dense encoder's there."""
 
     crop: Image.Image
-    found: photo.Comparison
+    found: photo.PhotoComparison
     maps: tuple[TokenMap, ...]
     heats: dict[str, Tensor]
 

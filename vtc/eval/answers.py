@@ -134,8 +134,8 @@ def run(
 
 
 def load(name: str) -> tuple[nn.Module, Any]:
-    """A model and its processor, as `vtc.chat.load` finds them."""
-    from vtc.chat import load as find
+    """A model and its processor, as `vtc.models.llms.load` finds them."""
+    from vtc.models.llms import load as find
 
     processor, model = find(name, make("random", keep=0.5))
     processor.tokenizer.padding_side = "left"

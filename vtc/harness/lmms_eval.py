@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from vtc.chat import load
 from vtc.errors import OptionError
 from vtc.handle import Handle, install
 from vtc.methods import make
+from vtc.models.llms import load
 
 try:
     from lmms_eval.api.model import lmms as Base

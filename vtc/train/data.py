@@ -36,11 +36,11 @@ class Examples(Dataset[dict[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        from vtc.chat import question
         from vtc.models.images import load_image
+        from vtc.models.llms import build_inputs
 
         paths, prompt, answer = self.rows[index]
-        found: dict[str, Any] = dict(question(self.processor, [load_image(path) for path in paths], prompt))
+        found: dict[str, Any] = dict(build_inputs(self.processor, [load_image(path) for path in paths], prompt))
         asked = found["input_ids"]
         text = _closed(self.processor, len(paths), prompt, answer)
         ids = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].long()
@@ -60,9 +60,9 @@ def open_examples(
     """A model that `method` can compress, and the lines of a data file as its keyword arguments with labels.
 
     Args:
-        name: a folder, or an id on the Hub. data: see the top of this file. more: of `vtc.chat.load`.
+        name: a folder, or an id on the Hub. data: see the top of this file. more: of `vtc.models.llms.load`.
     """
-    from vtc.chat import load
+    from vtc.models.llms import load
 
     found = Examples(data, seed)
     found.processor, make = load(name, method, **more)

@@ -175,8 +175,8 @@ def _few(shape: torch.Size) -> Tensor:
 
 @contextmanager
 def _at_rest(start: Any) -> Iterator[None]:
-    """No dropout, no hooks of others, who would take this for a call, and plain attention, which takes our mask whatever
-    the model's own attention takes."""
+    """No dropout, no hooks of others, who would take this for a call, and plain attention, which takes our mask
+    whatever the model's own attention takes."""
     training = {module: module.training for module in start.modules()}
     hooks = {module: {name: module.__dict__[name] for name in _HOOKS} for module in training}
     attention = start.config._attn_implementation

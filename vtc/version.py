@@ -1,0 +1,3 @@
+"""The version of vtc."""
+
+__version__ = "0.1.0"
