@@ -137,20 +137,20 @@ def shared_replies(model: Any, processor: Any, asked: Sequence[Asked], batch: in
         with torch.inference_mode():
             out = model(**before, use_cache=True)
             cache, deltas = out[cache_name()], getattr(inner, "rope_deltas", None)
-            lengths = sorted({len(words) for row in texts for words in row})
+            lengths = sorted({len(text) for row in texts for text in row})
             for length in lengths:  # so that nothing is padded
-                mine = [(row, j) for row, t in enumerate(texts) for j, words in enumerate(t) if len(words) == length]
-                rows = torch.tensor([row for row, _ in mine], device=ids.device)
-                words = torch.tensor([texts[row][j] for row, j in mine], device=ids.device)
+                these = [(row, j) for row, t in enumerate(texts) for j, text in enumerate(t) if len(text) == length]
+                rows = torch.tensor([row for row, _ in these], device=ids.device)
+                behind = torch.tensor([texts[row][j] for row, j in these], device=ids.device)
                 on = copy.deepcopy(cache)
                 on.batch_select_indices(rows)
                 if deltas is not None:  # Qwen models keep the last prompt's on themselves
                     inner.rope_deltas = deltas[rows]
-                given = torch.cat([before["input_ids"][rows], words], 1)
+                given = torch.cat([before["input_ids"][rows], behind], 1)
                 more = {cache_name(): on, "attention_mask": torch.ones_like(given)}
                 new = model.generate(given, **more, do_sample=False, max_new_tokens=6)[:, given.shape[1] :]
                 answers = map(plain, processor.batch_decode(new, skip_special_tokens=True))
-                said |= {some[row][j]: answer for (row, j), answer in zip(mine, answers, strict=True)}
+                said |= {some[row][j]: answer for (row, j), answer in zip(these, answers, strict=True)}
     yield from (said[i] for i in range(len(asked)))
 
 

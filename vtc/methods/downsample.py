@@ -41,11 +41,12 @@ class Downsample(Method):
         return self.mode == "resize"
 
     def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
-        if tokens.grid is None:
+        grids = tuple(grid for grid in tokens.grid or () if grid is not None)
+        if len(grids) != len(tokens.features):
             raise OptionError("downsample needs the patches' rows and columns: pass grid=(rows, columns)")
-        removed = r.tolist() if isinstance(r, Tensor) else [r] * len(tokens.grid)
-        coarse = [coarse_grid(grid, grid[0] * grid[1] - n) for grid, n in zip(tokens.grid, removed, strict=True)]
-        return pool_map(tokens.features.shape[1], tokens.grid, coarse, tokens.prefix, tokens.mask, tokens.size)
+        removed = r.tolist() if isinstance(r, Tensor) else [r] * len(grids)
+        coarse = [coarse_grid(grid, grid[0] * grid[1] - n) for grid, n in zip(grids, removed, strict=True)]
+        return pool_map(tokens.features.shape[1], grids, coarse, tokens.prefix, tokens.mask, tokens.size)
 
 
 def coarse_grid(grid: tuple[int, int], budget: int) -> tuple[int, int]:
