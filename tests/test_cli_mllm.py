@@ -310,9 +310,9 @@ def test_explain_bad_input(fails, folders):
 @pytest.mark.parametrize("name", [name for name in zoo.FAMILIES if name != "gemma3_sliding"])
 def test_estimate_counts_what_the_model_makes(name):
     """The sample prompt of every family runs, and what a real call reports agrees with the estimate."""
+    from vtc.adapters.multimodal.families.prompts import picture
     from vtc.bench.estimate import estimate
     from vtc.bench.prefill import cache_bytes
-    from vtc.bench.prompts import picture
     from vtc.models.configs import sketch
 
     config, model = zoo.FAMILIES[name].config(), zoo.build(name)

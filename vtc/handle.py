@@ -31,7 +31,10 @@ def install(model: nn.Module, method: str | Method, **options: Any) -> Handle:
     patches: list[EncoderPatch | MultimodalPatch] = []
     try:
         for site in plan._sites:
-            patches.append((EncoderPatch if isinstance(site, EncoderSite) else MultimodalPatch.at)(site, chosen))
+            if isinstance(site, EncoderSite):
+                patches.append(EncoderPatch(site, chosen))
+            else:
+                patches.append(MultimodalPatch.at(site, chosen))
             patches[-1].install(model)
     except BaseException:
         remove(model)

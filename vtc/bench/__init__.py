@@ -7,9 +7,9 @@ from vtc.bench.timing import Row, interleave, measure, runs, shared_copy
 from vtc.models.encoders import Named, named
 
 __all__ = [
-    "PhotoComparison",
     "Dense",
     "Named",
+    "PhotoComparison",
     "Prefill",
     "Row",
     "compare",

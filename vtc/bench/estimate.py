@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from vtc.adapters.multimodal.families.prompts import TEXT, picture
 from vtc.bench.prefill import gate
-from vtc.bench.prompts import TEXT, picture
 from vtc.macs import decoder_macs
 
 KEEPS = (1.0, 0.5, 0.25, 0.1)

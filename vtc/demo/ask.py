@@ -12,7 +12,7 @@ import gradio as gr
 import torch
 from PIL import Image
 
-from vtc.bench import answer as chat
+from vtc.bench import answer
 from vtc.bench.timing import Tick
 from vtc.checkpoints.tiny import TINY
 from vtc.demo import look
@@ -20,6 +20,7 @@ from vtc.errors import OptionError
 from vtc.eval import scenes
 from vtc.eval.answers import plain
 from vtc.methods import METHODS, Method, make
+from vtc.models import llms
 
 LEVELS = (0.05, 0.1, 0.25, 0.5, 1.0)
 NEW_TOKENS, REPEATS = 48, 3
@@ -30,7 +31,7 @@ LONGEST = 2000  # characters of a question
 def model(name: str) -> tuple[Any, Any]:
     """The processor and the model of this name, as `vtc.models.llms.load` finds them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    processor, weights = chat.load(name, make("random", keep=1.0), device=device)
+    processor, weights = llms.load(name, make("random", keep=1.0), device=device)
     return processor, weights()
 
 
@@ -46,7 +47,7 @@ def budget(name: str, keep: float, positions: str = "original", sized: bool = Fa
 
 def run(
     name: str, image: Image.Image, prompt: str, method: Method, repeats: int = REPEATS, *, tick: Tick | None = None
-) -> chat.AnswerComparison:
+) -> answer.AnswerComparison:
     """Both answers and what they took.
 
     Raises:
@@ -60,11 +61,11 @@ def run(
     if len(prompt) > LONGEST:
         raise OptionError(f"the question has {len(prompt)} characters; at most {LONGEST} are taken here")
     processor, ready = model(name)
-    inputs = chat.question(processor, [image], prompt)
-    return chat.compare(ready, processor, inputs, method, NEW_TOKENS, repeats, tick=tick)
+    inputs = llms.build_inputs(processor, [image], prompt)
+    return answer.compare(ready, processor, inputs, method, NEW_TOKENS, repeats, tick=tick)
 
 
-def answers(found: chat.AnswerComparison, truth: str | None = None) -> str:
+def answers(found: answer.AnswerComparison, truth: str | None = None) -> str:
     """Both answers side by side, as HTML; `truth` marks them right or wrong."""
     cards = []
     for head, side in (("As it is", found.dense), (type(found.method).__name__, found.less)):
@@ -98,12 +99,12 @@ def sweep(
     levels: Sequence[float] = LEVELS,
     *,
     tick: Tick | None = None,
-) -> list[tuple[float, chat.AnswerComparison]]:
+) -> list[tuple[float, answer.AnswerComparison]]:
     """The same question at several budgets. Raises as `run`."""
     return [(q, run(name, image, prompt, budget(method, q, positions, sized), tick=tick)) for q in levels]
 
 
-def sweep_html(rows: Sequence[tuple[float, chat.AnswerComparison]]) -> tuple[str, str]:
+def sweep_html(rows: Sequence[tuple[float, answer.AnswerComparison]]) -> tuple[str, str]:
     """Time over keep as a chart, and the answers as a table."""
     dense = rows[0][1].dense
     usual = median(found.dense.first_seconds for _, found in rows)
@@ -216,7 +217,7 @@ def build(gpu: Callable[..., Any]) -> None:
         with look.plainly():
             tick = look.ticks(progress, 2 * (REPEATS + 2))
             found = run(who or "", taken, text, budget(how, part, where, weigh), tick=tick)
-            drawn = chat.remains(taken, found, max(taken.height, 512))
+            drawn = answer.remains(taken, found, max(taken.height, 512))
         label = f"{found.dense.visual} → {found.less.visual} image tokens"
         if found.slots > 1:
             label += "; rings: positions carried"

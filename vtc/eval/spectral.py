@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import vtc
 from vtc import ops
-from vtc.adapters.encoders.site import Site
+from vtc.adapters.encoders.site import EncoderSite
 from vtc.budget import per_layer
 from vtc.eval import common, elpv, photos
 from vtc.eval.common import Results
@@ -143,7 +143,7 @@ def run(
     pixels, what = _images(common.check_images(images, 128))
     model = common.load_model()
     (site,) = vtc.explain(model)._sites
-    assert isinstance(site, Site)
+    assert isinstance(site, EncoderSite)
     macs = site.macs
     compared = [(level, label, method) for level in levels for label, method in methods(level).items()]
     bar = common.bar(len(pixels), "spectral", progress)

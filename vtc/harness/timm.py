@@ -2,8 +2,8 @@
 
     timm.create_model("vtc", vtc_model="deit_small_patch16_224", vtc_method="pitome", vtc_keep=0.9, pretrained=True)
 
-after `import vtc.harness.timm`. What begins with `vtc_` is for vtc, the rest for the model itself. timm's scripts import
-no plugins, so run them through this module:
+after `import vtc.harness.timm`. What begins with `vtc_` is for vtc, the rest for the model itself. timm's scripts
+import no plugins, so run them through this module:
 
     python -m vtc.harness.timm validate.py DATA --model vtc \\
         --model-kwargs vtc_model=deit_small_patch16_224 vtc_method=pitome vtc_keep=0.9

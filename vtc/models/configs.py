@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vtc.bench.prompts import Picture, picture
+from vtc.adapters.multimodal.families.prompts import Picture, picture
 from vtc.checkpoints import tiny
 from vtc.errors import first_line
 from vtc.models.encoders import ModelError, quiet

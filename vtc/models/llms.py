@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -17,9 +17,6 @@ from vtc.methods import Method
 from vtc.models.configs import find_config, sketch
 from vtc.models.encoders import quiet
 from vtc.plan import explain
-
-if TYPE_CHECKING:
-    pass
 
 
 class ChatError(VTCError, ValueError):

@@ -10,18 +10,11 @@ are those of them that the input left. Levels refer to the latter.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor, nn
-
-from vtc.adapters.patch import Patch, forward_name
-
-if TYPE_CHECKING:
-    from vtc.adapters.multimodal.layer_patch import DecoderPatch
-
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from vtc import scores
 from vtc.adapters.multimodal import masks
@@ -30,6 +23,7 @@ from vtc.adapters.multimodal.capture import AttentionTap, listen
 from vtc.adapters.multimodal.families.base import Family
 from vtc.adapters.multimodal.rotary import Positions
 from vtc.adapters.multimodal.token_batch import CallRecord, TokenBatch
+from vtc.adapters.patch import Patch, forward_name
 from vtc.checks import check_finite
 from vtc.decide import decide
 from vtc.errors import InputError

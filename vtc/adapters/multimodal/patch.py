@@ -251,6 +251,7 @@ class MultimodalPatch:
                     placed = self.family.placed(self.inner, call, past)
                     fields["rotary"] = question.of_columns(self.positions.means(placed))
                 tokens = question.seen_by(method, said=[], **fields)
+                assert method.keep is not None  # or the method was refused
                 removed = question.removals(method.keep)
                 token_map, notes = decide(method, tokens, removed), ""
                 if bool(torch.as_tensor(removed).any()):

@@ -52,8 +52,8 @@ def _refusal(site: MultimodalSite, method: Method | None) -> str:
     if method.resizes:
         return 'mode="resize": give the processor a smaller image instead; mode="pool" works'
     if method.where == "tower":
-        site = tower_site(site)
-        return site if isinstance(site, str) else refusal(site, in_tower(method))
+        tower = tower_site(site)
+        return tower if isinstance(tower, str) else refusal(tower, in_tower(method))
     if method.keep is None:
         return "r= and flops= are for the layers of an encoder; at the decoder's input give keep="
     between = method.in_decoder or method.cascade or method.proportional
