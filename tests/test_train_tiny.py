@@ -175,3 +175,12 @@ def test_what_is_exported_is_what_learned(tmp_path):
         mine = learner.answers(learner.see(values, prompt), tiny_data.Text.of([[q]], processor.tokenizer), prompt)[0][0]
     torch.testing.assert_close(alone, mine, atol=0.05, rtol=0.05)  # bfloat16
     assert list(asking.replies(model, processor, [q], 1))
+
+
+def test_a_check_leaves_nothing_that_cannot_be_trained_with():
+    """A prompt that was first seen in a check is learned from afterwards."""
+    learner = Learner("qwen")
+    view = View(((128, 128),))
+    train_tiny.check(learner, 2, {"small": view})
+    values, _, text, prompt = tiny_data.Pictures("qwen", learner.processor).of(view, "train", [0], 2)
+    learner.loss(learner.see(values, prompt), text, prompt).backward()

@@ -58,7 +58,7 @@ def check(learner: Learner, count: int, cells: dict[str, View] | None = None) ->
     right: dict[str, dict[str, list[bool]]] = {}
     pictures = Pictures(learner.name, learner.processor)
     learner.eval()
-    with torch.inference_mode():
+    with torch.no_grad():  # what the learner keeps of a prompt is trained with later
         for name, chosen in (cells or CELLS).items():
             rows = max(2, min(count, 8192 // tokens(chosen)))
             for at in range(0, count, rows):
