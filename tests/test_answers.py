@@ -108,7 +108,7 @@ def test_two_processes_give_what_one_gives(model, whole, tmp_path):
     arguments = ["--model", model, "--methods", "tome", "--keep", "1", "0.5", "--limit", "1", "--seeds", "2"]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["-m", "vtc.eval", "scenes", *arguments, "--out", str(tmp_path / "two")]
+    command += ["-m", "vtc", "eval", "scenes", *arguments, "--out", str(tmp_path / "two")]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -304,7 +304,7 @@ def test_eval(vtc_, monkeypatch):
 
 
 def process(*arguments):
-    command = [sys.executable, "-m", "vtc.cli.command", *arguments]
+    command = [sys.executable, "-m", "vtc", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
@@ -321,7 +321,7 @@ def test_closed_pipe():
     """`vtc list | head -0`: no traceback."""
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "vtc.cli.command", "list", "--json"]
+    command = [sys.executable, "-m", "vtc", "list", "--json"]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     os.close(writer)
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr

@@ -22,11 +22,13 @@ from vtc.adapters.multimodal.rotary import axes
 from vtc.bench import answer as chat
 from vtc.bench import fidelity as check
 from vtc.bench import measure, named, prefill
+from vtc.bench.opened import opened
 from vtc.checkpoints import CheckpointError, MissingPackageError, tiny
 from vtc.eval import answers, clip, common
 from vtc.methods import Tokens
 from vtc.models import configs as multimodal
 from vtc.models import encoders as models
+from vtc.models import llms
 from vtc.models.encoders import ModelError
 from vtc.models.images import ImageError, load_image
 from vtc.ops import kernels
@@ -243,7 +245,7 @@ def test_commands(tmp_path, capsys, monkeypatch):
     assert "--model timm:vit_tiny_patch16_224: too large" in capsys.readouterr().err
     mllm_processor.picture(0).save(tmp_path / "a.png")
     with pytest.raises(vtc.OptionError, match="--prompt is for multimodal LLMs"):
-        check.opened("dinov2-small", str(tmp_path), "what ?", None)
+        opened("dinov2-small", str(tmp_path), "what ?", None)
 
 
 def test_outputs_without_features():
@@ -270,11 +272,11 @@ def test_processors(tmp_path, monkeypatch):
     image, folder = mllm_processor.picture(0), mllm_processor.save("llava", tmp_path)
     alone = transformers.AutoProcessor.from_pretrained(folder).tokenizer
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *given, **options: alone)
-    with pytest.raises(chat.ChatError, match=r"\(\w+\) has no image processor; .* or preprocessor_config.json"):
-        chat.load(folder, vtc.Random(keep=0.5))
-    with pytest.raises(chat.ChatError, match="no chat template and names no image token"):
-        chat.question(SimpleNamespace(tokenizer=alone), [image], "what ?")
-    with pytest.raises(chat.ChatError, match="no picture: the tokens of these images fill no rectangle"):
+    with pytest.raises(llms.ChatError, match=r"\(\w+\) has no image processor; .* or preprocessor_config.json"):
+        llms.load(folder, vtc.Random(keep=0.5))
+    with pytest.raises(llms.ChatError, match="no chat template and names no image token"):
+        llms.build_inputs(SimpleNamespace(tokenizer=alone), [image], "what ?")
+    with pytest.raises(llms.ChatError, match="no picture: the tokens of these images fill no rectangle"):
         chat.picture(image, SimpleNamespace(grids=(None,)))
 
 

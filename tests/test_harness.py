@@ -266,7 +266,7 @@ def test_several_labels_per_image():
 
 @needs
 def test_clip_command(clip_model, shards):
-    command = [sys.executable, "-W", "ignore", "-m", "vtc.cli.command", "eval", "clip", "--data", str(shards)]
+    command = [sys.executable, "-W", "ignore", "-m", "vtc", "eval", "clip", "--data", str(shards)]
     command += ["--model", clip_model, "--methods", "tome", "--levels", "0.5", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

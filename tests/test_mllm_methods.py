@@ -229,19 +229,18 @@ def test_crops_in_two_rows_and_columns():
 
 
 def test_shares_of_a_number():
-    from vtc.budget import shares
-    from vtc.layout import Unit
+    from vtc.budget import kept_of_units
 
     def units(*lengths):
-        return [Unit(torch.arange(n), 0) for n in lengths]
+        return lengths, [0] * len(lengths)
 
-    assert shares(7, units(10, 20, 30)) == [1, 2, 4]  # the largest remainder gets the last
-    assert shares(4, units(1, 1, 100)) == [1, 1, 2]  # everybody one, at the cost of the largest
-    assert shares(60, units(10, 20, 30)) == [10, 20, 30]
+    assert kept_of_units(7, *units(10, 20, 30)) == [1, 2, 4]  # the largest remainder gets the last
+    assert kept_of_units(4, *units(1, 1, 100)) == [1, 1, 2]  # everybody one, at the cost of the largest
+    assert kept_of_units(60, *units(10, 20, 30)) == [10, 20, 30]
     with pytest.raises(vtc.OptionError, match="more than the 60"):
-        shares(61, units(10, 20, 30))
+        kept_of_units(61, *units(10, 20, 30))
     with pytest.raises(vtc.OptionError, match="less than one"):
-        shares(2, units(10, 20, 30))
+        kept_of_units(2, *units(10, 20, 30))
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "idefics3", "paligemma"])

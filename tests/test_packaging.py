@@ -110,12 +110,12 @@ def test_licence(project):
 
 
 def test_entry_point(project):
-    assert project["scripts"] == {"vtc": "vtc.cli.command:main"}
+    assert project["scripts"] == {"vtc": "vtc.cli:main"}
     try:
         found = metadata.entry_points(group="console_scripts", name="vtc")
     except metadata.PackageNotFoundError:
         pytest.skip("vtc-torch is not installed here")
-    assert all(entry.value == "vtc.cli.command:main" for entry in found)
+    assert all(entry.value == "vtc.cli:main" for entry in found)
 
 
 @pytest.mark.parametrize("words", [[], ["run"], ["list"], ["explain"], ["bench"], ["eval"], ["demo"]], ids=" ".join)

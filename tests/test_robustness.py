@@ -367,7 +367,7 @@ def test_soak_ask(tmp_path, monkeypatch):
     def show(number):
         image, method = photograph(number), methods[number % len(methods)]
         found = ask.run(folder, image, "what is this ?", ask.budget(method, 0.5), 1)
-        assert ask.answers(found, "this") and ask.chat.remains(image, found, 64)
+        assert ask.answers(found, "this") and ask.answer.remains(image, found, 64)
         assert ask.sweep_html([(0.5, found)])
 
     soak(show)

@@ -1,1 +1,5 @@
 """The command `vtc`."""
+
+from vtc.cli.command import main
+
+__all__ = ["main"]

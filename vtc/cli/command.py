@@ -171,6 +171,3 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 _COMMANDS = {"run": run, "list": _list, "explain": _explain, "bench": bench, "eval": _eval, "demo": _demo}
-
-if __name__ == "__main__":
-    sys.exit(main())
