@@ -34,14 +34,25 @@ def test_bars():
 
 def test_a_page_goes_on(tmp_path, monkeypatch, capsys):
     model = mllm_processor.save("llava", tmp_path / "model-llava")
-    call = ["instrument_page.py", model, "--out", str(tmp_path), "--limit", "1", "--cells", "256 x 192", "448 x 224"]
+    call = [
+        "instrument_page.py",
+        model,
+        "--out",
+        str(tmp_path / "out"),
+        "--limit",
+        "1",
+        "--cells",
+        "256 x 192",
+        "448 x 224",
+    ]
     monkeypatch.setattr(sys, "argv", [*call, "--keep", "1", "0.5"])
     instrument_page.main()
-    page, asked = (tmp_path / "instrument.md").read_text(), []
+    written, asked = tmp_path / "out" / "model-llava" / "instrument.md", []
+    page = written.read_text()
     assert "| 448 x 224 |" in page and "drawn at random" in page and "Falls short" in page
     monkeypatch.setattr(answers, "_ask", lambda *a: asked.append(a))
     instrument_page.main()
-    assert (tmp_path / "instrument.md").read_text() == page and not asked
+    assert written.read_text() == page and not asked
     monkeypatch.setattr(sys, "argv", [*call, "--keep", "1", "0.5", "--bars"])
     with pytest.raises(SystemExit):
         instrument_page.main()

@@ -1,22 +1,28 @@
 """What a small model answers before anything is dropped, by size, aspect, padding, number of pictures, clip and kind of
 question; and what dropping tokens at random costs. Through the processor and `generate`, as `vtc eval scenes` asks.
 
-    python tools/instrument_page.py tiny_qwen --out out/instrument                  # dense; goes on where it stopped
-    python tools/instrument_page.py out/tiny_qwen --keep 1 0.25 0.1 --bars     # a folder; and the bars that must hold
+    python tools/instrument_page.py tiny_qwen --keep 1 0.25 0.1     # what docs/answers.md begins with; goes on
+    python tools/instrument_page.py out/tiny_qwen --bars            # a folder; and the bars that must hold
 
-Every row is a run of `vtc eval scenes` of its own, in a folder of its own below --out; the tables are in instrument.md.
+Every row is a run of `vtc eval scenes` of its own, in a folder of its own below --out; the tables are in instrument.md,
+and of the models that are shipped in benchmarks/results and docs/answers.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from vtc.eval import answers, scenes
+from vtc.checkpoints import tiny
+from vtc.eval import answers, common, scenes
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT / "benchmarks" / "results"
 
 SIZES = ((192, 192), (224, 224), (256, 256), (320, 320), (384, 384), (448, 448), (256, 192), (448, 224))
 CELLS: dict[str, dict[str, Any]] = {f"{w} x {h}": {"size": (w, h)} for w, h in SIZES}
@@ -62,6 +68,27 @@ def table(cells: dict[str, list[Row]], method: str, keep: float) -> str:
     return "\n".join(lines)
 
 
+def read(model: str) -> dict[str, list[Row]]:
+    """What was kept of a model's answers, by what was shown."""
+    kinds: dict[str, Any] = {"shown": str, "method": str, "kind": str, "seed": int, "n": int}
+    cells: dict[str, list[Row]] = {}
+    with (KEPT / f"instrument-{model}.csv").open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            cells.setdefault(row["shown"], []).append({k: kinds.get(k, float)(v) for k, v in row.items()})
+    return cells
+
+
+def write(root: Path) -> None:
+    """The tables of all models whose answers were kept, into docs/answers.md below `root`."""
+    for model in tiny.TINY:
+        if (KEPT / f"instrument-{model}.csv").exists():
+            cells = read(model)
+            levels = sorted({row["keep"] for rows in cells.values() for row in rows} - {1.0}, reverse=True)
+            parts = [table(cells, "dense", 1.0)]
+            parts += [f"Of the tokens {k:g}, drawn at random:\n\n{table(cells, 'random', k)}" for k in levels]
+            common.put(root / "docs" / "answers.md", f"instrument, {model}", "\n\n".join(parts))
+
+
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parse.add_argument("model", help="tiny_qwen, tiny_llava, or the folder of a model")
@@ -75,9 +102,10 @@ def main() -> None:
     args = parse.parse_args()
     some = {k: v for k, v in CELLS.items() if "llava" not in args.model or k in LLAVA}
     some = {k: v for k, v in some.items() if not args.cells or any(part in k for part in args.cells)}
+    out = args.out / Path(args.model).name
     found: dict[str, list[Row]] = {}
     for cell, options in tqdm(some.items(), "cells"):
-        folder = args.out / cell.replace(" ", "")
+        folder = out / cell.replace(" ", "")
         more = {"limit": args.limit, "seeds": args.seeds, "split": args.split}
         run = answers.run(args.model, ("random",), args.keep, out=folder, full=True, **more, **options)
         found[cell] = run.rows
@@ -86,9 +114,13 @@ def main() -> None:
         parts.append(f"Of the tokens {keep:g}, drawn at random:\n\n{table(found, 'random', keep)}")
     short = [line for cell, rows in found.items() for line in bars(cell, by_kind(rows, "dense", 1.0))]
     parts.append("Falls short:\n\n" + "\n".join(f"- {line}" for line in short) if short else "Every bar holds.")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "instrument.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (out / "instrument.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     print("\n\n".join(parts))
+    if args.model in tiny.TINY and args.split == "test" and not args.cells:
+        common.write_csv(
+            KEPT / f"instrument-{args.model}.csv", [{"shown": cell, **row} for cell in found for row in found[cell]]
+        )
+        write(ROOT)
     if args.bars and short:
         sys.exit(1)
 

@@ -146,11 +146,13 @@ def _chosen(
     model: nn.Module, names: Sequence[str], balances: Sequence[float], scorer: str | None
 ) -> list[tuple[str, str, tuple]]:
     """(label, name, options) of every method to ask, baselines first; "idpruner+scorer": with the trained scorer."""
-    scored = {"idpruner+scorer": ("idpruner", (("scorer", scorer),))} if scorer else {}
+    trained = (("scorer", scorer),)
+    scored = {"idpruner+scorer": ("idpruner", trained), "idpruner+scorer 1": ("idpruner", (*trained, ("balance", 1.0)))}
+    scored = scored if scorer else {}
     every = [name + plus for plus in ("", *(f"+{each}" for each in PLUS)) for name in METHODS]
     out: list[tuple[str, str, tuple]] = []
     for label in dict.fromkeys([*ALWAYS, *([*every, *scored] if "all" in names else names)]):
-        if label.endswith("+scorer") and label not in scored:
+        if "+scorer" in label and label not in scored:
             raise OptionError(
                 f"{label!r}: a trained scorer goes with idpruner+scorer, and scorer=, a file of vtc.train"
             )
