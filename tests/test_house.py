@@ -1,7 +1,11 @@
 """The house stays in order: imports run one way, files stay short, nothing prints."""
 
 import ast
+import importlib
+import sys
 from pathlib import Path
+
+import pytest
 
 VTC = Path(__file__).resolve().parent.parent / "vtc"
 ORDER = [  # a part imports from its own line and the lines above it, also inside functions
@@ -18,6 +22,7 @@ ORDER = [  # a part imports from its own line and the lines above it, also insid
     {"auto", "demo"},
     {"api", "cli"},
     {"train", "__main__"},
+    {"images", "timm_models"},  # old names, for one version
 ]
 REASONS: dict[str, str] = {  # files of more than 400 lines
     "cli/command.py": "one function per command, and nothing else",
@@ -115,3 +120,11 @@ def test_nothing_prints_and_nothing_runs_code_from_outside():
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [a.name for a in node.names] + [getattr(node, "module", "") or ""]
                 assert not {"pickle", "marshal", "shelve", "dill"} & set(names), f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize(("old", "new"), [("vtc.images", "vtc.models.images"), ("vtc.timm_models", "vtc.harness.timm")])
+def test_what_has_moved_is_still_found(old, new, monkeypatch):
+    monkeypatch.delitem(sys.modules, old, raising=False)
+    with pytest.warns(DeprecationWarning, match=f"{new} now"):
+        module = importlib.import_module(old)
+    assert all(getattr(module, name) is getattr(importlib.import_module(new), name) for name in module.__all__)
