@@ -33,7 +33,7 @@ def test_the_decoder_gets_what_the_tower_left(name, case, method):
         wide = dense_features(model, inputs)
         whole = tower.stage.total.drop_prefix(tower.stage.prefix)
     finally:
-        vtc.remove(inner)
+        vtc.remove(model)
     visual = zoo.placeholders(model, inputs["input_ids"])
     want = oracle(name, model, inputs, kept, wide[kept[visual]], forced=tokens, steps=4)
     for row in range(len(tokens)):
