@@ -25,7 +25,6 @@ def test_the_decoder_gets_what_the_tower_left(name, case, method):
         prefill, decode = forward_logits(model, inputs, tokens, positions)
         record, kept, report = handle.patches[0].record, handle.kept, handle.report
     # Alone, the same tower gives every token its group's row at the layer that is projected.
-    inner = model.model
     site = tower_site(vtc.explain(model, method, keep=0.8, where="tower")._sites[0])
     tower = vtc.adapters.encoders.patch.EncoderPatch(site, vtc.methods.make(method, keep=0.8))
     tower.install(model)
