@@ -151,3 +151,15 @@ def test_a_tokenizer_that_joins_words_is_asked_one_by_one(loaded, monkeypatch):
     alone = list(answers.replies(model, processor, asked, 5))
     monkeypatch.setattr(asking, "_words", lambda *_: [0, 0, 0])
     assert list(answers.shared_replies(model, processor, asked, 3)) == alone
+
+
+def test_a_model_that_cannot_share_is_asked_one_by_one(loaded, monkeypatch):
+    """One whose answers would be others, and a processor that names no image token."""
+    model, processor = loaded
+    asked = answers.questions(3, 2)
+    assert asking.shares(model, processor, asked)
+    with monkeypatch.context() as patch:
+        patch.setattr(asking, "_going_on", lambda _, __, ___, texts: [["other"] * len(row) for row in texts])
+        assert not asking.shares(model, processor, asked)
+    monkeypatch.setattr(asking, "_mark", lambda processor, _: processor.no_such_token)
+    assert not asking.shares(model, processor, asked)

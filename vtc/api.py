@@ -1,20 +1,16 @@
-"""compress, remove: put a method into a model, say what it did, take it out again."""
+"""compress, with all that it takes, and the names that it knows."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
+from vtc.auto import choose
 from vtc.errors import OptionError
 from vtc.handle import Handle, install
-from vtc.methods import Method
-
-if TYPE_CHECKING:
-    pass
-from vtc.auto import choose
-from vtc.methods import METHODS
+from vtc.methods import METHODS, Method
 
 
 def list_methods() -> dict[str, str]:

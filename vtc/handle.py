@@ -117,18 +117,16 @@ class Handle:
     def report(self) -> Report:
         """What the last call did: tokens per layer and image, MACs before and after. Of a model with several encoders,
         what the one did that ran last; see `reports`."""
-        return self._reports()[-1]
+        return self._report(self._ran()[-1])
 
     @property
     def reports(self) -> tuple[Report, ...]:
         """The last report of every encoder that has run, the latest at the end."""
-        return tuple(self._reports())
+        return tuple(map(self._report, self._ran()))
 
-    def _reports(self) -> list[Report]:
-        ran, several = self._ran(), len(self.patches) > 1
-        return [
-            patch.report(f", one of {len(self.patches)}: handle.reports has all" if several else "") for patch in ran
-        ]
+    def _report(self, patch: EncoderPatch | MultimodalPatch) -> Report:
+        count = len(self.patches)
+        return patch.report(f", one of {count}: handle.reports has all" if count > 1 else "")
 
     def __repr__(self) -> str:
         options = ", ".join(f"{k}={v!r}" for k, v in self.method.options().items())

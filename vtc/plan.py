@@ -15,9 +15,7 @@ from vtc.adapters.encoders.support import reduced, refusal
 from vtc.adapters.multimodal.families import FAMILIES
 from vtc.adapters.multimodal.find import MultimodalSite
 from vtc.adapters.multimodal.find import find as find_llms
-from vtc.adapters.multimodal.support import (
-    explained,
-)
+from vtc.adapters.multimodal.support import explained
 from vtc.adapters.report import Encoder
 from vtc.errors import OptionError
 from vtc.methods import Method, make
@@ -54,13 +52,13 @@ def explain(model: nn.Module, method: str | Method | None = None, **options: Any
 
 def _find(model: nn.Module) -> Iterator[tuple[str, EncoderSite | MultimodalSite | Refusal]]:
     """Everything that can be reduced, or why not. The tower of a multimodal LLM is a part of it."""
-    sites_of_llms = list(find_llms(model))
-    for site in sites_of_llms:
-        yield (site.family.name if isinstance(site, MultimodalSite) else "multimodal"), site
+    llms = list(find_llms(model))
+    for llm in llms:
+        yield (llm.family.name if isinstance(llm, MultimodalSite) else "multimodal"), llm
     for adapter, item in find_encoders(model):
-        if sites_of_llms and not item.path:
-            continue  # the whole model is what its gate is judged as
-        if not any(f"{item.path}.".startswith(f"{site.path}." if site.path else "") for site in sites_of_llms):
+        if llms and not item.path:
+            continue  # the whole model is what the LLM in it is judged as
+        if not any(f"{item.path}.".startswith(f"{llm.path}." if llm.path else "") for llm in llms):
             yield adapter, item
 
 

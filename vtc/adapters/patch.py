@@ -11,7 +11,8 @@ from torch import nn
 from vtc.adapters.hooks import unhook
 from vtc.adapters.tracing import SCRIPT, Unscriptable
 
-_FORWARDS = ("forward", "_old_forward")  # accelerate's wrapper calls the second, and takes it back when it goes
+# where a forward of a module's own may be: accelerate's wrapper calls the second, and takes it back when it goes
+FORWARDS = ("forward", "_old_forward")
 
 
 class Patch:
@@ -41,7 +42,7 @@ class Patch:
         """Take it off, also where accelerate has put a wrapper around a forward since, which calls `_old_forward`."""
         self.installed = False
         held = self.module.__dict__
-        for name in _FORWARDS if self.name in _FORWARDS else (self.name,):
+        for name in FORWARDS if self.name in FORWARDS else (self.name,):
             if held.get(name) is not self:
                 continue
             if self.replaced is not None:

@@ -27,7 +27,7 @@ import vtc
 from vtc.checkpoints import tiny
 from vtc.errors import OptionError
 from vtc.eval import common, scenes
-from vtc.eval.asking import Asked, View, questions, replies, shared_replies
+from vtc.eval.asking import Asked, View, questions, replies, shared_replies, shares
 from vtc.eval.asking import plain as plain
 from vtc.eval.asking import prompts as prompts
 from vtc.eval.common import Results
@@ -117,12 +117,13 @@ def run(
     cells += [Cell(label, name, k, s, o) for s in range(seeds) for k in keep for label, name, o in chosen]
     done = _done(folder)
     mine = [c for i, c in enumerate(cells) if i % world == rank and c.key not in done]
+    shared = bool(mine) and shares(network, processor, questions(0, 1, view, split))
     drawn: dict[int, list[Asked]] = {}  # of one seed at a time: its pictures stay until the next
     with common.bar(len(mine), "cells", progress and lead) as bar:
         for cell in mine:
             if cell.seed not in drawn:
                 drawn = {cell.seed: questions(cell.seed, limit, view, split)}
-            found = _ask(network, processor, cell, drawn[cell.seed], batch)
+            found = _ask(network, processor, cell, drawn[cell.seed], batch, shared)
             with (folder / f"cells-{rank}.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": cell.key, **found}) + "\n")
             bar.update()
@@ -173,14 +174,18 @@ def _chosen(
     return out
 
 
-def _ask(model: nn.Module, processor: Any, cell: Cell, asked: Sequence[Asked], batch: int) -> dict[str, Any]:
+def _ask(
+    model: nn.Module, processor: Any, cell: Cell, asked: Sequence[Asked], batch: int, shared: bool = True
+) -> dict[str, Any]:
     start = time.perf_counter()
     said: list[str] = []
     before: list[float] = []
     after: list[float] = []
     method = cell.make()
-    alone = cell.label != "dense" and (method.in_decoder or "text" in method.needs)  # the question has a say
-    ask, step = (replies, batch) if alone else (shared_replies, 4 * batch)  # four or five questions to a picture
+    says = cell.label != "dense" and (method.in_decoder or "text" in method.needs)  # the question, in what stays
+    ask, step = (
+        (replies, batch) if says or not shared else (shared_replies, 4 * batch)
+    )  # four or five questions to a picture
     with nullcontext() if cell.label == "dense" else vtc.compress(model, method) as handle:
         for first in range(0, len(asked), step):
             said += ask(model, processor, asked[first : first + step], batch)

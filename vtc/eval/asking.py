@@ -113,45 +113,73 @@ def replies(model: nn.Module, processor: Any, asked: Sequence[Asked], batch: int
 
 def shared_replies(model: Any, processor: Any, asked: Sequence[Asked], batch: int) -> Iterator[str]:
     """The same answers from a fraction of the work, where what is kept of a picture does not depend on the question: a
-    picture is read once, and all its questions go on from there. batch: of pictures."""
-    weights, inner = next(model.parameters()), getattr(model, "model", model)
+    picture is read once, and all its questions go on from there. batch: of pictures. See `shares`."""
     by: dict[int, list[int]] = {}
     for i, q in enumerate(asked):
         by.setdefault(id(q.about), []).append(i)
     said: dict[int, str] = {}
     groups = list(by.values())
     for start in range(0, len(groups), batch):
-        some = groups[start : start + batch]
-        read = prompts(processor, [asked[mine[0]] for mine in some]).to(weights.device, weights.dtype)
-        ids, mark = read["input_ids"], _mark(processor, asked[0])
-        texts = [[_words(processor, asked[i], mark) for i in mine] for mine in some]
-        last = torch.tensor([ids.shape[1] - len(words[0]) for words in texts])
-        width = int(read["attention_mask"].sum(1)[0]) - len(texts[0][0])
-        columns = (last[:, None] + torch.arange(-width, 0)).to(ids.device)
-        before = {k: x.gather(1, columns) if x.shape == ids.shape else x for k, x in read.items()}
-        whole = [ids[i, int(n) :].tolist() == words[0] for i, (n, words) in enumerate(zip(last, texts, strict=True))]
-        if not all(whole) or int(before["attention_mask"].sum()) != before["input_ids"].numel():
-            for mine in some:  # a tokenizer that joins words across pictures, or prompts of several lengths
-                said |= zip(mine, replies(model, processor, [asked[i] for i in mine], len(mine)), strict=True)
-            continue
-        with torch.inference_mode():
-            out = model(**before, use_cache=True)
-            cache, deltas = out[cache_name()], getattr(inner, "rope_deltas", None)
-            lengths = sorted({len(text) for row in texts for text in row})
-            for length in lengths:  # so that nothing is padded
-                these = [(row, j) for row, t in enumerate(texts) for j, text in enumerate(t) if len(text) == length]
-                rows = torch.tensor([row for row, _ in these], device=ids.device)
-                behind = torch.tensor([texts[row][j] for row, j in these], device=ids.device)
-                on = copy.deepcopy(cache)
-                on.batch_select_indices(rows)
-                if deltas is not None:  # Qwen models keep the last prompt's on themselves
-                    inner.rope_deltas = deltas[rows]
-                given = torch.cat([before["input_ids"][rows], behind], 1)
-                more = {cache_name(): on, "attention_mask": torch.ones_like(given)}
-                new = model.generate(given, **more, do_sample=False, max_new_tokens=6)[:, given.shape[1] :]
-                answers = map(plain, processor.batch_decode(new, skip_special_tokens=True))
-                said |= {some[row][j]: answer for (row, j), answer in zip(these, answers, strict=True)}
+        some = [[asked[i] for i in mine] for mine in groups[start : start + batch]]
+        parts = _apart(model, processor, some)
+        if parts is None:
+            answers = [list(replies(model, processor, mine, len(mine))) for mine in some]
+        else:
+            answers = _going_on(model, processor, *parts)
+        for mine, each in zip(groups[start : start + batch], answers, strict=True):
+            said |= zip(mine, each, strict=True)
     yield from (said[i] for i in range(len(asked)))
+
+
+def _apart(
+    model: Any, processor: Any, groups: list[list[Asked]]
+) -> tuple[dict[str, Any], list[list[list[int]]]] | None:
+    """The inputs up to the last picture, one row a group, and the tokens behind it of every question; None where a
+    tokenizer joins words across pictures, or prompts have several lengths."""
+    weights, mark = next(model.parameters()), _mark(processor, groups[0][0])
+    read = prompts(processor, [mine[0] for mine in groups]).to(weights.device, weights.dtype)
+    texts = [[_words(processor, q, mark) for q in mine] for mine in groups]
+    ids, first = read["input_ids"], [words[0] for words in texts]
+    if any(row[len(row) - len(words) :] != words for row, words in zip(ids.tolist(), first, strict=True)):
+        return None
+    width = int(read["attention_mask"].sum(1)[0]) - len(first[0])
+    ends = torch.tensor([ids.shape[1] - len(words) for words in first])
+    columns = (ends[:, None] + torch.arange(-width, 0)).to(ids.device)
+    before = {k: x.gather(1, columns) if x.shape == ids.shape else x for k, x in read.items()}
+    return (before, texts) if bool(before["attention_mask"].all()) else None
+
+
+def _going_on(model: Any, processor: Any, before: dict[str, Any], texts: list[list[list[int]]]) -> list[list[str]]:
+    """Answers to the questions behind every row of `before`; those of one length side by side, so that nothing is
+    padded."""
+    inner, said = getattr(model, "model", model), [[""] * len(row) for row in texts]
+    places = [(row, j) for row, words in enumerate(texts) for j in range(len(words))]
+    with torch.inference_mode():
+        cache = model(**before, use_cache=True)[cache_name()]
+        deltas = getattr(inner, "rope_deltas", None)
+        for length in sorted({len(texts[row][j]) for row, j in places}):
+            mine = [(row, j) for row, j in places if len(texts[row][j]) == length]
+            rows = torch.tensor([row for row, _ in mine], device=before["input_ids"].device)
+            on = copy.deepcopy(cache)
+            on.batch_select_indices(rows)
+            if deltas is not None:  # Qwen models keep the last prompt's on themselves
+                inner.rope_deltas = deltas[rows]
+            behind = torch.tensor([texts[row][j] for row, j in mine], device=rows.device)
+            given = torch.cat([before["input_ids"][rows], behind], 1)
+            more = {cache_name(): on, "attention_mask": torch.ones_like(given)}
+            new = model.generate(given, **more, do_sample=False, max_new_tokens=6)[:, given.shape[1] :]
+            for (row, j), text in zip(mine, processor.batch_decode(new, skip_special_tokens=True), strict=True):
+                said[row][j] = plain(text)
+    return said
+
+
+def shares(model: Any, processor: Any, asked: Sequence[Asked]) -> bool:
+    """Whether a model answers some questions by `shared_replies` as it does by `replies`: not one that counts positions
+    elsewhere than in its cache, or whose processor names no image token."""
+    try:
+        return list(shared_replies(model, processor, asked, 2)) == list(replies(model, processor, asked, len(asked)))
+    except Exception:  # whatever a foreign model or processor may raise
+        return False
 
 
 def _mark(processor: Any, asked: Asked) -> str:

@@ -8,14 +8,8 @@ batch, with `mask` [B, N] True = real; padding neither attends nor is attended t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import einops
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
-
 
 from vtc import ops
 from vtc.checks import check_mask

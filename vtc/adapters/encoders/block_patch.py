@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtc.adapters.hooks import Hook, unhook
-from vtc.adapters.patch import Patch, forward_name
+from vtc.adapters.patch import FORWARDS, Patch, forward_name
 from vtc.adapters.tracing import SCRIPT, Unscriptable
 from vtc.scores.attention import head_mean
 
@@ -59,5 +59,5 @@ class BlockPatch(Patch):
 
 def patch_on(module: nn.Module) -> BlockPatch | None:
     """Our patch on a module, also under a wrapper of accelerate's."""
-    found = (module.__dict__.get(name) for name in ("forward", "_old_forward"))
+    found = (module.__dict__.get(name) for name in FORWARDS)
     return next((patch for patch in found if isinstance(patch, BlockPatch)), None)

@@ -1,8 +1,8 @@
 """Runs a method in the blocks of an encoder, between attention and MLP.
 
 A family file (timm, open_clip, Hugging Face) says what its encoders look like (site.py). The state of a call is an
-immutable `Stage` (stage.py) that each block hands to the next; it also rides on the block's output, so that activation
-checkpointing finds it again in the backward pass.
+immutable `CallState` (state.py) that each block hands to the next; it also rides on the block's output, so that
+activation checkpointing finds it again in the backward pass.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Encoders:
     guard: Guard
     tower: EncoderPatch | None = None
     capture: Capture | None = None
-    by: dict[str, Encode] = field(default_factory=dict)
+    by: dict[str, Encode] = field(init=False)
     latest: dict[str, tuple[EncodedFeatures, Tensor]] = field(default_factory=dict)
     running: bool = False
 

@@ -13,8 +13,8 @@ from vtc.adapters.patch import Patch, forward_name
 class ModelForward(Patch):
     """For the `forward` of a multimodal model."""
 
-    def __init__(self, parent: Any, name: str) -> None:
-        super().__init__(parent.inner, name)
+    def __init__(self, parent: Any) -> None:
+        super().__init__(parent.inner, forward_name(parent.inner))
         self.parent = parent
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from vtc.adapters.patch import Patch
+from vtc.adapters.patch import FORWARDS, Patch
 
 # Modules that hand the call on as it is.
 _WRAPPERS = {"torch.OptimizedModule", "torch.DataParallel", "torch.DistributedDataParallel"}
@@ -26,7 +26,6 @@ _REASONS = {
     "PI0Model": "puts the image features into the embeddings itself, past what vtc patches",
     "XLoraModel": "runs it twice and weighs its columns",
 }
-_PLACES = ("forward", "_old_forward")  # where a forward of a module's own may sit; the second is accelerate's
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def foreign(module: nn.Module, name: str) -> bool:
     """Whether a module that is known as `name` has another forward than that class: overridden, or replaced."""
     kind: Any = next(kind for kind in type(module).__mro__ if kind.__name__ == name)
     own = inspect.unwrap(kind.forward)
-    placed = (inspect.unwrap(module.__dict__[key]) for key in _PLACES if key in module.__dict__)
+    placed = (inspect.unwrap(module.__dict__[key]) for key in FORWARDS if key in module.__dict__)
     replaced = any(getattr(one, "__func__", one) is not own for one in placed if not isinstance(one, Patch))
     writer = next(base for base in kind.__mro__ if "forward" in vars(base))
     return replaced or type(module).forward is not kind.forward or own.__module__ != writer.__module__

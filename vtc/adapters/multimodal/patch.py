@@ -147,10 +147,9 @@ class MultimodalPatch:
 
     def install(self, root: nn.Module) -> None:
         decoder = getattr(self.inner, self.family.decoder)
-        name = "_old_forward" if "_old_forward" in self.inner.__dict__ else "forward"
         self.positions = Positions(decoder.rotary_emb, self.method.ppe)
         self.told = try_positions(decoder).reads
-        forward = ModelForward(self, name)
+        forward = ModelForward(self)
         self.guard = Guard(self)
         self.guard.install(root)
         self.encoders = Encoders(self.family, self.inner, self.guard, self.tower)
@@ -261,7 +260,7 @@ class MultimodalPatch:
                     if method.ppe and self.positions.slots == 1:
                         notes += "; " * bool(notes) + "PPE has no effect: the rotary sections have no common divisor"
                 if method.groups_frames:
-                    question, token_map, events = in_events(question, question.videos(), token_map, method)  # type: ignore[arg-type]
+                    question, token_map, events = in_events(question, question.videos(), token_map, method)
                     notes = "; ".join(filter(None, (notes, events)))
         stays, self.record = question.answered(token_map, masks.padding(call.get("attention_mask")), notes)
         self.inside = None if self.tower is None else self.tower.stage

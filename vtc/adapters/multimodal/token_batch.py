@@ -21,7 +21,7 @@ from vtc.token_map import TokenMap
 class EncodedFeatures:
     """What is known of an encoder's output: how its tokens are laid out, the evidence, what its tower merged."""
 
-    owner: Any  # the intake that was there
+    owner: Any  # the `Encoders` that gave it
     lengths: tuple[int, ...]  # of its items (images, videos)
     layout: Layout
     evidence: dict[str, Tensor]
