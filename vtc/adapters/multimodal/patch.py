@@ -26,7 +26,7 @@ from vtc.adapters.multimodal.cache import Entries, Shortened, cache_name, goes_o
 from vtc.adapters.multimodal.capture import Capture, text
 from vtc.adapters.multimodal.columns import as_asked, check_arguments, check_asked
 from vtc.adapters.multimodal.encode import Encoders
-from vtc.adapters.multimodal.families.base import Family
+from vtc.adapters.multimodal.families.base import Family, prompt
 from vtc.adapters.multimodal.find import MultimodalSite
 from vtc.adapters.multimodal.forwards import Loss, MaskMaker, ModelForward, OwnerForward
 from vtc.adapters.multimodal.guard import Guard
@@ -273,8 +273,8 @@ class MultimodalPatch:
         return self.record.columns, question
 
     def question(self, seen: list[PlacedTokens], call: dict[str, Any]) -> TokenBatch:
-        given = call["input_ids"] if "input_ids" in call else call["inputs_embeds"]
-        return TokenBatch(seen, given.shape[0], given.shape[1], self.method.pooled)
+        batch, length = prompt(call).shape[:2]
+        return TokenBatch(seen, batch, length, self.method.pooled)
 
     def shrink(
         self, item: PlacedTokens, question: TokenBatch, span: slice, stays: Tensor, means: TokenMap | None
@@ -312,16 +312,16 @@ class MultimodalPatch:
     ) -> Any:
         """The model's own forward on the columns that stay (None = all of this call's), behind the cache as it is."""
         cache = call.get(cache_name())
-        given: Tensor = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
-        past = Entries.before(cache, len(given), given.device).length
+        given = prompt(call)
+        past = Entries.before(cache, len(given), given.device)
         if columns is not None or (question is not None and self.decoder_patch is not None):
             own = set(inspect.signature(type(self.inner).forward).parameters)
             own |= {name for encode in self.encoders.by.values() for name in (encode.kind.pixels, *encode.names)}
-            check_arguments(call, own, given.shape[1], past + given.shape[1])
+            check_arguments(call, own, given.shape[1], past.length + given.shape[1])
         if self.went is not None:
             check_asked(self.asked, self.went)
-        positions = self.family.placed(self.inner, call, past)
-        short = shorten_call(call, columns, positions, self.filler(), self.told)
+        positions = self.family.placed(self.inner, call, past.length)
+        short = shorten_call(call, columns, past, positions, self.filler(), self.told)
         self.positions.ids = self.positions.taken(positions, short.columns.clamp(min=0), self.carried)
         levels: tuple[Entries, ...] = ()
         try:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from vtc.adapters.multimodal import masks
-from vtc.adapters.multimodal.cache import Entries, cache_name
+from vtc.adapters.multimodal.cache import Entries
 from vtc.adapters.multimodal.columns import shorter
+from vtc.adapters.multimodal.families.base import prompt
 from vtc.errors import InputError
 
 
@@ -34,20 +35,20 @@ class ShortPrompt:
 
 
 def shorten_call(
-    call: Mapping[str, Any], columns: Tensor | None, positions: Tensor, filler: int, told: bool
+    call: Mapping[str, Any], columns: Tensor | None, past: Entries, positions: Tensor, filler: int, told: bool
 ) -> ShortPrompt:
     """The call on `columns` [B, S] (None = all of them), behind its cache as it is.
 
     Args:
+        past: what the cache holds.
         positions: [B, L] or [axes, B, L], of all its columns. filler: a token id to put where there is padding.
         told: the decoder reads positions outside its rotary table, so it is given those of the columns.
 
     Raises:
         InputError: packed sequences where they could not be told apart any more.
     """
-    given: Tensor = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
+    given = prompt(call)
     batch, length = given.shape[:2]
-    past = Entries.before(call.get(cache_name()), batch, given.device)
     padded = columns is not None and bool((columns < 0).any())
     if columns is None:
         columns = torch.arange(length, device=given.device).expand(batch, length)

@@ -151,15 +151,17 @@ class TokenBatch(Units):
             self.prompts = sorted(set(self.prompts))
             units = [Unit(torch.cat([u.rows for u, of in pairs if of == prompt]), prompt) for prompt in self.prompts]
         super().__init__(rows, units)
+        self.places = self.placed()
 
-    @property
-    def places(self) -> Tensor:
+    def placed(self) -> Tensor:
+        """[U, N], the place of every unit's tokens in their prompt; -1 = padding."""
         columns = self.columns.to(self.index.device)[self.index.clamp(min=0)] % self.length
         return torch.where(self.index < 0, -1, columns)
 
     def joined(self, groups: list[list[int]]) -> TokenBatch:
         out = super().joined(groups)
         out.prompts = [self.prompts[group[0]] for group in groups]
+        out.places = out.placed()
         return out
 
     def seen_by(self, method: Method, **fields: Any) -> Tokens:

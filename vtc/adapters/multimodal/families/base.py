@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,6 +38,11 @@ class Projection:
 
 def _one_patch(module: nn.Module, x: Tensor) -> Tensor:
     return module(x.squeeze(-2))
+
+
+def prompt(call: Mapping[str, Any]) -> Tensor:
+    """A call's ids [B, L], or its embeddings [B, L, C] where it brings none."""
+    return call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
 
 
 class Family:
@@ -111,7 +116,7 @@ class Family:
 
     def placed(self, inner: Any, call: dict[str, Any], past: int) -> Tensor:
         """The positions of all of a call's columns, [B, L] or [axes, B, L], as the dense model counts them."""
-        given: Tensor = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
+        given = prompt(call)
         positions = call.get("position_ids")
         if positions is None:
             words = inner.get_input_embeddings()(given.clamp(min=0)) if given.ndim == 2 else given
