@@ -18,7 +18,7 @@ from vtc.errors import OptionError
 from vtc.eval import answers, asking, scenes
 from vtc.eval.asking import View
 
-COLUMNS = ["method", "keep", "tokens", "kind", "seed", "n", "accuracy", "loyalty", "seconds"]
+COLUMNS = ["method", "keep", "tokens", "kind", "seed", "n", "accuracy", "fidelity", "seconds"]
 SMALL = {"methods": ("tome",), "keep": (1.0, 0.5), "limit": 1, "seeds": 2}
 
 
@@ -50,9 +50,9 @@ def test_rows_and_files(whole):
     assert {r["seed"] for r in rows} == {"0", "1"}
     assert {"all", "colour", "count"} <= {r["kind"] for r in rows} <= {"all", *scenes.KINDS}
     for row in rows:
-        assert 0 <= float(row["accuracy"]) <= 1 and 0 <= float(row["loyalty"]) <= 1
+        assert 0 <= float(row["accuracy"]) <= 1 and 0 <= float(row["fidelity"]) <= 1
         if row["method"] == "dense":
-            assert row["loyalty"] == "1.0" and row["tokens"] == "25.0"
+            assert row["fidelity"] == "1.0" and row["tokens"] == "25.0"
         elif row["method"] == "random":
             assert float(row["tokens"]) == pytest.approx(12.5, abs=0.5)
     total = [r for r in rows if r["kind"] == "all" and r["seed"] == "0" and r["method"] == "dense"]
@@ -119,7 +119,7 @@ def test_two_processes_give_what_one_gives(model, whole, tmp_path):
 def test_positions_and_scorers_are_methods_of_their_own(model, tmp_path):
     path, network = str(tmp_path / "scorer.safetensors"), zoo.build("llava")
     torch.manual_seed(0)
-    scores.save_selector(scores.Selector(network.config.text_config.hidden_size, 4), path)
+    scores.save_scorer(scores.Scorer(network.config.text_config.hidden_size, 4), path)
     run = SMALL | {"methods": ("tome+ppe", "idpruner+scorer"), "seeds": 1}
     found = answers.run(model, out=tmp_path / "a", scorer=path, **run)
     assert {r["method"] for r in found.rows} == {"dense", "random", "downsample", "tome+ppe", "idpruner+scorer"}
@@ -143,7 +143,7 @@ def test_scores():
     found = answers.summarise(answers._results(cells, done, setting, asked).rows)
     assert found["dense", 1.0]["all"]["accuracy"] == pytest.approx((0.5, 12.71 * 0.5), rel=1e-3)
     assert found["tome", 0.5]["all"]["accuracy"] == (1.0, 0.0)
-    assert found["tome", 0.5]["all"]["loyalty"][0] == 0.5
+    assert found["tome", 0.5]["all"]["fidelity"][0] == 0.5
     assert found["tome", 0.5]["colour"]["accuracy"][0] == 1.0
 
 

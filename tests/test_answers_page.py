@@ -64,7 +64,7 @@ def test_a_new_method_leaves_the_others(tmp_path, monkeypatch):
     (tmp_path / "scenes.md").write_text("About.\n\n| a table |")
 
     def run(**accuracy):
-        row = {"keep": 0.5, "tokens": 8.0, "kind": "all", "seed": 0, "n": 4, "loyalty": 1.0, "seconds": 1.0}
+        row = {"keep": 0.5, "tokens": 8.0, "kind": "all", "seed": 0, "n": 4, "fidelity": 1.0, "seconds": 1.0}
         common.write_csv(tmp_path / "scenes.csv", [row | {"method": m, "accuracy": a} for m, a in accuracy.items()])
         answers_page.take("some", tmp_path)
         return {r["method"]: r["accuracy"] for r in answers_page.read("some")}

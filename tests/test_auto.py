@@ -23,7 +23,7 @@ def llava():
 
 
 def rows(*found):
-    """The dense model in 1 s, and methods as (seconds, loyalty)."""
+    """The dense model in 1 s, and methods as (seconds, fidelity)."""
     made = [Checked(vtc.ToMe(keep=k / 10), (100, 50), s, 1 / s, near) for k, (s, near) in enumerate(found, 1)]
     return [Checked(None, (100, 100), 1.0, 1.0, 1.0), *made]
 
@@ -31,18 +31,18 @@ def rows(*found):
 @pytest.mark.parametrize(
     ("target", "value", "found", "keep", "why"),
     [
-        ("loyalty", 0.9, [(0.8, 0.95), (0.5, 0.91), (0.3, 0.5)], 0.2, "the fastest whose loyalty is at least 0.9"),
-        ("loyalty", 0.9, [(0.8, 0.5), (1.5, 1.0)], None, "nothing that is faster reaches a loyalty of 0.9"),
-        ("ttft", 0.6, [(0.8, 0.95), (0.5, 0.7), (0.4, 0.9)], 0.3, "the most loyal within 0.6 s"),
+        ("fidelity", 0.9, [(0.8, 0.95), (0.5, 0.91), (0.3, 0.5)], 0.2, "the fastest whose fidelity is at least 0.9"),
+        ("fidelity", 0.9, [(0.8, 0.5), (1.5, 1.0)], None, "nothing that is faster reaches a fidelity of 0.9"),
+        ("ttft", 0.6, [(0.8, 0.95), (0.5, 0.7), (0.4, 0.9)], 0.3, "the most faithful within 0.6 s"),
         ("ttft", 0.2, [(0.8, 0.95), (0.5, 0.7)], 0.2, "nothing keeps to 0.2 s"),
         ("ttft", 2.0, [(0.5, 0.7)], None, "the dense model takes 1.000 s"),
-        ("tokens", 50, [(0.5, 0.7), (0.6, 0.8)], 0.2, "the most loyal"),
+        ("tokens", 50, [(0.5, 0.7), (0.6, 0.8)], 0.2, "the most faithful"),
         ("tokens", 50, [(0.995, 1.0), (1.2, 1.0)], None, "nothing is faster"),
     ],
 )
 def test_the_choice(target, value, found, keep, why):
-    targets = {"ttft": None, "loyalty": None} | ({target: value} if target != "tokens" else {})
-    choice = auto._choice(rows(*found), target, targets["ttft"], targets["loyalty"])
+    targets = {"ttft": None, "fidelity": None} | ({target: value} if target != "tokens" else {})
+    choice = auto._choice(rows(*found), target, targets["ttft"], targets["fidelity"])
     assert (choice.method and choice.method.keep) == keep and why in str(choice)
 
 
@@ -56,7 +56,7 @@ def test_a_multimodal_llm(llava):
         left = set(handle.report.after)
         assert left == ({4} if handle.choice.method else set(handle.report.before))
     dense, all_of_it, one = check(network, inputs, [vtc.Random(keep=1.0), vtc.Random(keep=1)], 1)
-    assert all_of_it.loyalty == 1.0 >= one.loyalty and one.tokens[1] < all_of_it.tokens[1] == dense.tokens[0]
+    assert all_of_it.fidelity == 1.0 >= one.fidelity and one.tokens[1] < all_of_it.tokens[1] == dense.tokens[0]
 
 
 def test_what_a_model_refuses_is_not_tried(llava):
@@ -67,9 +67,9 @@ def test_what_a_model_refuses_is_not_tried(llava):
 def test_an_encoder():
     network, images = model("timm-vit"), pixels(2)
     before = network(images)
-    choice = vtc.choose(network, [images, images], "tome", loyalty=0.5, repeats=1)
+    choice = vtc.choose(network, [images, images], "tome", fidelity=0.5, repeats=1)
     assert [r.method.flops for r in choice.rows[1:]] == [0.8, 0.65, 0.5]
-    assert all(-1 <= r.loyalty <= 1.0001 for r in choice.rows)
+    assert all(-1 <= r.fidelity <= 1.0001 for r in choice.rows)
     assert torch.equal(network(images), before)
 
 
@@ -78,9 +78,9 @@ def test_refusals(llava):
     for options, why in [
         ({}, "give inputs="),
         ({"inputs": inputs}, "one target"),
-        ({"inputs": inputs, "ttft": 1, "loyalty": 1}, "one target"),
+        ({"inputs": inputs, "ttft": 1, "fidelity": 1}, "one target"),
         ({"inputs": inputs, "ttft": 0}, "seconds, above 0"),
-        ({"inputs": inputs, "loyalty": 1.5}, "at most 1"),
+        ({"inputs": inputs, "fidelity": 1.5}, "at most 1"),
         ({"inputs": [], "tokens": 4}, "inputs is empty"),
     ]:
         with pytest.raises(vtc.VTCError, match=why):

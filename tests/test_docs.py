@@ -71,7 +71,11 @@ def test_python_examples_run(page, tmp_path):
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
     text = "\n".join(blocks)
     script, errors = tmp_path / "page.py", tmp_path / "errors.txt"
-    script.write_text(SETUP + (LLM if "llm" in text else "") + text)
+    given = SETUP + (LLM if "llm" in text else "")
+    for source in re.findall(r"^```cpp\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        (tmp_path / "lengths.cpp").write_text(source)
+        given += f"\nimport pathlib\nfolder = pathlib.Path({str(tmp_path)!r})\n"
+    script.write_text(given + text)
     PROCESSES.set_forkserver_preload(["vtc", "zoo", "mllm_zoo"])
     process = PROCESSES.Process(target=run, args=(str(script), str(errors)))
     process.start()

@@ -52,7 +52,7 @@ from vtc.viz import sheet
         (lambda net: vtc.save_config(net.norm, "x.json"), "^LayerNorm.* is neither a handle nor a method"),
         (lambda net: vtc.save_config(vtc.ToMe(r=3), "/dev/null/x.json"), "/dev/null/x.json cannot be written"),
         (lambda net: vtc.choose(net, pixels(1), ttft="soon"), "ttft='soon': it takes seconds"),
-        (lambda net: vtc.choose(net, pixels(1), loyalty="high"), "loyalty='high': it takes a share"),
+        (lambda net: vtc.choose(net, pixels(1), fidelity="high"), "fidelity='high': it takes a share"),
         (lambda net: vtc.choose(net, pixels(1), tokens=0.5), "tokens=0.5: it takes a whole number >= 1"),
         (lambda net: vtc.functional.tome(torch.zeros(1, 4, 2), r=[1, 2]), r"r=\[1, 2\]: it takes one whole number"),
         (
@@ -81,8 +81,8 @@ def test_tokens_that_a_method_cannot_use():
     padding = torch.tensor([[False, False, True, True, True, True]])
     with pytest.raises(vtc.OptionError, match="needs the padding behind the patches"):
         pool.decide(Tokens(x, mask=padding, grid=((2, 2),)), torch.tensor([2]))
-    with pytest.raises(vtc.InputError, match=r"attention must be \(1, 6\), not \(1, 3\)"):
-        vtc.FastV(keep=0.5).decide(Tokens(x, attention=torch.ones(1, 3)), 2)
+    with pytest.raises(vtc.InputError, match=r"prompt_attention\) must be \(1, 6\), not \(1, 3\)"):
+        vtc.FastV(keep=0.5).decide(Tokens(x, prompt_attention=torch.ones(1, 3)), 2)
 
 
 def test_a_backend_that_is_not_there(monkeypatch):

@@ -13,8 +13,8 @@ from transformers import Dinov2Config, Dinov2Model
 
 import vtc
 from vtc.eval import common, elpv, photos, positions, spectral
-from vtc.methods.base import Tokens
 from vtc.methods.pitome import PRESETS
+from vtc.tokens import Tokens
 
 
 @pytest.fixture

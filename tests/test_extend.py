@@ -1,10 +1,12 @@
-"""The worked examples of docs/add-a-method.md and docs/add-an-adapter.md keep the promises of vtc's own parts."""
+"""The worked examples of docs/add-*.md, a method, a score, an encoder, a family and a kernel, keep the promises of vtc's
+own parts."""
 
 from __future__ import annotations
 
 import copy
 import linecache
 import re
+import tempfile
 from pathlib import Path
 
 import mllm_zoo
@@ -17,6 +19,8 @@ import vtc
 from vtc.adapters.encoders.find import ADAPTERS
 from vtc.adapters.multimodal.families import FAMILIES
 from vtc.methods import METHODS
+from vtc.methods.ranked import Ranked
+from vtc.scores import SCORES
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -35,6 +39,9 @@ def told(page):
         "llm": mllm_zoo.build("llava_next"),
         "inputs": mllm_zoo.inputs("llava_next", "single"),
     }
+    for source in re.findall(r"^```cpp\n(.*?)^```", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE):
+        names["folder"] = Path(tempfile.mkdtemp())
+        (names["folder"] / "lengths.cpp").write_text(source)
     exec(compile(script, page, "exec", dont_inherit=True), names)
     return names
 
@@ -42,7 +49,7 @@ def told(page):
 @pytest.fixture(scope="module")
 def registries():
     """What the pages register is gone afterwards."""
-    kept = [(registry, dict(registry)) for registry in (METHODS, ADAPTERS, FAMILIES)]
+    kept = [(registry, dict(registry)) for registry in (METHODS, ADAPTERS, FAMILIES, SCORES)]
     yield
     for registry, before in kept:
         registry.clear()
@@ -91,6 +98,33 @@ def test_the_selecting_example_by_its_definition(methods):
     assert torch.equal(picked, far.argsort(dim=1, descending=True)[:, :5])
     with pytest.raises(vtc.OptionError, match="p=0.5"):
         methods["Farthest"](keep=0.5, p=0.5)
+
+
+@pytest.mark.parametrize("method", [n for n, c in METHODS.items() if issubclass(c, Ranked) and not c.in_decoder])
+@torch.no_grad()
+def test_the_score_in_every_method_that_ranks(registries, method):
+    """It decides alone, without what the method's own score reads; a batch is its items."""
+    contrast = told("add-a-score.md")["contrast"]
+    model, inputs = mllm_zoo.build("llava_next"), mllm_zoo.inputs("llava_next", "ragged")
+    with vtc.compress(model, method, keep=0.3, importance="contrast") as handle:
+        model(**inputs)
+        kept = handle.kept
+        for row in range(len(kept)):
+            single = mllm_zoo.alone("llava_next", "ragged", row)
+            model(**single)
+            assert torch.equal(handle.kept[0], kept[row, -single["input_ids"].shape[1] :])
+    tokens = vtc.methods.Tokens(torch.randn(2, 30, 8))
+    best = vtc.Norm(keep=5, importance="contrast").decide(tokens, 25).order
+    assert torch.equal(best, contrast(tokens).argsort(dim=1, descending=True)[:, :5])
+
+
+def test_the_kernel(registries):
+    """Compiled, loaded, and equal to its definition; what it says of its shape is so."""
+    names = told("add-a-kernel.md")
+    x = torch.randn(3, 70, 33, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.ops.vtc.lengths(x), names["lengths"](x))
+    with pytest.raises(RuntimeError, match="float32"):
+        torch.ops.vtc.lengths(x.double())
 
 
 @pytest.mark.parametrize("method", ["pitome", "tome", "random", "downsample"])

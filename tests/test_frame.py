@@ -1,5 +1,7 @@
 """The frame: tokens that stay for their place, part of every selector's budget."""
 
+from dataclasses import replace
+
 import mllm_zoo as zoo
 import pytest
 import torch
@@ -28,7 +30,7 @@ def seen(grids, seed=0, width=6):
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     weight = torch.rand(5, width, generator=torch.Generator().manual_seed(1))
-    return Tokens(
+    tokens = Tokens(
         rand(width) - 0.5 * mask[..., None],
         keys=rand(4),
         mask=None if bool(mask.all()) else mask,
@@ -41,13 +43,14 @@ def seen(grids, seed=0, width=6):
         text_mask=torch.ones(len(grids), 3, dtype=torch.bool),
         rotary=rand(2),
     )
+    return replace(tokens, prompt_attention=tokens.attention, decoder_keys=tokens.keys, decoder_text=tokens.text)
 
 
 def alone(tokens, row):
     """One picture of a batch, without its padding."""
     count = tokens.features.shape[1] if tokens.mask is None else int(tokens.mask[row].sum())
     fields = {
-        name: value[row : row + 1] if name.startswith("text") else value[row : row + 1, :count]
+        name: value[row : row + 1] if "text" in name else value[row : row + 1, :count]
         for name, value in vars(tokens).items()
         if isinstance(value, torch.Tensor) and name != "mask"
     }

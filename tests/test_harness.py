@@ -220,7 +220,7 @@ def test_clip_benchmark(clip_model, shards, tmp_path):
         assert row["images"] == 20 and row["acc1"] == pytest.approx(right.double().mean().item())
         recall = [right[target == c].double().mean().item() for c in range(5)]
         assert row["mean_per_class_recall"] == pytest.approx(sum(recall) / 5) and row["acc5"] == 1
-        assert row["loyalty"] == (logits.argmax(1) == dense).double().mean().item()
+        assert row["fidelity"] == (logits.argmax(1) == dense).double().mean().item()
     assert found.rows[1]["macs_saved"] == pytest.approx(0.4, abs=0.05)
     with (tmp_path / "clip.csv").open(newline="") as file:
         assert [row["method"] for row in csv.DictReader(file)] == ["dense", "tome", "downsample"]

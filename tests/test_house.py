@@ -10,7 +10,7 @@ import pytest
 VTC = Path(__file__).resolve().parent.parent / "vtc"
 ORDER = [  # a part imports from its own line and the lines above it, also inside functions
     {"errors", "macs", "layout", "version"},
-    {"checks", "ops", "checkpoints"},
+    {"checks", "ops", "checkpoints", "tokens"},
     {"budget", "scores", "token_map"},
     {"positions"},
     {"methods", "viz"},

@@ -477,8 +477,8 @@ def test_scorers_are_checked_before_anything_is_patched(tmp_path):
     width = zoo.text_model(model).config.hidden_size
     good, wide, pickled = tmp_path / "good.safetensors", tmp_path / "wide.safetensors", tmp_path / "scorer.pt"
     torch.manual_seed(0)
-    vtc.scores.save_selector(vtc.scores.Selector(width, 8), good)
-    vtc.scores.save_selector(vtc.scores.Selector(width + 1, 8), wide)
+    vtc.scores.save_scorer(vtc.scores.Scorer(width, 8), good)
+    vtc.scores.save_scorer(vtc.scores.Scorer(width + 1, 8), wide)
     pickled.write_bytes(pickle.dumps({"query.weight": [1.0]}))
     for path, words in ((wide, "trained"), (pickled, "safetensors"), (tmp_path / "absent", "cannot be read")):
         with pytest.raises(vtc.VTCError, match=words):
@@ -491,7 +491,7 @@ def test_scorers_are_checked_before_anything_is_patched(tmp_path):
     with vtc.compress(model, "idpruner", keep=0.3) as handle:
         said(model, inputs)
         assert "importance: attention" in str(handle.report)
-    vtc.scores.save_selector(vtc.scores.Selector(width, 8), good)  # another one in its place
+    vtc.scores.save_scorer(vtc.scores.Scorer(width, 8), good)  # another one in its place
     with vtc.compress(model, "idpruner", keep=0.3, scorer=str(good)) as handle:
         said(model, inputs)
         assert not torch.equal(handle.kept, scored)

@@ -1,4 +1,4 @@
-"""Scores: the reference vectors, closed forms against autograd, attention against a dense softmax, selector files."""
+"""Scores: the reference vectors, closed forms against autograd, attention against a dense softmax, scorer files."""
 
 import copy
 import importlib
@@ -14,7 +14,7 @@ from torch import nn
 from vtc import scores
 from vtc.errors import InputError, OptionError
 from vtc.ops import definitions
-from vtc.scores import scorer as selector_file
+from vtc.scores import scorer as scorer_file
 from vtc.scores.projector import quadratic
 from vtc.scores.projector_form import _known, in_type, recognize
 from vtc.scores.sensitivity import _warn_flat, central_differences
@@ -522,30 +522,30 @@ def test_sensitivity_refuses_bad_input():
             scores.sensitivity(m, x, **option)
 
 
-# --- the trained selector ---
+# --- the trained scorer ---
 
 
-def make_selector(width=6, hidden=4, seed=0):
-    selector = scores.Selector(width, hidden, "tiny-vl")
-    return seeded(selector, seed).requires_grad_(False)
+def make_scorer(width=6, hidden=4, seed=0):
+    scorer = scores.Scorer(width, hidden, "tiny-vl")
+    return seeded(scorer, seed).requires_grad_(False)
 
 
-def test_selector_is_the_mean_product():
-    selector, x = make_selector(), normal(2, 9, 6, seed=1)
+def test_scorer_is_the_mean_product():
+    scorer, x = make_scorer(), normal(2, 9, 6, seed=1)
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[1, 5:] = False
-    q, k = selector.query(x), selector.key(x)
+    q, k = scorer.query(x), scorer.key(x)
     want = (q @ k.mT).mean(-1) / 4**0.5
-    torch.testing.assert_close(selector.score(x), want)
-    torch.testing.assert_close(selector(x), want)
+    torch.testing.assert_close(scorer.score(x), want)
+    torch.testing.assert_close(scorer(x), want)
     x[1, 5:] = float("nan")
-    have = selector.score(x, mask)
-    torch.testing.assert_close(have[1:, :5], selector.score(x[1:, :5]))
+    have = scorer.score(x, mask)
+    torch.testing.assert_close(have[1:, :5], scorer.score(x[1:, :5]))
     assert torch.equal(have[1, 5:], torch.zeros(4))
-    half = copy.deepcopy(selector).bfloat16().score(x[:1].bfloat16())
+    half = copy.deepcopy(scorer).bfloat16().score(x[:1].bfloat16())
     assert half.dtype == torch.float32 and spearman(half, want[:1]) > 0.9
     with pytest.raises(InputError, match=r"trained for tiny-vl\) reads \[B, N, 6\]"):
-        selector.score(x[..., :5])
+        scorer.score(x[..., :5])
 
 
 def test_diff_top_k_sums_to_the_budget():
@@ -581,19 +581,19 @@ def test_diff_top_k_has_the_gradient_of_the_constraint():
     torch.testing.assert_close(w.grad, torch.zeros_like(w), rtol=0, atol=1e-10)
 
 
-def test_selector_files_round_trip(tmp_path):
-    selector, path = make_selector(), tmp_path / "selector.safetensors"
-    scores.save_selector(selector, path)
-    again = scores.load_selector(path)
+def test_scorer_files_round_trip(tmp_path):
+    scorer, path = make_scorer(), tmp_path / "scorer.safetensors"
+    scores.save_scorer(scorer, path)
+    again = scores.load_scorer(path)
     assert (again.width, again.hidden, again.model) == (6, 4, "tiny-vl")
     x = normal(1, 9, 6)
-    assert torch.equal(again.score(x), selector.score(x)) and not any(p.requires_grad for p in again.parameters())
-    scores.save_selector(copy.deepcopy(selector).bfloat16(), path)
-    assert scores.load_selector(path).key.weight.dtype == torch.float32
+    assert torch.equal(again.score(x), scorer.score(x)) and not any(p.requires_grad for p in again.parameters())
+    scores.save_scorer(copy.deepcopy(scorer).bfloat16(), path)
+    assert scores.load_scorer(path).key.weight.dtype == torch.float32
 
 
 def change(**tensors):
-    state = {**make_selector().state_dict(), **{k.replace("_", "."): v for k, v in tensors.items()}}
+    state = {**make_scorer().state_dict(), **{k.replace("_", "."): v for k, v in tensors.items()}}
     return {k: v for k, v in state.items() if v is not None}
 
 
@@ -614,34 +614,34 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_selector_files_that_are_refused(name, tmp_path):
+def test_scorer_files_that_are_refused(name, tmp_path):
     from safetensors.torch import save_file
 
     tensors, metadata, error, message = BAD_FILES[name]
     save_file(tensors, str(tmp_path / "bad.safetensors"), metadata=metadata)
     with pytest.raises(error, match=f"bad.safetensors.*{message}"):
-        scores.load_selector(tmp_path / "bad.safetensors")
+        scores.load_scorer(tmp_path / "bad.safetensors")
 
 
 def test_other_formats_and_sizes_are_refused(tmp_path, monkeypatch):
-    pickled = tmp_path / "selector.safetensors"
-    torch.save(make_selector().state_dict(), pickled)
+    pickled = tmp_path / "scorer.safetensors"
+    torch.save(make_scorer().state_dict(), pickled)
     with pytest.raises(OptionError, match="no safetensors file"):
-        scores.load_selector(pickled)
+        scores.load_scorer(pickled)
     for content in (b"", b"\xff" * 64, b"{}"):
         pickled.write_bytes(content)
         with pytest.raises(OptionError, match="no safetensors file"):
-            scores.load_selector(pickled)
+            scores.load_scorer(pickled)
     with pytest.raises(OptionError, match="no such file"):
-        scores.load_selector(tmp_path)
+        scores.load_scorer(tmp_path)
     huge = tmp_path / "huge.safetensors"
     with huge.open("wb") as file:
-        file.truncate(selector_file.MAX_BYTES + 1)  # sparse
-    with pytest.raises(OptionError, match=f"huge.safetensors has {selector_file.MAX_BYTES + 1} bytes"):
-        scores.load_selector(huge)
+        file.truncate(scorer_file.MAX_BYTES + 1)  # sparse
+    with pytest.raises(OptionError, match=f"huge.safetensors has {scorer_file.MAX_BYTES + 1} bytes"):
+        scores.load_scorer(huge)
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(OptionError, match="pip install"):
-        scores.save_selector(make_selector(), tmp_path / "x.safetensors")
+        scores.save_scorer(make_scorer(), tmp_path / "x.safetensors")
 
 
 def test_the_package_imports_no_framework():
@@ -668,7 +668,7 @@ def test_what_the_projector_computed_is_not_computed_again(name):
     own = scores.sensitivity
     with vtc.compress(model, "zoo_prune", keep=0.5), torch.no_grad():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(scores, "sensitivity", lambda *a, **k: heard.append((a, k)) or own(*a, **k))
+            patch.setattr(scores.registry, "sensitivity", lambda *a, **k: heard.append((a, k)) or own(*a, **k))
             model(**zoo.inputs(name, "ragged"))
     (args, options), *_ = heard
     assert options["hidden"] is not None

@@ -1,6 +1,7 @@
 """The selectors: reference vectors, slow definitions in float64 numpy, and what they promise."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ import torch
 import vtc
 from vtc import functional, ops, scores
 from vtc.methods import METHODS, Tokens
-from vtc.methods.selector import Selector, rank
+from vtc.methods.ranked import Ranked
+from vtc.methods.selector import Selector
 from vtc.ops import definitions
+from vtc.scores.simple import rank
 
 
 # -- the reference vectors: closed forms, kept sets, orders ------------------------------------------------------------
@@ -34,8 +37,13 @@ def tower():
 A, KAPPA = tower()
 
 
+def everywhere(tokens):
+    """What a decoder's input gives, told as what a layer of the decoder gives too."""
+    return replace(tokens, prompt_attention=tokens.attention, decoder_keys=tokens.keys, decoder_text=tokens.text)
+
+
 def reference_tokens():
-    return Tokens(F, keys=KAPPA, attention=A, middle=A, grid=((4, 6),))
+    return everywhere(Tokens(F, keys=KAPPA, attention=A, middle=A, grid=((4, 6),)))
 
 
 def kept(token_map, item=0):
@@ -127,7 +135,7 @@ def test_zoo_prune_vectors(monkeypatch):
         asked.update(options)
         return score.float()
 
-    monkeypatch.setattr(scores, "sensitivity", stand_in)
+    monkeypatch.setattr(scores.registry, "sensitivity", stand_in)
     tokens = Tokens(z.float(), inputs=x.float()[:, :, None], projector=net)
     method = vtc.ZOOPrune(keep=8, probes=5, step=h, exact=False, seed=3)
     assert method.decide(tokens, 16).order[0].tolist() == expected
@@ -316,15 +324,17 @@ class Case:
 
     def tokens(self, x):
         text_mask = torch.arange(self.text.shape[1]) < torch.tensor(self.words)[:, None]
-        return Tokens(
-            tensor(x),
-            keys=tensor(self.keys),
-            mask=self.mask,
-            attention=tensor(self.a),
-            middle=tensor(self.b),
-            text=tensor(self.text),
-            text_mask=text_mask,
-            grid=tuple((int(h), int(w)) for h, w in self.grids),
+        return everywhere(
+            Tokens(
+                tensor(x),
+                keys=tensor(self.keys),
+                mask=self.mask,
+                attention=tensor(self.a),
+                middle=tensor(self.b),
+                text=tensor(self.text),
+                text_mask=text_mask,
+                grid=tuple((int(h), int(w)) for h, w in self.grids),
+            )
         )
 
 
@@ -438,23 +448,31 @@ def evidence(n, batch=2, seed=0, width=16):
     for p in net.parameters():
         p.copy_(draw(*p.shape))
     inputs = draw(batch, n, 1, 12)
-    return Tokens(
-        net(inputs)[:, :, 0],
-        keys=draw(batch, n, 8),
-        attention=draw(batch, n).exp(),
-        middle=draw(batch, n).exp(),
-        inputs=inputs,
-        projector=lambda x: net(x)[:, :, 0],
-        text=draw(batch, 6, width),
-        text_mask=torch.arange(6) < torch.tensor([[6], [3]])[:batch],
-        grid=((n // 4, 4),) * batch,
+    return everywhere(
+        Tokens(
+            net(inputs)[:, :, 0],
+            keys=draw(batch, n, 8),
+            attention=draw(batch, n).exp(),
+            middle=draw(batch, n).exp(),
+            inputs=inputs,
+            projector=lambda x: net(x)[:, :, 0],
+            text=draw(batch, 6, width),
+            text_mask=torch.arange(6) < torch.tensor([[6], [3]])[:batch],
+            grid=((n // 4, 4),) * batch,
+        )
     )
 
 
 NEW = ["idpruner", "zoo_prune", "divprune", "cdpruner", "scope", "vispruner", "hiprune", "visionzip", "dpc_knn"]
 NEW += ["fastv", "dart", "norm"]
 VARIANTS = [(name, {}) for name in NEW]
-VARIANTS += [("idpruner", {"importance": kind}) for kind in ("norm", "sensitivity", "relevance")]
+RANKED = [name for name in NEW if issubclass(METHODS[name], Ranked)]  # each of them by each score
+VARIANTS += [
+    (name, {"importance": score})
+    for name in RANKED
+    for score in scores.SCORES
+    if score != METHODS[name].__dataclass_fields__["importance"].default
+]
 VARIANTS += [("idpruner", {"normalize": "rank", "step": 3}), ("hiprune", {"alpha": 1.0})]
 by_variant = pytest.mark.parametrize(("name", "options"), VARIANTS, ids=lambda v: v if isinstance(v, str) else str(v))
 
@@ -464,7 +482,7 @@ def pieces(tokens, item, at=slice(None)):
     per_token = ("features", "keys", "attention", "middle", "inputs")
     picked = {name: getattr(tokens, name)[item : item + 1, at] for name in per_token}
     text = {name: getattr(tokens, name)[item : item + 1] for name in ("text", "text_mask")}
-    return Tokens(**picked, **text, projector=tokens.projector, grid=tokens.grid[item : item + 1])
+    return everywhere(Tokens(**picked, **text, projector=tokens.projector, grid=tokens.grid[item : item + 1]))
 
 
 @by_variant
@@ -520,6 +538,7 @@ def test_padding_is_invisible(name, options, where):
         grid=((6, 4), (4, 4)),
         mask=mask,
     )
+    padded = everywhere(padded)
     for share in (1.0, 0.5, 0.2):
         counts = [max(1, round(n * share)) for n in lengths]
         made = chosen.decide(padded, torch.tensor(lengths) - torch.tensor(counts))
@@ -747,9 +766,9 @@ def test_idpruner_takes_what_there_is(tmp_path):
         fixed = vtc.IDPruner(keep=6, importance=kind)
         assert fixed.needs == needs and fixed.notes(tokens) == ""
 
-    scorer = scores.Selector(16, 4)
-    scores.save_selector(scorer, tmp_path / "scorer.safetensors")
-    for options in ({}, {"importance": "selector"}):
+    scorer = scores.Scorer(16, 4)
+    scores.save_scorer(scorer, tmp_path / "scorer.safetensors")
+    for options in ({}, {"importance": "scorer"}):
         trained = vtc.IDPruner(keep=6, scorer=str(tmp_path / "scorer.safetensors"), **options)
         assert trained.needs == set()
         expected = functional.mmr(tokens.features, scorer.score(tokens.features).detach(), keep=6)
@@ -776,7 +795,7 @@ def test_broken_evidence_raises(name):
         spoilt[field] = getattr(tokens, field).clone()
         spoilt[field][1, 2] = float("nan")
     with pytest.raises(vtc.InputError, match="NaN|finite"):
-        vtc.methods.make(name, keep=0.5).decide(Tokens(**spoilt), 12)
+        vtc.methods.make(name, keep=0.5).decide(everywhere(Tokens(**spoilt)), 12)
 
 
 def test_hiprune_wants_the_whole_grid():
@@ -790,7 +809,7 @@ BAD = [
     ("idpruner", {"step": 0}, "step=0: it takes a whole number >= 1"),
     ("idpruner", {"importance": "gut"}, "importance='gut' is unknown"),
     ("idpruner", {"normalize": "softmax"}, "normalize='softmax' is unknown"),
-    ("idpruner", {"importance": "selector"}, "needs scorer="),
+    ("idpruner", {"importance": "scorer"}, "needs scorer="),
     ("idpruner", {"importance": "norm", "scorer": "x"}, "contradict"),
     ("zoo_prune", {"probes": 0}, "probes=0"),
     ("zoo_prune", {"probes": 1.5}, "probes=1.5"),

@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 
 import vtc
 from vtc.adapters.multimodal.find import find as find_llms
-from vtc.scores import Selector, diff_top_k, load_selector, save_selector
-from vtc.train import train_selector
+from vtc.scores import Scorer, diff_top_k, load_scorer, save_scorer
+from vtc.train import train_scorer
 from vtc.train.__main__ import main
 from vtc.train.data import Examples
 from vtc.train.selection import SELECTIONS, Selection, selecting
@@ -29,11 +29,11 @@ def batch(name, case="single", seed=0):
 
 
 def quick(model, batches, **options):
-    return train_selector(model, batches, **({"steps": 3, "lr": 1e-2, "progress": False} | options))
+    return train_scorer(model, batches, **({"steps": 3, "lr": 1e-2, "progress": False} | options))
 
 
-def weights(selector):
-    return torch.cat([p.flatten() for p in selector.parameters()])
+def weights(scorer):
+    return torch.cat([p.flatten() for p in scorer.parameters()])
 
 
 # -- what it learns -------------------------------------------------------------------------------------------------
@@ -70,12 +70,12 @@ def reader():
     return model, [puzzles(8, generator)[0] for _ in range(30)], puzzles(200, generator)
 
 
-def rank(model, selector, test):
-    """How many tokens the selector puts before a planted one: on average 0.5 at best, 12 by chance."""
+def rank(model, scorer, test):
+    """How many tokens the scorer puts before a planted one: on average 0.5 at best, 12 by chance."""
     inputs, places, _ = test
     with torch.no_grad():
         rows = model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
-        scores = selector.score(torch.stack(list(rows)))
+        scores = scorer.score(torch.stack(list(rows)))
     return (scores[:, None] > scores.gather(1, places)[..., None]).sum(-1).float().mean().item()
 
 
@@ -89,23 +89,23 @@ def accuracy(model, test):
 def test_it_finds_the_tokens_that_matter(reader, tmp_path, selection):
     model, batches, test = reader
     assert accuracy(model, test) > 0.97
-    start = Selector(64, 32)  # one that is wrong: it looks the other way
+    start = Scorer(64, 32)  # one that is wrong: it looks the other way
     start.load_state_dict(quick(model, batches, steps=60, lr=1e-3, keep=0.2, seed=1).state_dict())
     with torch.no_grad():
         start.key.weight.neg_(), start.key.bias.neg_()
     assert rank(model, start, test) > 12
-    chosen = quick(model, batches, steps=120, lr=2e-3, keep=0.2, selector=start, selection=selection)
+    chosen = quick(model, batches, steps=120, lr=2e-3, keep=0.2, scorer=start, selection=selection)
     assert rank(model, chosen, test) < 1
     found = {}
-    for name, selector in (("start", start), ("chosen", chosen)):
+    for name, scorer in (("start", start), ("chosen", chosen)):
         path = str(tmp_path / f"{name}.safetensors")
-        save_selector(selector, path)
+        save_scorer(scorer, path)
         with vtc.compress(model, "idpruner", keep=3, balance=1.0, scorer=path) as handle:
             found[name] = accuracy(model, test)
-            assert set(handle.report.after) == {3} and handle.report.notes == "importance: selector"
+            assert set(handle.report.after) == {3} and handle.report.notes == "importance: scorer"
             with torch.no_grad():
                 rows = model.model.get_image_features(test[0]["pixel_values"], return_dict=True).pooler_output
-            top = selector.score(torch.stack(list(rows))).topk(3).indices
+            top = scorer.score(torch.stack(list(rows))).topk(3).indices
             assert torch.equal(handle.token_map.anchor, top.sort(1).values)
     assert found["chosen"] > 0.9 and found["start"] < 0.6
 
@@ -124,9 +124,9 @@ def test_from_several_seeds(reader):
 def test_weights_are_put_in_where_the_adapter_divides(name, case, fill):
     """The loss is that of the plain decoder on rows weighed by hand, image by image, crop by crop, frame by frame."""
     model, given = zoo.build(name), batch(name, case)
-    selector = Selector(64, 8)
+    scorer = Scorer(64, 8)
     with torch.no_grad():
-        for p in selector.parameters():
+        for p in scorer.parameters():
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3)))
     inputs = {k: v for k, v in given.items() if k != "labels"}
     with vtc.compress(model, "random", keep=0.5) as handle, torch.no_grad():
@@ -142,7 +142,7 @@ def test_weights_are_put_in_where_the_adapter_divides(name, case, fill):
     new = [x.clone() for x in (rows, *planes)]
     for prompt, places, count in zip(record.rows, record.places, record.lengths, strict=True):
         at = number[prompt, places[:count]]
-        w = diff_top_k(selector.score(rows[at][None] * scale).detach(), 0.3)[0, :, None]
+        w = diff_top_k(scorer.score(rows[at][None] * scale).detach(), 0.3)[0, :, None]
         for x in new:
             x[at] = w * x[at] + ((1 - w) * x[at].mean(0) if fill == "mean" else 0)
     dense = oracle(name, model, inputs, replaced={"embeds": new[0], "deepstack": new[1:]}, steps=1)
@@ -150,7 +150,7 @@ def test_weights_are_put_in_where_the_adapter_divides(name, case, fill):
     logits = torch.cat([x[:-1] for x in dense.prefill])
     labels = torch.cat([x[r][1:] for x, r in zip(given["labels"], real, strict=True)])
     losses = []
-    options = {"steps": 1, "keep": 0.3, "anneal": 0, "fill": fill, "selector": selector}
+    options = {"steps": 1, "keep": 0.3, "anneal": 0, "fill": fill, "scorer": scorer}
     quick(model, [given], **options, on_step=lambda _, loss: losses.append(loss))
     assert losses[0] == pytest.approx(cross_entropy(logits, labels).item(), abs=2e-5)
 
@@ -162,16 +162,16 @@ def test_hard_selection_is_what_compressing_does(name, case, tmp_path):
     model, given = zoo.build(name), batch(name, case)
     visual = zoo.placeholders(model, given["input_ids"])
     given["labels"][:, 1:][visual[:, :-1]] = -100  # said by an image's last token, which may be hidden
-    selector = Selector(64, 8)
+    scorer = Scorer(64, 8)
     with torch.no_grad():
-        for p in selector.parameters():
+        for p in scorer.parameters():
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3)))
     path = str(tmp_path / "scorer.safetensors")
-    save_selector(selector, path)
+    save_scorer(scorer, path)
     with torch.no_grad(), vtc.compress(model, "idpruner", keep=0.3, balance=1.0, scorer=path):
         wanted = model(**given).loss.item()
     losses = []
-    options = {"steps": 1, "keep": 0.3, "anneal": 0, "selection": "hard", "selector": selector}
+    options = {"steps": 1, "keep": 0.3, "anneal": 0, "selection": "hard", "scorer": scorer}
     quick(model, [given], **options, on_step=lambda _, loss: losses.append(loss))
     assert losses[0] == pytest.approx(wanted, abs=5e-4)
 
@@ -180,7 +180,7 @@ def test_hidden_tokens_have_a_say():
     """The gradient of every token's weight, of those that are not seen too, is what a little more of it changes."""
     model, given = zoo.build("llava"), batch("llava")
     gate = next(iter(find_llms(model)))
-    chosen = Selection(gate, Selector(64, 8), "hard", "mean")
+    chosen = Selection(gate, Scorer(64, 8), "hard", "mean")
     columns = zoo.placeholders(model, given["input_ids"]).flatten()
     weight = (torch.arange(int(columns.sum())) % 3 == 0).float()
 
@@ -331,23 +331,23 @@ def test_a_break_does_not_matter(how, tmp_path):
 def test_files_that_are_no_checkpoint(tmp_path):
     model, given = zoo.build("llava"), [batch("llava")]
     torch.save({"query.weight": torch.zeros(2)}, tmp_path / "pickle")
-    save_selector(Selector(64, 32), tmp_path / "selector")
-    for name, match in (("pickle", "no safetensors"), ("selector", "no checkpoint"), ("no/where", "no such folder")):
+    save_scorer(Scorer(64, 32), tmp_path / "scorer")
+    for name, match in (("pickle", "no safetensors"), ("scorer", "no checkpoint"), ("no/where", "no such folder")):
         with pytest.raises(vtc.OptionError, match=match):
             quick(model, given, checkpoint=tmp_path / name)
 
 
-def test_going_on_from_a_selector():
+def test_going_on_from_a_scorer():
     model, given = zoo.build("llava"), [batch("llava")]
-    start = Selector(64, 16, "mine").requires_grad_(False)
+    start = Scorer(64, 16, "mine").requires_grad_(False)
     before = copy.deepcopy(start)
-    made = quick(model, given, selector=start)
+    made = quick(model, given, scorer=start)
     assert made.hidden == 16 and made.model == "mine" and not torch.equal(weights(made), weights(start))
     assert torch.equal(weights(start), weights(before))
     with pytest.raises(vtc.OptionError, match="64 wide, hidden 8"):
-        quick(model, given, selector=start, hidden=8)
+        quick(model, given, scorer=start, hidden=8)
     with pytest.raises(vtc.OptionError, match="32 wide"):
-        quick(model, given, selector=Selector(32, 16))
+        quick(model, given, scorer=Scorer(32, 16))
 
 
 @pytest.mark.parametrize(
@@ -414,20 +414,20 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_command(folder, tmp_path, capsys, name):
-    out, run = tmp_path / "selector.safetensors", tmp_path / "run.safetensors"
+    out, run = tmp_path / "scorer.safetensors", tmp_path / "run.safetensors"
     words = ["--model", folder / name, "--data", folder / "data.jsonl", "--out", out, "--keep", 0.4, "--lr", 0.01]
     words += ["--steps", 3, "--accumulate", 2, "--checkpoint", run, "--save-every", 2, "--hidden", 8]
     assert main(list(map(str, words))) == 0
     said = capsys.readouterr().out
     assert said.startswith("3 steps, loss ") and str(out) in said and said.count("\n") == 1
-    made = load_selector(out)
+    made = load_scorer(out)
     assert (made.width, made.hidden) == (64, 8) and name in made.model
     half = [*map(str, words[:6]), "--steps", "1", "--accumulate", "2", "--dtype", "bfloat16"]
-    assert main(half) == 0 and load_selector(out).hidden == 32
+    assert main(half) == 0 and load_scorer(out).hidden == 32
     assert capsys.readouterr().out.startswith("1 step, loss ")
     assert main(list(map(str, words))) == 0  # it is all done
     assert capsys.readouterr().out.startswith("0 steps, written")
-    assert torch.equal(weights(load_selector(out)), weights(made))
+    assert torch.equal(weights(load_scorer(out)), weights(made))
     with vtc.compress(zoo.build(name), "idpruner", keep=0.3, scorer=str(out)), torch.no_grad():
         zoo.build(name)(**zoo.inputs(name, "single"))
 

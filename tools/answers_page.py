@@ -88,7 +88,7 @@ def budgets(found: Summary) -> list[float]:
 
 
 def by_keep(found: Summary) -> str:
-    """Accuracy of every method at every budget, and loyalty at a quarter."""
+    """Accuracy of every method at every budget, and fidelity at a quarter."""
     levels = budgets(found)
 
     def cell(method: str, keep: float) -> str:
@@ -97,9 +97,9 @@ def by_keep(found: Summary) -> str:
 
     body = [["dense", cell("dense", 1.0), *[""] * len(levels)]]
     for method in ranked(found):
-        loyal = found[method, 0.25]["all"]["loyalty"][0]
-        body.append([method, *(cell(method, keep) for keep in levels), f"{loyal:.3f}"])
-    return table(["method", *(f"keep {k:g}" for k in levels), "loyalty at 0.25"], body)
+        faithful = found[method, 0.25]["all"]["fidelity"][0]
+        body.append([method, *(cell(method, keep) for keep in levels), f"{faithful:.3f}"])
+    return table(["method", *(f"keep {k:g}" for k in levels), "fidelity at 0.25"], body)
 
 
 def by_kind(found: Summary, keep: float) -> str:

@@ -19,8 +19,9 @@ DOCS = ROOT / "docs"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 BEGIN, END = "<!-- facts: tools/method_cards.py -->", "<!-- /facts -->"
-# What the fields of Tokens are called here; `keys` are the model's own attention's.
+# What the fields of Tokens are called here.
 FIELDS = {
+    "layer_keys": "attention keys; where a decoder takes its tokens in, the tokens alone",
     "keys": "attention keys",
     "attention": "attention received in the tower",
     "middle": "attention received in the tower's middle",
@@ -28,6 +29,9 @@ FIELDS = {
     "projector": "the projector",
     "text": "the prompt's words",
     "grid": "rows and columns",
+    "prompt_attention": "the decoder's attention",
+    "decoder_keys": "the decoder's keys",
+    "decoder_text": "the prompt's words",
 }
 
 
@@ -63,11 +67,8 @@ def reads(cls: Any) -> str:
     """What the method, with the options it has by itself, reads beside the tokens."""
     method = cls(keep=0.5)
     named = [FIELDS[field] for field in FIELDS if field in method.needs]
-    if cls.in_decoder:
-        named = [{"fastv": "the decoder's attention", "dart": "the decoder's keys, the prompt's words"}[cls.name]]
-    if cls.encoder and named == [FIELDS["keys"]]:
-        return "attention keys; where a decoder takes its tokens in, the tokens alone"
-    return (", ".join(named) or "nothing") + (" (if there)" if method.optional and named else "")
+    if_there = " (if there)" if method.optional & method.needs and not cls.encoder else ""
+    return (", ".join(named) or "nothing") + if_there
 
 
 def facts(name: str) -> list[str]:
@@ -76,6 +77,7 @@ def facts(name: str) -> list[str]:
 
     import vtc
     from vtc.methods import METHODS, Method
+    from vtc.methods.ranked import Ranked
 
     cls = METHODS[name]
 
@@ -98,8 +100,9 @@ def facts(name: str) -> list[str]:
     }
     able = [label for label, more in merging.items() if goes(llm, **more)]
     able += ["`events=`"] if goes(clips, events=0.5) else []
-    text = "yes" if "text" in cls(keep=0.5).needs or name == "fastv" else "no"
-    if name == "idpruner":
+    asks = {"text", "prompt_attention", "decoder_text"}  # what tells of the prompt
+    text = "yes" if asks & cls(keep=0.5).needs else "no"
+    if text == "no" and issubclass(cls, Ranked):
         text = 'no (`importance="relevance"`: yes)'
     # one budget for several images makes one row of them, which fills no grid
     pooled = "; or `pooled=`" if "grid" not in cls(keep=0.5).needs and goes(llm, pooled=True) else ""
@@ -111,7 +114,7 @@ def facts(name: str) -> list[str]:
         "in a multimodal LLM": "; ".join(places) if goes(llm) else "no",
         "reads, beside the tokens": reads(cls),
         "reads the prompt's words": text,
-        "training": "none (the paper's importance is trained: `scorer=`)" if "scorer" in vars(cls) else "none",
+        "training": "none (the paper's importance is trained: `scorer=`)" if name == "idpruner" else "none",
         "in one round": "at most half of the tokens; below, several rounds" if cls.halves else "any number",
         "batches": "every image alone, with a budget of its own" + pooled,
         "video": "frame by frame (Qwen: pairs of frames)" if goes(clips) else "no",

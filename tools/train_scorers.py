@@ -2,7 +2,7 @@
 
     python tools/train_scorers.py tiny_llava        # writes selector.safetensors beside its weights
 
-The data are those of tools/train_tiny.py, the training is `vtc.train.train_selector`.
+The data are those of tools/train_tiny.py, the training is `vtc.train.train_scorer`.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def main() -> None:
     state = Path("out") / f"selector-{args.model}.safetensors"
     state.parent.mkdir(exist_ok=True)
     data = Examples(processor, args.steps, args.batch)
-    found = train.train_selector(model, data, keep=args.keep, steps=args.steps, lr=args.rate, checkpoint=state)
+    found = train.train_scorer(model, data, keep=args.keep, steps=args.steps, lr=args.rate, checkpoint=state)
     found.model = args.model
-    scores.save_selector(found, folder / "selector.safetensors")
+    scores.save_scorer(found, folder / "selector.safetensors")
     seal(folder)
 
 

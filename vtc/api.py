@@ -27,7 +27,7 @@ def compress(model: nn.Module, method: str | Method, **options: Any) -> Handle:
             transformers.
         method: a name (`vtc.list_methods()`) with its options, or a ready method: `vtc.PiToMe(keep=0.9)`. With
             keep="auto" the budget is measured as `vtc.choose` does, and takes its arguments: inputs= and one of ttft=,
-            tokens=, loyalty=; method "auto" chooses that too. Where nothing is faster, the model keeps all its tokens.
+            tokens=, fidelity=; method "auto" chooses that too. Where nothing is faster, the model keeps all its tokens.
 
     Returns:
         A `Handle`. An encoder's outputs keep their shape: merged tokens are copied back to the places they came from
@@ -43,7 +43,7 @@ def compress(model: nn.Module, method: str | Method, **options: Any) -> Handle:
         return install(model, method, **options)
     del options["keep"]
     if "inputs" not in options:
-        raise OptionError("keep='auto' measures on your own inputs: give inputs=, and ttft=, tokens= or loyalty=")
+        raise OptionError("keep='auto' measures on your own inputs: give inputs=, and ttft=, tokens= or fidelity=")
     choice = choose(model, options.pop("inputs"), method, **options)
     if choice.method is None:
         tried = next(row.method for row in choice.rows if row.method is not None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from vtc.checks import check_number
+from vtc.checks import check_number, renamed
 from vtc.errors import OptionError
 from vtc.methods import Method, make
 
@@ -38,7 +38,7 @@ def choose(
     *,
     ttft: float | None = None,
     tokens: int | None = None,
-    loyalty: float | None = None,
+    fidelity: float | None = None,
     call: Callable[[nn.Module, Any], Any] | None = None,
     repeats: int = 3,
     **options: Any,
@@ -48,10 +48,10 @@ def choose(
     Args:
         inputs: what the model is called with, a tensor or keyword arguments; or a list of some: the user's own images.
         methods: names, or methods whose budgets are ignored; "auto" = some that need no choice.
-        ttft: seconds to the first token (an encoder: of one call) at most, all inputs together; the most loyal of those
+        ttft: seconds to the first token (an encoder: of one call) at most, all inputs together; the most faithful of those
             that keep to it is taken.
-        tokens: image tokens that stay of every image; the most loyal method is taken.
-        loyalty: the least agreement with the dense model, 0 to 1 (see `vtc.bench.fidelity`); the fastest is taken.
+        tokens: image tokens that stay of every image; the most faithful method is taken.
+        fidelity: the least agreement with the dense model, 0 to 1 (see `vtc.bench.fidelity`); the fastest is taken.
         call: how an encoder is run, (model, inputs); default: calling it.
         options: of the methods.
 
@@ -60,16 +60,19 @@ def choose(
     """
     from vtc.bench.fidelity import check, fitting, is_llm
 
-    given = {"ttft": ttft, "tokens": tokens, "loyalty": loyalty}
+    if "loyalty" in options:
+        renamed("loyalty=", "fidelity=")
+        fidelity = options.pop("loyalty")
+    given = {"ttft": ttft, "tokens": tokens, "fidelity": fidelity}
     named = [name for name, value in given.items() if value is not None]
     if len(named) != 1:
         raise OptionError(
-            f"keep='auto' takes one target: ttft=, tokens= or loyalty=, not {' and '.join(named) or 'none'}"
+            f"keep='auto' takes one target: ttft=, tokens= or fidelity=, not {' and '.join(named) or 'none'}"
         )
     if ttft is not None and not (isinstance(ttft, (int, float)) and ttft > 0):
         raise OptionError(f"ttft={ttft!r}: it takes seconds, above 0")
-    if loyalty is not None and not (isinstance(loyalty, (int, float)) and 0 < loyalty <= 1):
-        raise OptionError(f"loyalty={loyalty!r}: it takes a share above 0 and at most 1")
+    if fidelity is not None and not (isinstance(fidelity, (int, float)) and 0 < fidelity <= 1):
+        raise OptionError(f"fidelity={fidelity!r}: it takes a share above 0 and at most 1")
     if tokens is not None:
         check_number("tokens", tokens, 1, whole=True)
     wanted: Sequence[str | Method] = [methods] if isinstance(methods, (str, Method)) else methods
@@ -88,26 +91,26 @@ def choose(
             else:
                 tried.append(make(each, **budget, **options))
     rows = check(model, inputs, tried, repeats, call=call)
-    return _choice(rows, named[0], ttft, loyalty)
+    return _choice(rows, named[0], ttft, fidelity)
 
 
-def _choice(rows: Sequence[Checked], target: str, ttft: float | None, loyalty: float | None) -> Choice:
+def _choice(rows: Sequence[Checked], target: str, ttft: float | None, fidelity: float | None) -> Choice:
     dense, *tried = rows
     faster = [row for row in tried if row.faster > FASTER]
     if not faster:
         best = max(tried, key=lambda row: row.faster)
         why = f"nothing is faster than the dense model here (the best, {best}), so it stays as it is"
         return Choice(None, why, tuple(rows))
-    if target == "loyalty":
-        fit = [row for row in faster if row.loyalty >= loyalty]  # type: ignore[operator]
+    if target == "fidelity":
+        fit = [row for row in faster if row.fidelity >= fidelity]  # type: ignore[operator]
         if not fit:
-            best = max(faster, key=lambda row: row.loyalty)
+            best = max(faster, key=lambda row: row.fidelity)
             why = (
-                f"nothing that is faster reaches a loyalty of {loyalty:g} (the best, {best}), so the model stays dense"
+                f"nothing that is faster reaches a fidelity of {fidelity:g} (the best, {best}), so the model stays dense"
             )
             return Choice(None, why, tuple(rows))
         row = max(fit, key=lambda row: row.faster)
-        return Choice(row.method, f"{row}: the fastest whose loyalty is at least {loyalty:g}", tuple(rows))
+        return Choice(row.method, f"{row}: the fastest whose fidelity is at least {fidelity:g}", tuple(rows))
     if target == "ttft":
         assert ttft is not None
         if dense.seconds <= ttft:
@@ -116,7 +119,7 @@ def _choice(rows: Sequence[Checked], target: str, ttft: float | None, loyalty: f
         if not fit:
             row = min(faster, key=lambda row: row.seconds)
             return Choice(row.method, f"{row}: nothing keeps to {ttft:g} s; this is the fastest", tuple(rows))
-        row = max(fit, key=lambda row: (row.loyalty, -row.seconds))
-        return Choice(row.method, f"{row}: the most loyal within {ttft:g} s", tuple(rows))
-    row = max(faster, key=lambda row: (row.loyalty, row.faster))
-    return Choice(row.method, f"{row}: the most loyal at this number of tokens", tuple(rows))
+        row = max(fit, key=lambda row: (row.fidelity, -row.seconds))
+        return Choice(row.method, f"{row}: the most faithful within {ttft:g} s", tuple(rows))
+    row = max(faster, key=lambda row: (row.fidelity, row.faster))
+    return Choice(row.method, f"{row}: the most faithful at this number of tokens", tuple(rows))

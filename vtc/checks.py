@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -64,3 +65,8 @@ def check_mask(mask: Tensor | None, shape: tuple[int, ...] | torch.Size) -> None
     """Raise InputError unless the mask is bool and of this shape."""
     if mask is not None and (mask.dtype != torch.bool or mask.shape != torch.Size(shape)):
         raise InputError(f"mask must be bool {tuple(shape)} (True = real), not {mask.dtype} {tuple(mask.shape)}")
+
+
+def renamed(old: str, new: str) -> None:
+    """Warn that a name of the version before still works, for this one."""
+    warnings.warn(f"{old} is {new} now; the old name goes with the next version", DeprecationWarning, stacklevel=3)

@@ -17,8 +17,9 @@ from torch import Tensor
 from vtc.budget import kept_at_once, kept_of_units
 from vtc.errors import InputError
 from vtc.layout import Grid, Unit
-from vtc.methods.base import Method, Tokens
+from vtc.methods.base import Method
 from vtc.token_map import TokenMap
+from vtc.tokens import Tokens
 
 UnitsOf = TypeVar("UnitsOf", bound="Units")
 
@@ -116,7 +117,7 @@ def in_rounds(decide: Callable[[Tokens, int | Tensor], TokenMap], tokens: Tokens
         tokens = replace(
             tokens,
             features=step.merge(tokens.features),
-            keys=None if tokens.keys is None else step.merge(tokens.keys),
+            layer_keys=None if tokens.layer_keys is None else step.merge(tokens.layer_keys),
             size=step.size,
             mask=None if tokens.mask is None else step.mask(),
         )

@@ -24,7 +24,6 @@ from vtc.checks import check, check_finite, check_number, check_seed
 from vtc.decide import in_rounds
 from vtc.errors import InputError
 from vtc.methods import idpruner, zoo_prune
-from vtc.methods.base import Tokens
 from vtc.methods.downsample import coarse_grid, pool_map
 from vtc.methods.dpc_knn import dpc_knn_map
 from vtc.methods.order import selected
@@ -33,6 +32,7 @@ from vtc.methods.random import random_round
 from vtc.methods.tome import tome_round
 from vtc.positions import ppe_positions
 from vtc.token_map import TokenMap
+from vtc.tokens import Tokens
 
 __all__ = [
     *("coverage", "downsample", "dpc_knn", "dpp", "max_min", "mmr", "pitome", "random", "sads", "tome"),

@@ -1,4 +1,4 @@
-"""What compression does to a user's own model on the user's own images, without labels: tokens, time, loyalty."""
+"""What compression does to a user's own model on the user's own images, without labels: tokens, time, fidelity."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Checked:
         tokens: image tokens of all inputs, (before, after).
         seconds: to the first token (an encoder: of the call), all inputs together, the median.
         faster: dense over compressed, the median of the rounds' ratios.
-        loyalty: of a multimodal LLM, how much of the dense model's answer is repeated before the first other word, the
+        fidelity: of a multimodal LLM, how much of the dense model's answer is repeated before the first other word, the
             mean over the inputs; of an encoder, the mean cosine between its outputs and the dense ones.
     """
 
@@ -40,14 +40,20 @@ class Checked:
     tokens: tuple[int, int]
     seconds: float
     faster: float
-    loyalty: float
+    fidelity: float
+
+    @property
+    def loyalty(self) -> float:
+        """The old name of `fidelity`."""
+        renamed("loyalty", "fidelity")
+        return self.fidelity
 
     def __str__(self) -> str:
         if self.method is None:
             return f"dense: {self.tokens[0]} image tokens, {self.seconds:.3f} s"
         return (
             f"{self.method.label}, {self.tokens[1]} of {self.tokens[0]} image tokens, {self.faster:.2f} times as fast, "
-            f"loyalty {self.loyalty:.3f}"
+            f"fidelity {self.fidelity:.3f}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,7 +65,7 @@ class Checked:
             "tokens_after": self.tokens[1],
             "seconds": self.seconds,
             "faster": self.faster,
-            "loyalty": self.loyalty,
+            "fidelity": self.fidelity,
         }
 
 
@@ -115,12 +121,12 @@ def check(
     with torch.inference_mode():
         dense = [whole(model, each) for each in some]
         for i, (method, handle) in enumerate(zip(methods, handles, strict=True), 1):
-            before, after, loyalty = 0, 0, []
+            before, after, fidelity = 0, 0, []
             for each, wanted in zip(some, dense, strict=True):
-                loyalty.append(near(whole(networks[i], each), wanted))
+                fidelity.append(near(whole(networks[i], each), wanted))
                 before, after = before + sum(handle.report.before), after + sum(handle.report.after)
             faster = median(d / s for d, s in zip(took["0"], took[str(i)], strict=True))
-            rows.append(Checked(method, (before, after), median(took[str(i)]), faster, mean(loyalty)))
+            rows.append(Checked(method, (before, after), median(took[str(i)]), faster, mean(fidelity)))
             rows[0] = replace(rows[0], tokens=(before, before))
     return rows
 

@@ -144,18 +144,18 @@ def show_check(rows: Sequence[Checked], result: Mapping[str, Any]) -> None:
     """The table of `vtc bench --self-check`."""
     console = Console(highlight=False)
     console.print(f"\n[bold]{escape(result['model'])}[/bold], {result['images']} pictures, one at a time")
-    heads = ("method", "budget", "image tokens", "ms", "times as fast", "loyalty")
+    heads = ("method", "budget", "image tokens", "ms", "times as fast", "fidelity")
     table = _table("Dense and compressed in turns, medians over rounds", *heads, left=(0,), gap=(0, 0))
     for row in rows:
         method, budget = "dense", ""
         if row.method is not None:
             options = row.method.options()
             method, budget = row.method.label, next(f"{k} {options[k]:g}" for k in ("keep", "flops") if options.get(k))
-        found = (f"{1e3 * row.seconds:.0f}", f"{row.faster:.2f}", f"{row.loyalty:.3f}")
+        found = (f"{1e3 * row.seconds:.0f}", f"{row.faster:.2f}", f"{row.fidelity:.3f}")
         table.add_row(method, budget, str(row.tokens[1]), *found)
     console.print(table)
     console.print(
-        "[dim]ms: to the first token of every answer, or an encoder's calls, all pictures together. loyalty: how much "
+        "[dim]ms: to the first token of every answer, or an encoder's calls, all pictures together. fidelity: how much "
         "of the dense answer is repeated before another word comes; of an encoder, the cosine to the dense features."
         "[/dim]"
     )

@@ -1,7 +1,7 @@
 """`vtc eval scenes`: does a multimodal LLM still answer right with fewer visual tokens?
 
 Every question about `vtc.eval.scenes` is asked of the dense model and of every method at every budget, over several
-seeds, each with its own pictures of the test split. Accuracy is the share of right answers, loyalty that of answers
+seeds, each with its own pictures of the test split. Accuracy is the share of right answers, fidelity that of answers
 that are the dense model's. Work is split into cells (method, budget, seed); those that are done lie in the output
 folder, so that a run that was stopped goes on, and several processes of `accelerate launch` share them.
 """
@@ -277,12 +277,12 @@ def _results(
             row = {"method": cell.label, "keep": cell.keep, "tokens": found.get("tokens", whole), "kind": kind}
             row |= {"seed": cell.seed, "n": len(at)}
             row |= {"accuracy": mean(float(found["said"][i] == those[i].answer) for i in at)}
-            row |= {"loyalty": mean(float(found["said"][i] == dense[i]) for i in at)}
+            row |= {"fidelity": mean(float(found["said"][i] == dense[i]) for i in at)}
             rows.append(row | {"seconds": found["seconds"] * len(at) / len(those)})
     what = ("clips" if setting["frames"] > 1 else "scenes") + _shown(setting)
     about = (
         f"Accuracy of {setting['model']} on {setting['seeds']} x {setting['limit']} {what} of the {setting['split']} "
-        "split, mean of the seeds with its 95 % interval (Student's t); loyalty: answers that are the dense model's. "
+        "split, mean of the seeds with its 95 % interval (Student's t); fidelity: answers that are the dense model's. "
         f"{common.environment()}."
     )
     return Scored("scenes", rows, {}, about, notes={"draw": draw})
@@ -304,12 +304,12 @@ class Scored(Results):
     def table(self, rows: Any = None) -> str:
         summary = summarise(self.rows if rows is None else list(rows))
         kinds = [k for k in dict.fromkeys(r["kind"] for r in self.rows) if k != "all"]
-        head = ["method", "keep", "accuracy", *kinds, "loyalty", "seconds"]
+        head = ["method", "keep", "accuracy", *kinds, "fidelity", "seconds"]
         lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
         for (method, keep), found in summary.items():
             middle, half = found["all"]["accuracy"]
             each = [f"{found[k]['accuracy'][0]:.2f}" if k in found else "" for k in kinds]
-            tail = [f"{found['all']['loyalty'][0]:.3f}", f"{found['all']['seconds'][0]:.1f}"]
+            tail = [f"{found['all']['fidelity'][0]:.3f}", f"{found['all']['seconds'][0]:.1f}"]
             lines.append("| " + " | ".join([method, f"{keep:g}", f"{middle:.3f} ± {half:.3f}", *each, *tail]) + " |")
         return "\n".join(lines)
 
@@ -318,11 +318,11 @@ Summary = dict[tuple[str, float], dict[str, dict[str, tuple[float, float]]]]
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> Summary:
-    """(method, keep) -> kind -> accuracy, loyalty, seconds -> mean over the seeds and half its 95 % interval."""
+    """(method, keep) -> kind -> accuracy, fidelity, seconds -> mean over the seeds and half its 95 % interval."""
     cells: dict[tuple[str, float], dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
         cells.setdefault((row["method"], row["keep"]), {}).setdefault(row["kind"], []).append(row)
-    names = ("accuracy", "loyalty", "seconds")
+    names = ("accuracy", "fidelity", "seconds")
     return {
         cell: {
             kind: {name: common.spread([row[name] for row in mine]) for name in names} for kind, mine in kinds.items()

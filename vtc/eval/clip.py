@@ -105,10 +105,10 @@ def run(
             dense = logits if dense is None else dense
             row = {"method": "dense" if chosen is None else chosen.name, "flops": chosen.flops if chosen else 1.0}
             row |= {"macs_saved": 1 - ratio, "images": len(target), **score(logits, target)}
-            row |= {"loyalty": (logits.argmax(1) == dense.argmax(1)).double().mean().item()}
+            row |= {"fidelity": (logits.argmax(1) == dense.argmax(1)).double().mean().item()}
             rows.append(row | {"seconds": time.perf_counter() - start})
     columns = {"method": "method", "macs_saved": "MACs saved", "images": "images"}
-    columns |= {name: title for name, title in SCORES.items() if name in rows[0]} | {"loyalty": "as dense"}
+    columns |= {name: title for name, title in SCORES.items() if name in rows[0]} | {"fidelity": "as dense"}
     about = (
         f"Zero-shot classification by {model}{f' ({pretrained})' if pretrained else ''} on {data}, {split} split, "
         f"{len(found.classes)} classes, by clip_benchmark; MACs of the vision tower. {common.environment()}."

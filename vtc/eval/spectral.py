@@ -24,10 +24,10 @@ from vtc.budget import per_layer
 from vtc.eval import common, elpv, photos
 from vtc.eval.common import Results
 from vtc.methods import Method
-from vtc.methods.base import Tokens
 from vtc.methods.pitome import PRESETS
 from vtc.scores.attention import head_mean
 from vtc.token_map import TokenMap
+from vtc.tokens import Tokens
 
 LEVELS = (0.55, 0.40)
 MEASURES = ("distance", "pair_cosine", "worst_pair_cosine")

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from vtc.errors import OptionError
-from vtc.methods.base import Method, Tokens
+from vtc.methods.base import Method
 from vtc.methods.cdpruner import CDPruner
 from vtc.methods.dart import DART
 from vtc.methods.divprune import DivPrune
@@ -25,6 +25,7 @@ from vtc.methods.tome import ToMe
 from vtc.methods.visionzip import VisionZip
 from vtc.methods.vispruner import VisPruner
 from vtc.methods.zoo_prune import ZOOPrune
+from vtc.tokens import Tokens
 
 _MATCHING = (PiToMe, ToMe)
 _AT_THE_INPUT = (IDPruner, ZOOPrune, DivPrune, CDPruner, SCOPE, VisPruner, HiPrune, VisionZip, DPCKNN)
@@ -63,7 +64,7 @@ def make(method: str | Method, **options: Any) -> Method:
     if method == "auto":
         raise OptionError(
             'method "auto" is chosen by measuring: vtc.compress(model, "auto", keep="auto", inputs=..., and one of '
-            "ttft=, tokens=, loyalty=); with a budget of your own, name the method"
+            "ttft=, tokens=, fidelity=); with a budget of your own, name the method"
         )
     if method not in METHODS:
         near = difflib.get_close_matches(method, METHODS, n=1)

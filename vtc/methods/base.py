@@ -1,8 +1,8 @@
-"""What every method shares: its budget, and what it sees when it decides."""
+"""What every method shares: its budget, what it says of itself, and what it decides."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,56 +13,7 @@ from vtc.checks import check_fraction, is_int
 from vtc.errors import OptionError
 from vtc.positions.ppe import PPE, Positions, read
 from vtc.token_map import TokenMap
-
-Projector = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """What a method sees at the place where it decides.
-
-    Attributes:
-        features: [B, N, C], the tokens themselves.
-        keys: [B, N, D] attention keys, the mean over heads; None where there is no attention.
-        size: [B, N] float32, what each token already stands for; None = all 1.
-        mask: [B, N] bool, True = real; None = all real.
-        prefix: how many leading tokens (CLS, distillation, registers) are kept alone.
-        grid: (rows, columns) of each image's patches, B of them, None where they fill no rectangle; None = unknown.
-        layer, depth: the layer that decides, of how many.
-
-    At the input of a multimodal LLM, where `features` are the projected image tokens, and only as far as the method's
-    `needs` ask for it and the model has it:
-
-    Attributes:
-        attention: [B, N] float32, what each token received in the vision tower, near its end: from the CLS token where
-            there is one, else summed over all queries. The mean over heads.
-        middle: [B, N] float32, the same in the middle of the tower.
-        inputs: [B, N, P, V] float32, what the projector made each token from: P patches of width V.
-        hidden: [B, N, H], what the projector's first linear map gave; None = not at hand.
-        projector: [B, N, P, V] -> [B, N, C], the model's projector in float32.
-        text: [B, T, C] embeddings of the prompt's text tokens; text_mask: [B, T] bool, True = real.
-        rotary: [B, N, 2] float32, the mean cosine and the mean sine of the decoder's rotary table at each token; only
-            where the method is `turned`.
-        said: takes a sentence for all that `decide` did in place of what its options ask for; None = nobody asks.
-    """
-
-    features: Tensor
-    keys: Tensor | None = None
-    size: Tensor | None = None
-    mask: Tensor | None = None
-    prefix: int = 0
-    grid: tuple[tuple[int, int] | None, ...] | None = None
-    layer: int = 0
-    depth: int = 1
-    attention: Tensor | None = None
-    middle: Tensor | None = None
-    inputs: Tensor | None = None
-    hidden: Tensor | None = None
-    projector: Projector | None = None
-    text: Tensor | None = None
-    text_mask: Tensor | None = None
-    rotary: Tensor | None = None
-    said: list[str] | None = None
+from vtc.tokens import FIELDS, GIVEN, PLACES, Tokens
 
 
 @dataclass(frozen=True)
@@ -107,7 +58,7 @@ class Method:
     groups_frames: ClassVar[bool] = False  # merges once more what is alike in a video's frames: `events_of`
     # Fields of Tokens beyond the features that `decide` reads. A property where it depends on options.
     needs: ClassVar[frozenset[str]] = frozenset()
-    optional: ClassVar[frozenset[str]] = frozenset()  # of those, what `decide` can do without
+    optional: ClassVar[frozenset[str]] = frozenset()  # of those, what `decide` can do without where it is not given
 
     def __post_init__(self) -> None:
         if isinstance(self.r, list):
@@ -135,17 +86,19 @@ class Method:
                 raise OptionError(f"{what}: {self.name} merges nothing; it is for methods that merge, such as dpc_knn")
             if self.where == "tower":
                 raise OptionError(f'{what} is for the decoder, and where="tower" for the layers of the tower')
-        unknown = self.needs - self.optional - ({"keys"} if self.encoder else set()) if self.cascade else set()
-        if unknown:
-            raise OptionError(
-                f"cascade: {self.name} reads the {' and '.join(sorted(unknown))} of the image, which the decoder's "
-                "layers do not have: use dpc_knn, tome or pitome"
-            )
+        missing = self.lacks("decoder") if self.cascade else ""
+        if missing:
+            raise OptionError(f"cascade: {missing}: use dpc_knn, tome or pitome")
 
     @property
     def budget(self) -> Budget:
         """What stays. Raises OptionError."""
         return Budget(self.keep, self.r, self.flops)
+
+    def lacks(self, place: str) -> str:
+        """What it reads that `place`, one of `vtc.tokens.GIVEN`, does not give, in words; "" = nothing."""
+        missing = [FIELDS.get(field, field) for field in sorted(self.needs - self.optional - GIVEN[place])]
+        return f"{self.name} reads {' and '.join(missing)}, which {PLACES[place]} does not give" if missing else ""
 
     @property
     def ppe(self) -> PPE | None:

@@ -8,12 +8,14 @@ from typing import ClassVar
 from torch import Tensor
 
 from vtc import ops
-from vtc.methods.base import Tokens
-from vtc.methods.selector import Selector, checked, evidence, minmax
+from vtc.methods.ranked import Ranked
+from vtc.methods.selector import Selector
+from vtc.scores.simple import minmax
+from vtc.tokens import Tokens
 
 
 @dataclass(frozen=True)
-class CDPruner(Selector):
+class CDPruner(Ranked, Selector):
     """Picks tokens by a determinantal point process that is conditioned on the prompt: greedily maximises
     `det L_S`, `L_ij = r_i cos(v_i, v_j) r_j`.
 
@@ -23,17 +25,16 @@ class CDPruner(Selector):
 
     Higher cosine = more relevant, as the paper says. Implementations in circulation take the negative cosine, between
     CLIP's patches and CLIP's caption; here it is between what the LLM takes in, so results differ from theirs.
+
+    Args:
+        importance: r; the paper's is the default.
     """
+
+    importance: str = "relevance"
 
     name: ClassVar[str] = "cdpruner"
     summary: ClassVar[str] = "keeps tokens that are relevant to the prompt, unlike each other (DPP)"
-    needs: ClassVar[frozenset[str]] = frozenset({"text"})
 
     def pick(self, tokens: Tokens, count: int | Tensor) -> Tensor:
-        from vtc import scores
-
-        text = evidence(tokens, "text", self.name)
-        relevance = scores.relevance(tokens.features, text, tokens.text_mask, said=tokens.said)
-        relevance = checked(relevance, "relevance", tokens)
-        relevance = minmax(relevance, tokens.mask, eps=1e-6, floor=1e-6)
-        return ops.dpp_select(ops.normalize(tokens.features), relevance, count, tokens.mask)
+        weight = minmax(self.weight(tokens), tokens.mask, eps=1e-6, floor=1e-6)
+        return ops.dpp_select(ops.normalize(tokens.features), weight, count, tokens.mask)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from vtc import ops
 from vtc.checks import check_number
-from vtc.methods.base import Tokens
 from vtc.methods.order import joined, marked
-from vtc.methods.selector import Selector, checked, evidence
+from vtc.methods.ranked import checked, require
+from vtc.methods.selector import Selector
+from vtc.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class DART(Selector):
     are kept.
 
     The adapter gives, of the decoder after `layer` layers: hidden states of the image tokens as `Tokens.features`,
-    their keys [B, N, heads x width] as `keys`, and the hidden states of the prompt's text tokens as `text`, **by
-    falling L1 norm of their keys**, real ones first (`text_mask`).
+    their keys [B, N, heads x width] as `decoder_keys`, and the hidden states of the prompt's text tokens as
+    `decoder_text`, **by falling L1 norm of their keys**, real ones first (`text_mask`).
 
     Args:
         layer: how many decoder layers see all tokens.
@@ -38,7 +39,7 @@ class DART(Selector):
 
     name: ClassVar[str] = "dart"
     summary: ClassVar[str] = "keeps the tokens least like a few pivots, inside the LLM"
-    needs: ClassVar[frozenset[str]] = frozenset({"keys", "text"})
+    needs: ClassVar[frozenset[str]] = frozenset({"decoder_keys", "decoder_text"})
     in_decoder: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -47,7 +48,7 @@ class DART(Selector):
         check_number("pivots", self.pivots, 1, whole=True)
 
     def pick(self, tokens: Tokens, count: int | Tensor) -> Tensor:
-        keys, text = (evidence(tokens, field, self.name) for field in ("keys", "text"))
+        keys, text = (require(tokens, field, self.name) for field in ("decoder_keys", "decoder_text"))
         batch, total, width = tokens.features.shape
         free = torch.ones(batch, total, dtype=torch.bool, device=keys.device) if tokens.mask is None else tokens.mask
         left = torch.as_tensor(count, device=keys.device).expand(batch)

@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from vtc import ops
-from vtc.methods.base import Tokens
 from vtc.methods.selector import Selector
+from vtc.tokens import Tokens
 
 
 @dataclass(frozen=True)

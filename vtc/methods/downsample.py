@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from vtc.errors import OptionError
-from vtc.methods.base import Method, Tokens
+from vtc.methods.base import Method
 from vtc.token_map import TokenMap
+from vtc.tokens import Tokens
 
 
 @dataclass(frozen=True)

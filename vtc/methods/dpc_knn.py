@@ -11,10 +11,11 @@ from torch import Tensor
 from vtc import ops
 from vtc.checks import check_fraction, check_number
 from vtc.errors import OptionError
-from vtc.methods.base import Method, Tokens
+from vtc.methods.base import Method
 from vtc.methods.order import marked
 from vtc.methods.selector import stays
 from vtc.token_map import TokenMap
+from vtc.tokens import Tokens
 
 
 @dataclass(frozen=True)

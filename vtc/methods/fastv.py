@@ -9,26 +9,28 @@ from torch import Tensor
 
 from vtc import ops
 from vtc.checks import check_number
-from vtc.methods.base import Tokens
-from vtc.methods.selector import Selector, checked, evidence
+from vtc.methods.ranked import Ranked
+from vtc.methods.selector import Selector
+from vtc.tokens import Tokens
 
 
 @dataclass(frozen=True)
-class FastV(Selector):
+class FastV(Ranked, Selector):
     """Inside the LLM: keeps the K image tokens to which the prompt's last token attends the most after `layer` layers.
 
-    The adapter gives that attention as `Tokens.attention`: the query of the last token that is no image token, softmax
-    over the image's keys, mean over the heads. (The paper's softmax is over all keys.)
+    The adapter gives that attention as `Tokens.prompt_attention`: the query of the last token that is no image token,
+    softmax over the image's keys, mean over the heads. (The paper's softmax is over all keys.)
 
     Args:
         layer: how many decoder layers see all tokens.
+        importance: in the place of that attention, a score that can be had inside the decoder.
     """
 
+    importance: str = "prompt_attention"
     layer: int = 2
 
     name: ClassVar[str] = "fastv"
     summary: ClassVar[str] = "keeps the tokens the prompt attends to, inside the LLM"
-    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
     in_decoder: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -36,5 +38,4 @@ class FastV(Selector):
         check_number("layer", self.layer, 0, whole=True)
 
     def pick(self, tokens: Tokens, count: int | Tensor) -> Tensor:
-        score = checked(evidence(tokens, "attention", self.name), "attention", tokens)
-        return ops.top_select(score, count, tokens.mask)
+        return ops.top_select(self.weight(tokens), count, tokens.mask)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from vtc import ops
 from vtc.errors import OptionError
-from vtc.methods.base import Tokens
 from vtc.methods.downsample import cells, coarse_grid
 from vtc.methods.order import joined, marked
+from vtc.tokens import Tokens
 
 Frame = float | str
 KINDS = ("grid", "corners", "rotary")

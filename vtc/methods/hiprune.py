@@ -11,12 +11,13 @@ from torch import Tensor
 from vtc import ops
 from vtc.checks import check_number
 from vtc.errors import OptionError
-from vtc.methods.base import Tokens
-from vtc.methods.selector import Selector, checked, each, evidence
+from vtc.methods.ranked import Ranked, checked, require
+from vtc.methods.selector import Selector, each
+from vtc.tokens import Tokens
 
 
 @dataclass(frozen=True)
-class HiPrune(Selector):
+class HiPrune(Ranked, Selector):
     """Anchors, their neighbours, and the rest by attention: the `round(K alpha / 5)` tokens (at least 1 from K = 5 on)
     that received the most attention in the middle of the vision tower, the four around each, then those that received
     the most near its end, until K.
@@ -27,23 +28,25 @@ class HiPrune(Selector):
 
     Args:
         alpha: the share of K that goes to anchors and their neighbours.
+        importance: of the rest, in the place of the attention near the tower's end.
     """
 
+    importance: str = "attention"
     alpha: float = 0.1
 
     name: ClassVar[str] = "hiprune"
     summary: ClassVar[str] = "keeps attended tokens of the tower's middle with neighbours, and of its end"
-    needs: ClassVar[frozenset[str]] = frozenset({"attention", "middle", "grid"})
+    reads: ClassVar[frozenset[str]] = frozenset({"middle", "grid"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("alpha", self.alpha, 0, 1)
 
     def pick(self, tokens: Tokens, count: int | Tensor) -> Tensor:
-        attention = checked(evidence(tokens, "attention", self.name), "attention", tokens)
-        middle = checked(evidence(tokens, "middle", self.name), "attention in the middle", tokens)
-        batch, total = attention.shape
-        device, grid = attention.device, evidence(tokens, "grid", self.name)
+        importance = self.weight(tokens)
+        middle = checked(require(tokens, "middle", self.name), "attention in the middle", tokens)
+        batch, total = importance.shape
+        device, grid = importance.device, require(tokens, "grid", self.name)
         mask = torch.ones(batch, total, dtype=torch.bool, device=device) if tokens.mask is None else tokens.mask
         real = mask.sum(1)
         if [rows * columns for rows, columns in grid] != real.tolist():
@@ -61,7 +64,7 @@ class HiPrune(Selector):
         around = token.gather(1, around).masked_fill((anchors < 0).repeat_interleave(4, 1), -1)
 
         # a token's priority is the first place it has in the list of all wishes
-        wishes = torch.cat([anchors, around, ops.top_select(attention, total, mask)], 1)
+        wishes = torch.cat([anchors, around, ops.top_select(importance, total, mask)], 1)
         at = torch.arange(wishes.shape[1], device=device).expand_as(wishes)
         first = at.new_full((batch, total + 1), wishes.shape[1])
         first = first.scatter_reduce(1, torch.where(wishes < 0, total, wishes), at, "amin")

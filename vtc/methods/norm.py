@@ -8,19 +8,24 @@ from typing import ClassVar
 from torch import Tensor
 
 from vtc import ops
-from vtc.methods.base import Tokens
-from vtc.methods.selector import Selector, checked
+from vtc.methods.ranked import Ranked
+from vtc.methods.selector import Selector
+from vtc.tokens import Tokens
 
 
 @dataclass(frozen=True)
-class Norm(Selector):
+class Norm(Ranked, Selector):
     """Keeps the K tokens of largest L2 norm, `|v_i|`. Costs nothing and agrees with dearer scores more than one would
-    think, so a score has to be compared with it."""
+    think, so a score has to be compared with it.
+
+    Args:
+        importance: another score to rank by, alone, without regard to what the tokens have in common.
+    """
+
+    importance: str = "norm"
 
     name: ClassVar[str] = "norm"
     summary: ClassVar[str] = "keeps the longest tokens, by L2 norm (baseline)"
 
     def pick(self, tokens: Tokens, count: int | Tensor) -> Tensor:
-        from vtc import scores
-
-        return ops.top_select(checked(scores.norm(tokens.features), "norm", tokens), count, tokens.mask)
+        return ops.top_select(self.weight(tokens), count, tokens.mask)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from vtc import ops
 from vtc.errors import OptionError
-from vtc.methods.base import Method, Tokens
+from vtc.methods.base import Method
 from vtc.ops.definitions import ENERGIES
 from vtc.token_map import TokenMap
+from vtc.tokens import Tokens
 
 # What each name stands for. `margin` runs linearly from the first value (first layer) to the second (one past the
 # last); `protect` is the span of the depth, as fractions, in which informative tokens are protected.
@@ -95,13 +96,17 @@ class PiToMe(Method):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"keys"}) if self.option("metric") == "keys" else frozenset()
+        return frozenset({"layer_keys"}) if self.option("metric") == "keys" else frozenset()
+
+    @property
+    def optional(self) -> frozenset[str]:  # type: ignore[override]
+        return self.needs
 
     def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
         share = tokens.layer / tokens.depth
         start, end = self.option("margin")
         low, high = self.option("protect")
-        metric = tokens.features if tokens.keys is None or not self.needs else tokens.keys
+        metric = tokens.features if tokens.layer_keys is None or not self.needs else tokens.layer_keys
         return pitome_round(
             metric,
             r,

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from vtc import ops
 from vtc.checks import check_seed
-from vtc.methods.base import Method, Tokens
+from vtc.methods.base import Method
 from vtc.token_map import TokenMap
+from vtc.tokens import Tokens
 
 
 @dataclass(frozen=True)

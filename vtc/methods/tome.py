@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from vtc import ops
-from vtc.methods.base import Method, Tokens
+from vtc.methods.base import Method
 from vtc.token_map import TokenMap
+from vtc.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,11 @@ class ToMe(Method):
 
     name: ClassVar[str] = "tome"
     summary: ClassVar[str] = "merges the most similar pairs of an alternating split"
-    needs: ClassVar[frozenset[str]] = frozenset({"keys"})
+    needs: ClassVar[frozenset[str]] = frozenset({"layer_keys"})
+    optional: ClassVar[frozenset[str]] = needs
 
     def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
-        metric = tokens.features if tokens.keys is None else tokens.keys
+        metric = tokens.features if tokens.layer_keys is None else tokens.layer_keys
         return tome_round(metric, r, tokens.prefix, tokens.mask, tokens.size)
 
 

@@ -9,44 +9,50 @@ import torch
 from torch import Tensor
 
 from vtc import ops
-from vtc.methods.base import Method, Tokens
 from vtc.methods.order import marked, packed
-from vtc.methods.selector import checked, each, evidence, stays
+from vtc.methods.ranked import Ranked, checked, require
+from vtc.methods.selector import each, stays
 from vtc.token_map import TokenMap
+from vtc.tokens import Tokens
 
 _TARGETS = 10 / 64  # the part of K that others merge into: 10 of the paper's 64 tokens
 
 
 @dataclass(frozen=True)
-class VisionZip(Method):
+class VisionZip(Ranked):
     """Dominant tokens stay alone, the others merge into a few of them at regular distances.
 
     Of K tokens, `K_t = max(1, round(10 K / 64))` are targets and the other K - K_t dominant: those that received the
     most attention in the vision tower. Of the tokens that are not dominant, in raster order, every
     `(their number // K_t)`-th is a target, K_t of them; each of the others joins the target whose attention key has
     the highest cosine to its own. A row is the plain mean of its members.
+
+    Args:
+        importance: of the dominant tokens; the paper's is the default.
     """
+
+    importance: str = "attention"
 
     name: ClassVar[str] = "visionzip"
     summary: ClassVar[str] = "keeps attended tokens, merges the others into evenly spaced ones"
     halves: ClassVar[bool] = False
     one_shot: ClassVar[bool] = True
     encoder: ClassVar[bool] = False
-    needs: ClassVar[frozenset[str]] = frozenset({"attention", "keys"})
+    reads: ClassVar[frozenset[str]] = frozenset({"keys"})
 
     def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
-        attention = checked(evidence(tokens, "attention", self.name), "attention", tokens)
-        keys = evidence(tokens, "keys", self.name)
+        importance = self.weight(tokens)
+        keys = require(tokens, "keys", self.name)
         checked(keys.float().sum(-1), "attention keys", tokens)
         unit = ops.normalize(keys)
-        batch, total = attention.shape
-        device, count = attention.device, stays(tokens, r)
-        mask = torch.ones_like(attention, dtype=torch.bool) if tokens.mask is None else tokens.mask
+        batch, total = importance.shape
+        device, count = importance.device, stays(tokens, r)
+        mask = torch.ones_like(importance, dtype=torch.bool) if tokens.mask is None else tokens.mask
         if not total:
             return TokenMap.identity(batch, total, device)
         keep = torch.as_tensor(count, device=device).expand(batch)
         aims = torch.tensor([min(k, max(1, round(k * _TARGETS))) for k in each(count, batch)], device=device)
-        dominant = marked(ops.top_select(attention, keep - aims, mask), total)
+        dominant = marked(ops.top_select(importance, keep - aims, mask), total)
 
         others = mask & ~dominant
         place = others.long().cumsum(1) - 1  # among the others

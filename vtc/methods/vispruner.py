@@ -11,16 +11,17 @@ from torch import Tensor
 
 from vtc import ops
 from vtc.checks import check_number
-from vtc.methods.base import Tokens
 from vtc.methods.order import joined, marked, packed
-from vtc.methods.selector import Selector, checked, each, evidence
+from vtc.methods.ranked import Ranked
+from vtc.methods.selector import Selector, each
 from vtc.ops import definitions, selection
+from vtc.tokens import Tokens
 
 _PER_ROUND = 8  # duplicates that go at a time
 
 
 @dataclass(frozen=True)
-class VisPruner(Selector):
+class VisPruner(Ranked, Selector):
     """Important tokens first, then different ones: the `round(K fraction)` tokens that received the most attention in
     the vision tower, and of the rest what remains when duplicates go.
 
@@ -30,27 +31,28 @@ class VisPruner(Selector):
 
     Args:
         fraction: the share of K that attention decides on.
+        importance: in the place of that attention.
     """
 
+    importance: str = "attention"
     fraction: float = 0.5
 
     name: ClassVar[str] = "vispruner"
     summary: ClassVar[str] = "keeps attended tokens, and of the others those without a duplicate"
-    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("fraction", self.fraction, 0, 1)
 
     def pick(self, tokens: Tokens, count: int | Tensor) -> Tensor:
-        attention = checked(evidence(tokens, "attention", self.name), "attention", tokens)
-        batch, total = attention.shape
-        mask = torch.ones_like(attention, dtype=torch.bool) if tokens.mask is None else tokens.mask
+        importance = self.weight(tokens)
+        batch, total = importance.shape
+        mask = torch.ones_like(importance, dtype=torch.bool) if tokens.mask is None else tokens.mask
         counts = each(count, batch)
-        important = [self.important(k) for k in counts]
-        top = ops.top_select(attention, torch.tensor(important, device=mask.device), mask)
+        first = [self.important(k) for k in counts]
+        top = ops.top_select(importance, torch.tensor(first, device=mask.device), mask)
         rest = mask & ~marked(top, total)
-        rest = distinct(ops.normalize(tokens.features), rest, [k - n for k, n in zip(counts, important, strict=True)])
+        rest = distinct(ops.normalize(tokens.features), rest, [k - n for k, n in zip(counts, first, strict=True)])
         return joined(top, rest)[:, : max(counts, default=0)]
 
     def important(self, k: int) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -11,15 +12,18 @@ from torch import Tensor
 from vtc import ops
 from vtc.checks import check_number, check_seed
 from vtc.errors import OptionError
-from vtc.methods.base import Tokens
-from vtc.methods.selector import Selector, checked, evidence, minmax
+from vtc.methods.ranked import Ranked
+from vtc.methods.selector import Selector
+from vtc.scores.registry import Score
+from vtc.scores.simple import minmax
+from vtc.tokens import Tokens
 
 # A projector that is linear is equally sensitive everywhere; what differs then is rounding.
 _FLAT = 1e-3
 
 
 @dataclass(frozen=True)
-class ZOOPrune(Selector):
+class ZOOPrune(Ranked, Selector):
     """Picks, one after the other, the token to which the projector M is sensitive and that is unlike those picked
     before: `argmax_i S_i (1 - max_(j picked) cos(z_i, z_j))`, the most sensitive one first, z = M(x).
 
@@ -31,8 +35,10 @@ class ZOOPrune(Selector):
         step: h. Not used where the closed form is.
         exact: the limit h -> 0 in closed form: "auto" where the projector allows it, True = required, False = never.
         seed: of the directions.
+        importance: in the place of S; the four options before are of the sensitivity.
     """
 
+    importance: str = "sensitivity"
     probes: int = 64
     step: float = 0.01
     exact: bool | str = "auto"
@@ -40,7 +46,7 @@ class ZOOPrune(Selector):
 
     name: ClassVar[str] = "zoo_prune"
     summary: ClassVar[str] = "keeps tokens to which the projector is sensitive, unlike each other"
-    needs: ClassVar[frozenset[str]] = frozenset({"inputs", "projector"})
+    _how: ClassVar[frozenset[str]] = frozenset({"probes", "step", "exact", "seed"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,24 +57,18 @@ class ZOOPrune(Selector):
             raise OptionError("step=0: it takes a number > 0")
         if not isinstance(self.exact, bool) and self.exact != "auto":
             raise OptionError(f'exact={self.exact!r} is unknown; choose "auto", True or False')
+        if (self.scorer or self.importance != "sensitivity") and self._how & self.options().keys():
+            given = ", ".join(f"{name}=" for name in sorted(self._how & self.options().keys()))
+            raise OptionError(f"{given} belongs to the sensitivity, which importance={self.importance!r} does not read")
+
+    def score(self, tokens: Tokens) -> Score:
+        found = super().score(tokens)
+        if found.name != "sensitivity":
+            return found
+        return replace(found, of=partial(found.of, **{name: getattr(self, name) for name in self._how}))
 
     def pick(self, tokens: Tokens, count: int | Tensor) -> Tensor:
-        from vtc import scores
-
-        projector, inputs = (evidence(tokens, field, self.name) for field in ("projector", "inputs"))
-        sensitivity = scores.sensitivity(
-            projector,
-            inputs,
-            probes=self.probes,
-            step=self.step,
-            exact=self.exact,
-            seed=self.seed,
-            mask=tokens.mask,
-            hidden=tokens.hidden,
-            said=tokens.said,
-        )
-        sensitivity = checked(sensitivity, "sensitivity", tokens)
-        scaled = normalized(sensitivity, tokens.mask)
+        scaled = normalized(self.weight(tokens), tokens.mask)
         return ops.greedy_select(ops.normalize(tokens.features), scaled, count, "sads", mask=tokens.mask)
 
 

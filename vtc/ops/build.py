@@ -45,14 +45,14 @@ class BuildError(RuntimeError):
         self.output = output
 
 
-def compile(kind: str, target: Path) -> None:
+def compile(kind: str, target: Path, source: Path | None = None) -> None:
     """Call the compiler itself: torch's own builders want ninja and Python's headers, and none for CUDA beside a CPU
-    build of torch."""
+    build of torch. source: another file than vtc's own."""
     torch = find_spec("torch")
     if torch is None or torch.origin is None:
         raise BuildError("torch is not here, whose headers the kernels need")
     home = Path(torch.origin).parent
-    command = [*compiler(kind), *FLAGS[kind], f"-I{home / 'include'}", str(sources(kind)[0]), "-o", str(target)]
+    command = [*compiler(kind), *FLAGS[kind], f"-I{home / 'include'}", str(source or sources(kind)[0]), "-o", str(target)]
     command += [f"-L{home / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     null, pipe, both = subprocess.DEVNULL, subprocess.PIPE, subprocess.STDOUT
     try:

@@ -4,7 +4,7 @@
 
 Weights are files of ours: safetensors with the tensors `query.weight` [h, D], `query.bias` [h], `key.weight` [h, D],
 `key.bias` [h] and metadata (format, version, model). The names that published checkpoints use are not known to vtc:
-rename their tensors and write them with `save_selector`.
+rename their tensors and write them with `save_scorer`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_BYTES = 1 << 30  # the largest published scorer, 4096 x 2048 twice in float3
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
-class Selector(nn.Module):
+class Scorer(nn.Module):
     """Scores every visual token by its mean product with all of them. No softmax, no text, no N x N matrix.
 
     Args:
@@ -44,7 +44,7 @@ class Selector(nn.Module):
         """
         if features.ndim != 3 or features.shape[-1] != self.width:
             of = f" (trained for {self.model})" if self.model else ""
-            raise InputError(f"the selector{of} reads [B, N, {self.width}], the features are {tuple(features.shape)}")
+            raise InputError(f"the scorer{of} reads [B, N, {self.width}], the features are {tuple(features.shape)}")
         check_mask(mask, features.shape[:2])
         with torch.autocast(features.device.type, enabled=False):
             x = features.float()
@@ -103,41 +103,41 @@ def diff_top_k(w: Tensor, keep: float | int, mask: Tensor | None = None) -> Tens
     return weigh(t - (total - total.detach()) / slope)
 
 
-def save_selector(selector: Selector, path: str | Path) -> None:
+def save_scorer(scorer: Scorer, path: str | Path) -> None:
     """Write the weights as safetensors, with the format, its version and the model's name in the metadata."""
-    metadata = {"format": FORMAT, "version": str(VERSION), "model": selector.model}
-    tensors = {name: tensor.detach().contiguous() for name, tensor in selector.state_dict().items()}
+    metadata = {"format": FORMAT, "version": str(VERSION), "model": scorer.model}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in scorer.state_dict().items()}
     _safetensors().torch.save_file(tensors, str(path), metadata=metadata)
 
 
-def load_selector(path: str | Path) -> Selector:
-    """Read what `save_selector` wrote. Nothing in the file is executed: any other format is refused, pickles too."""
+def load_scorer(path: str | Path) -> Scorer:
+    """Read what `save_scorer` wrote. Nothing in the file is executed: any other format is refused, pickles too."""
     path = Path(path)
     if not path.is_file():
-        raise OptionError(f"{path}: there is no such file; a selector is a file that vtc.scores.save_selector wrote")
+        raise OptionError(f"{path}: there is no such file; a scorer is a file that vtc.scores.save_scorer wrote")
     if path.stat().st_size > MAX_BYTES:
-        raise OptionError(f"{path} has {path.stat().st_size} bytes; a selector has at most {MAX_BYTES}")
+        raise OptionError(f"{path} has {path.stat().st_size} bytes; a scorer has at most {MAX_BYTES}")
     safetensors = _safetensors()
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            selector = _described(path, file)
+            scorer = _described(path, file)
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise OptionError(f"{path} is no safetensors file ({error}); no other format is read") from None
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{path}: tensor {name!r} holds NaN or infinity")
-    selector.load_state_dict(tensors, assign=True)
-    return selector.requires_grad_(False).eval()
+    scorer.load_state_dict(tensors, assign=True)
+    return scorer.requires_grad_(False).eval()
 
 
-def _described(path: Path, file: Any) -> Selector:
-    """An empty selector of the sizes the header speaks of, or OptionError, before any tensor is read."""
+def _described(path: Path, file: Any) -> Scorer:
+    """An empty scorer of the sizes the header speaks of, or OptionError, before any tensor is read."""
     metadata = file.metadata() or {}
     if metadata.get("format") != FORMAT:
         raise OptionError(
             f"{path}: the metadata says format {metadata.get('format')!r}, not {FORMAT!r}: load the tensors yourself, "
-            "put them into vtc.scores.Selector and write it with save_selector"
+            "put them into vtc.scores.Scorer and write it with save_scorer"
         )
     if metadata.get("version") != str(VERSION):
         raise OptionError(f"{path} is of version {metadata.get('version')!r}, this vtc reads {VERSION}: update vtc")
@@ -147,16 +147,16 @@ def _described(path: Path, file: Any) -> Selector:
     if not hidden or not width:
         raise OptionError(f"{path}: tensor 'query.weight' is {shapes.get('query.weight', 'missing')}, expected [h, D]")
     with torch.device("meta"):
-        selector = Selector(width, hidden, metadata.get("model", ""))
-    expected = {name: tuple(tensor.shape) for name, tensor in selector.state_dict().items()}
+        scorer = Scorer(width, hidden, metadata.get("model", ""))
+    expected = {name: tuple(tensor.shape) for name, tensor in scorer.state_dict().items()}
     for name in sorted(expected.keys() | shapes.keys()):
         if name not in expected:
-            raise OptionError(f"{path}: tensor {name!r} does not belong to a selector ({', '.join(expected)})")
+            raise OptionError(f"{path}: tensor {name!r} does not belong to a scorer ({', '.join(expected)})")
         if shapes.get(name) != expected[name]:
             raise OptionError(f"{path}: tensor {name!r} is {shapes.get(name, 'missing')}, expected {expected[name]}")
         if header[name].get_dtype() not in _DTYPES:
             raise OptionError(f"{path}: tensor {name!r} is {header[name].get_dtype()}, expected a float type")
-    return selector
+    return scorer
 
 
 def _safetensors() -> Any:
@@ -164,5 +164,5 @@ def _safetensors() -> Any:
         import safetensors
         import safetensors.torch
     except ImportError:
-        raise OptionError("selector files need safetensors: pip install 'vtc-torch[hf]'") from None
+        raise OptionError("files of scorers need safetensors: pip install 'vtc-torch[hf]'") from None
     return safetensors

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vtc.errors import OptionError, VTCError
-from vtc.scores.scorer import save_selector
+from vtc.scores.scorer import save_scorer
 from vtc.train.data import open_examples
-from vtc.train.loop import train_selector
+from vtc.train.loop import train_scorer
 from vtc.train.selection import SELECTIONS
 
 
@@ -65,7 +65,7 @@ def _command(args: argparse.Namespace) -> int:
     losses = list[float]()
     options = ("keep", "steps", "accumulate", "lr", "selection", "hidden", "seed", "checkpoint", "save_every")
     given = {name: getattr(args, name) for name in options}
-    save_selector(train_selector(model, data, on_step=lambda _, loss: losses.append(loss), **given), args.out)
+    save_scorer(train_scorer(model, data, on_step=lambda _, loss: losses.append(loss), **given), args.out)
     part = max(1, len(losses) // 10)
     trend = f"loss {sum(losses[:part]) / part:.4f} -> {sum(losses[-part:]) / part:.4f}, " if losses else ""
     sys.stdout.write(f"{len(losses)} step{'s' * (len(losses) != 1)}, {trend}written to {args.out}\n")

@@ -18,13 +18,13 @@ from vtc.adapters.multimodal.find import MultimodalSite
 from vtc.adapters.multimodal.find import find as find_llms
 from vtc.adapters.patch import Patch
 from vtc.errors import InputError, OptionError, UnsupportedModelError
-from vtc.scores.scorer import Selector
+from vtc.scores.scorer import Scorer
 from vtc.train.selection import SELECTIONS, Selection, selecting
 
 _FORMAT = "vtc-selector-training-1"
 
 
-def train_selector(
+def train_scorer(
     model: nn.Module,
     batches: Iterable[dict[str, Any]] | Dataset[dict[str, Any]],
     *,
@@ -38,13 +38,13 @@ def train_selector(
     selection: str = "soft",
     fill: str = "mean",
     seed: int = 0,
-    selector: Selector | None = None,
+    scorer: Scorer | None = None,
     checkpoint: str | Path | None = None,
     save_every: int = 100,
     progress: bool = True,
     on_step: Callable[[int, float], None] | None = None,
-) -> Selector:
-    """A scorer for `vtc.compress(model, "idpruner", scorer=path)`, once `vtc.scores.save_selector` has written it.
+) -> Scorer:
+    """A scorer for `vtc.compress(model, "idpruner", scorer=path)`, once `vtc.scores.save_scorer` has written it.
 
     The model runs in the mode it is in (in train mode gradient checkpointing works, and dropout too), without a cache;
     its tower runs without gradients. Afterwards it is as it was, also after an exception.
@@ -65,7 +65,7 @@ def train_selector(
             or 0 as in VisionSelector ("zero"). A decoder normalises what it takes in, so that a token which is only
             made smaller still says all that it has to say; one that is made like all others does not.
         seed: of the first weights. The same seed, batches and machine give the same scorer.
-        selector: weights to start from instead; they are copied.
+        scorer: weights to start from instead; they are copied.
         checkpoint: a safetensors file, written every `save_every` steps and at the end, with the optimizer's state. If
             it is there, training goes on from it as if there had been no break.
         progress: a bar, on terminals. on_step: called with the number of steps done and the last one's loss.
@@ -89,14 +89,14 @@ def train_selector(
     if selection not in SELECTIONS:
         raise OptionError(f"selection={selection!r}: it takes one of {', '.join(SELECTIONS)}")
     gate = _gate(model)
-    selector = _start(model, gate, hidden, seed, selector)
-    optimizer = torch.optim.AdamW(selector.parameters(), lr=lr, weight_decay=0.0)
+    scorer = _start(model, gate, hidden, seed, scorer)
+    optimizer = torch.optim.AdamW(scorer.parameters(), lr=lr, weight_decay=0.0)
     run: dict[str, Any] = {"keep": keep, "steps": steps, "lr": lr, "warmup": warmup, "anneal": anneal, "seed": seed}
     run |= {"accumulate": accumulate, "selection": selection, "fill": fill}
-    run |= {"width": selector.width, "hidden": selector.hidden}
-    done = 0 if checkpoint is None else _resume(Path(checkpoint), run, selector, optimizer)
+    run |= {"width": scorer.width, "hidden": scorer.hidden}
+    done = 0 if checkpoint is None else _resume(Path(checkpoint), run, scorer, optimizer)
     given, bar = _stream(batches, done * accumulate), _bar(steps, done, progress)
-    chosen = Selection(gate, selector, selection, fill)
+    chosen = Selection(gate, scorer, selection, fill)
     with selecting(model, chosen), bar, torch.enable_grad():
         for step in range(done, steps):
             chosen.keep = 1 + (keep - 1) * (min(1.0, step / (anneal * steps)) if anneal else 1.0)
@@ -106,7 +106,7 @@ def train_selector(
                 loss = chosen.loss(model, next(given)) / accumulate
                 loss.backward()
                 total += float(loss.detach())
-            slope = float(nn.utils.clip_grad_norm_(selector.parameters(), 1.0))
+            slope = float(nn.utils.clip_grad_norm_(scorer.parameters(), 1.0))
             if not math.isfinite(total) or not math.isfinite(slope):
                 raise InputError(
                     f"step {step + 1}: the loss is {total:g} and its gradient {slope:g}: look at that batch, take a "
@@ -115,12 +115,12 @@ def train_selector(
             optimizer.step()
             optimizer.zero_grad()
             if checkpoint is not None and ((step + 1) % save_every == 0 or step + 1 == steps):
-                _save(Path(checkpoint), run, step + 1, selector, optimizer)
+                _save(Path(checkpoint), run, step + 1, scorer, optimizer)
             bar.set_postfix(loss=f"{total:.4f}", budget=f"{chosen.keep:.2f}", refresh=False)
             bar.update()
             if on_step is not None:
                 on_step(step + 1, total)
-    return selector.requires_grad_(False).eval()
+    return scorer.requires_grad_(False).eval()
 
 
 # -- a run ----------------------------------------------------------------------------------------------------------
@@ -136,16 +136,16 @@ def _gate(model: nn.Module) -> MultimodalSite:
     return found[0]
 
 
-def _start(model: Any, gate: MultimodalSite, hidden: int | None, seed: int, given: Selector | None) -> Selector:
+def _start(model: Any, gate: MultimodalSite, hidden: int | None, seed: int, given: Scorer | None) -> Scorer:
     width = gate.inner.config.get_text_config().hidden_size
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     if given is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            made = Selector(width, width // 2 if hidden is None else hidden, name)
+            made = Scorer(width, width // 2 if hidden is None else hidden, name)
     elif given.width != width or hidden not in (None, given.hidden):
         want = f"{width} wide, hidden {given.hidden if hidden is None else hidden}"
-        raise OptionError(f"selector= is {given.width} wide, hidden {given.hidden}; this run wants {want}")
+        raise OptionError(f"scorer= is {given.width} wide, hidden {given.hidden}; this run wants {want}")
     else:
         made = copy.deepcopy(given).requires_grad_(True)
     place = gate.inner.get_input_embeddings().weight.device
@@ -175,19 +175,19 @@ def _stream(batches: Any, skip: int) -> Iterator[Any]:
     raise InputError("the batches came to an end before the steps: give a list, a data set or a DataLoader")
 
 
-def _save(path: Path, run: dict[str, Any], step: int, selector: Selector, optimizer: torch.optim.Optimizer) -> None:
+def _save(path: Path, run: dict[str, Any], step: int, scorer: Scorer, optimizer: torch.optim.Optimizer) -> None:
     """Weights and the optimizer's state, in one file that takes the old one's place at once."""
     from safetensors.torch import save_file
 
-    tensors = {name: p.detach() for name, p in selector.named_parameters()}
-    for name, p in selector.named_parameters():
+    tensors = {name: p.detach() for name, p in scorer.named_parameters()}
+    for name, p in scorer.named_parameters():
         tensors |= {f"{name}:{key}": x for key, x in optimizer.state[p].items()}
     part = path.with_name(path.name + ".part")
     save_file(tensors, str(part), {"format": _FORMAT, "step": str(step), "run": json.dumps(run)})
     os.replace(part, path)
 
 
-def _resume(path: Path, run: dict[str, Any], selector: Selector, optimizer: torch.optim.Optimizer) -> int:
+def _resume(path: Path, run: dict[str, Any], scorer: Scorer, optimizer: torch.optim.Optimizer) -> int:
     """How many steps are done, with weights and state as they were then. No file: none."""
     from safetensors import SafetensorError, safe_open
 
@@ -206,7 +206,7 @@ def _resume(path: Path, run: dict[str, Any], selector: Selector, optimizer: torc
     if other := [f"{name}={before.get(name)!r}" for name in run if before.get(name) != run[name]]:
         raise OptionError(f"{path} is of a run with {', '.join(other)}: give the same again, or delete it")
     with torch.no_grad():
-        for name, p in selector.named_parameters():
+        for name, p in scorer.named_parameters():
             p.copy_(tensors[name])
             state = {key.partition(":")[2]: x for key, x in tensors.items() if key.startswith(f"{name}:")}
             optimizer.state[p] = {key: x if key == "step" else x.to(p.device) for key, x in state.items()}

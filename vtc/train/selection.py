@@ -24,7 +24,7 @@ from vtc.adapters.multimodal.find import MultimodalSite
 from vtc.adapters.patch import Patch
 from vtc.errors import InputError, UnsupportedModelError
 from vtc.methods.order import marked
-from vtc.scores.scorer import Selector, diff_top_k
+from vtc.scores.scorer import Scorer, diff_top_k
 
 SELECTIONS = ("soft", "hard")
 _HIDDEN = 1e-6  # the weight of a token that is not seen: at 0 there would be no gradient
@@ -42,8 +42,8 @@ class Selection:
     busy = False  # one encoder may call the other
     seen = False  # there were image tokens in this call
 
-    def __init__(self, gate: MultimodalSite, selector: Selector, how: str, fill: str) -> None:
-        self.gate, self.selector, self.how, self.fill = gate, selector, how, fill
+    def __init__(self, gate: MultimodalSite, scorer: Scorer, how: str, fill: str) -> None:
+        self.gate, self.scorer, self.how, self.fill = gate, scorer, how, fill
         self.weights: dict[str, Tensor] = {}
         self.ids: Tensor | None = None
         if how == "hard":
@@ -58,7 +58,7 @@ class Selection:
         if not hasattr(batch, "items"):
             raise InputError(f"a batch is a {type(batch).__name__}: it takes the keyword arguments of model(...)")
         self.seen = False
-        place = self.selector.query.weight.device
+        place = self.scorer.query.weight.device
         ready = {name: x.to(place) if isinstance(x, Tensor) else x for name, x in batch.items()}
         self.ids = ready.get("input_ids")
         if self.ids is None and self.how == "hard":
@@ -89,7 +89,7 @@ class Selection:
         index = nn.utils.rnn.pad_sequence([unit.rows for unit in units], True, -1)
         index = index.to(output.pooler_output[0].device)
         mask, at = index >= 0, index.clamp(min=0)
-        scores = self.selector.score(_rows(output.pooler_output)[at], mask)
+        scores = self.scorer.score(_rows(output.pooler_output)[at], mask)
         soft = diff_top_k(scores, self.keep, mask)
         if self.how == "hard":
             counts = torch.tensor([max(1, round(n * self.keep)) for n in mask.sum(1).tolist()], device=index.device)

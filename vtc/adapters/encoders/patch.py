@@ -27,10 +27,11 @@ from vtc.adapters.tracing import refuse_traced, rides, tracer
 from vtc.budget import per_layer, resized_count
 from vtc.checks import check_finite
 from vtc.errors import InputError, VTCError
-from vtc.methods.base import Method, Tokens
+from vtc.methods.base import Method
 from vtc.methods.downsample import coarse_grid, pool_map
 from vtc.positions import members
 from vtc.token_map import TokenMap
+from vtc.tokens import Tokens
 
 
 @dataclass(eq=False)
@@ -118,7 +119,7 @@ class EncoderPatch:
             patch = BlockPatch(self, index, block)
             patch.install()
             self.patched.append(patch)
-            if "keys" in self.method.needs and self.site.block.keys is not None:
+            if "layer_keys" in self.method.needs and self.site.block.keys is not None:
                 patch.listen()
         self.site.patchify.register_forward_hook(Hook("saw_patches", self))
         if self.site.naflex is not None:
@@ -185,13 +186,13 @@ class EncoderPatch:
             out = patch.original(x, *args, **kwargs)
             return self.leave(patch, now, out, replace(stage, flow=(*stage.flow, (stage.count(), stage.count()))))
         attended, before = stage.count(), x
-        if not idle and "keys" in self.method.needs:
+        if not idle and "layer_keys" in self.method.needs:
             now.ear = patch
             if block.keys is not None:
                 patch.listen()
         x = x + block.attend(patch.module, x, stage if stage.total is not None else None, args, kwargs)
         if not idle:
-            if "keys" in self.method.needs and block.project is not None:
+            if "layer_keys" in self.method.needs and block.project is not None:
                 self.check_attention(patch)
                 now.keys = block.project(patch.module, before)
             x, stage = self.reduce(patch, now, x, stage, removed)
@@ -229,7 +230,7 @@ class EncoderPatch:
         self, patch: BlockPatch, now: Running, x: Tensor, stage: CallState, removed: int | Tensor
     ) -> tuple[Tensor, CallState]:
         keys, now.keys, now.ear = now.keys, None, None
-        if keys is None and "keys" in self.method.needs:
+        if keys is None and "layer_keys" in self.method.needs:
             raise VTCError(
                 f"block {patch.index} of {self.site.path or 'the model'} attended without showing its keys, which "
                 f'{self.method.name} compares; please report the model, and use metric="hidden" where a method has it'
@@ -241,7 +242,7 @@ class EncoderPatch:
                 )
             tokens = Tokens(
                 features=x.detach(),
-                keys=keys,
+                layer_keys=keys,
                 size=stage.size,
                 mask=stage.mask,
                 prefix=stage.prefix,

@@ -26,8 +26,8 @@ def refusal(site: EncoderSite, method: Method | None) -> str:
         reason = check(site)  # an encoder that is patched has been tried already
         if reason:
             return reason
-    if method is None:
-        return ""
+    if method is None or method.lacks("encoder"):
+        return "" if method is None else method.lacks("encoder")
     if isinstance(method.r, tuple) and len(method.r) != len(site.blocks):
         return f"r= lists {len(method.r)} layers, but the encoder has {len(site.blocks)}"
     if isinstance(method.keep, float) and method.keep < 0.5 and not method.one_shot:

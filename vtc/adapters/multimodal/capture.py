@@ -22,6 +22,7 @@ from vtc.errors import InputError, VTCError
 from vtc.layout import Layout
 from vtc.scores.attention import head_mean
 
+CAPTURED = {"attention", "middle", "keys", "inputs", "projector"}  # fields of Tokens
 _NAME = "vtc_listen"
 # What large images receive from all their patches would cost more than a layer of the decoder: there, each _EVERYth
 # patch is asked (with 2x2 patches to a token, one of each token).

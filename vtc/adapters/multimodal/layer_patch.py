@@ -28,8 +28,9 @@ from vtc.checks import check_finite
 from vtc.decide import decide
 from vtc.errors import InputError
 from vtc.macs import attention
-from vtc.methods.base import Method, Tokens
+from vtc.methods.base import Method
 from vtc.token_map import TokenMap
+from vtc.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -227,18 +228,18 @@ class DecoderPatch:
         keys = key.transpose(1, 2)  # [B, past + L, heads, D]
         chosen = keys[prompts, question.places.clamp(min=0) + call.past]
         fields: dict[str, Any] = {}
-        if "attention" in method.needs:
+        if "prompt_attention" in method.needs:
             last = self.last_words(question, call.words)[prompts[:, 0]]
             asking = query.transpose(1, 2)[prompts[:, 0], last]
-            fields["attention"] = scores.last_query_attention(
+            fields["prompt_attention"] = scores.last_query_attention(
                 asking, chosen.transpose(1, 2), scale=scale, mask=question.mask
             )
         if method.turned:
             fields["rotary"] = question.of_columns(self.positions.means(call.positions))
-        if "keys" in method.needs:
-            fields["keys"] = question.padded(chosen.flatten(2))
-        if "text" in method.needs:
-            fields["text"], fields["text_mask"] = self.text(question, hidden, keys[:, call.past :], call.words)
+        if "decoder_keys" in method.needs:
+            fields["decoder_keys"] = question.padded(chosen.flatten(2))
+        if "decoder_text" in method.needs:
+            fields["decoder_text"], fields["text_mask"] = self.text(question, hidden, keys[:, call.past :], call.words)
         return fields
 
     def words(self, question: TokenBatch, real: Tensor | None) -> Tensor:

@@ -63,7 +63,7 @@ def _refusal(site: MultimodalSite, method: Method | None) -> str:
             'the model with attn_implementation="sdpa"'
         )
     if method.in_decoder:
-        return _layer_refuses(site, method, method.layer)  # type: ignore[attr-defined]
+        return method.lacks("decoder") or _layer_refuses(site, method, method.layer)  # type: ignore[attr-defined]
     reasons = [_layer_refuses(site, method, layer) for layer, _ in method.cascade]
     if method.proportional:
         reasons.append(_bias_refuses(decoder))
@@ -72,7 +72,10 @@ def _refusal(site: MultimodalSite, method: Method | None) -> str:
     if method.groups_frames and VIDEO not in site.family.kinds:
         return "events= merges the frames of videos, and vtc knows this family with images only"
     method.check(decoder.config.hidden_size)
-    needs = (method.needs - method.optional) & {"attention", "middle", "keys"} if not method.encoder else frozenset()
+    missing = method.lacks("input")
+    if missing:
+        return missing
+    needs = (method.needs - method.optional) & {"attention", "middle", "keys"}
     if needs and not site.family.attentions(site.inner):
         return (
             f"{method.name} reads the tower's attention, and {type(site.family.tower(site.inner)).__name__} shows none"

@@ -12,9 +12,10 @@ from vtc.adapters.multimodal.families.base import Modality
 from vtc.decide import Units, regroup
 from vtc.errors import InputError
 from vtc.layout import Layout, Unit
-from vtc.methods.base import Method, Tokens
+from vtc.methods.base import Method
 from vtc.positions import members
 from vtc.token_map import TokenMap
+from vtc.tokens import Tokens
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,100 @@
+"""What a method sees at the place where it decides, and which place gives what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Projector = Callable[[Tensor], Tensor]
+
+# Fields of `Tokens` that a method may name in `needs`, by where it decides.
+GIVEN = {
+    "encoder": frozenset({"layer_keys", "grid"}),
+    "input": frozenset({"attention", "middle", "keys", "inputs", "projector", "text", "grid"}),
+    "decoder": frozenset({"prompt_attention", "decoder_keys", "decoder_text", "grid"}),
+}
+PLACES = {
+    "encoder": "a layer of a vision encoder",
+    "input": "the input of a multimodal LLM's decoder",
+    "decoder": "a layer of a multimodal LLM's decoder",
+}
+# What they are called in messages.
+FIELDS = {
+    "attention": "the attention that each token received near the end of the vision tower",
+    "middle": "the attention that each token received in the middle of the vision tower",
+    "layer_keys": "the layer's attention keys",
+    "keys": "the vision tower's attention keys",
+    "inputs": "what the projector made the tokens from",
+    "projector": "the projector",
+    "text": "the embeddings of the prompt's text",
+    "grid": "the rows and columns of each image's tokens",
+    "prompt_attention": "the attention that each token receives from the prompt's last word",
+    "decoder_keys": "the decoder's attention keys",
+    "decoder_text": "the hidden states of the prompt's text",
+}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a method sees at the place where it decides.
+
+    Attributes:
+        features: [B, N, C], the tokens themselves.
+        size: [B, N] float32, what each token already stands for; None = all 1.
+        mask: [B, N] bool, True = real; None = all real.
+        prefix: how many leading tokens (CLS, distillation, registers) are kept alone.
+        grid: (rows, columns) of each image's patches, B of them, None where they fill no rectangle; None = unknown.
+        layer, depth: the layer that decides, of how many.
+        said: takes a sentence for all that `decide` did in place of what its options ask for; None = nobody asks.
+
+    All others only where the method's `needs` name them. In a layer of a vision encoder:
+
+    Attributes:
+        layer_keys: [B, N, D] that layer's attention keys, the mean over heads; None where it has no attention.
+
+    At the input of a multimodal LLM's decoder, where `features` are the projected image tokens:
+
+    Attributes:
+        attention: [B, N] float32, what each token received in the vision tower, near its end: from the CLS token where
+            there is one, else summed over all queries. The mean over heads.
+        middle: [B, N] float32, the same in the middle of the tower.
+        keys: [B, N, D] attention keys of the tower, near its end, the mean over heads.
+        inputs: [B, N, P, V] float32, what the projector made each token from: P patches of width V.
+        hidden: [B, N, H], what the projector's first linear map gave; None = not at hand.
+        projector: [B, N, P, V] -> [B, N, C], the model's projector in float32.
+        text: [B, T, C] embeddings of the prompt's text tokens; text_mask: [B, T] bool, True = real.
+        rotary: [B, N, 2] float32, the mean cosine and the mean sine of the decoder's rotary table at each token; only
+            where the method is `turned`.
+
+    Between the decoder's layers, where `features` are hidden states:
+
+    Attributes:
+        prompt_attention: [B, N] float32, what each image token receives from the prompt's last word.
+        decoder_keys: [B, N, heads * width], attention keys, all heads side by side.
+        decoder_text: [B, T, H] hidden states of the prompt's text tokens, by falling L1 norm of their keys; which are
+            real is `text_mask`.
+    """
+
+    features: Tensor
+    layer_keys: Tensor | None = None
+    size: Tensor | None = None
+    mask: Tensor | None = None
+    prefix: int = 0
+    grid: tuple[tuple[int, int] | None, ...] | None = None
+    layer: int = 0
+    depth: int = 1
+    attention: Tensor | None = None
+    middle: Tensor | None = None
+    keys: Tensor | None = None
+    inputs: Tensor | None = None
+    hidden: Tensor | None = None
+    projector: Projector | None = None
+    text: Tensor | None = None
+    text_mask: Tensor | None = None
+    rotary: Tensor | None = None
+    prompt_attention: Tensor | None = None
+    decoder_keys: Tensor | None = None
+    decoder_text: Tensor | None = None
+    said: list[str] | None = None
