@@ -230,9 +230,9 @@ def test_models_without_a_gate():
         language_model = get_placeholder_mask = None
 
     with pytest.raises(vtc.UnsupportedModelError, match="^Unknown: no adapter for this multimodal family"):
-        prefill.gate(Unknown())
+        prefill.site_of(Unknown())
     with pytest.raises(vtc.UnsupportedModelError, match="^VisionTransformer is no multimodal LLM that vtc knows"):
-        prefill.gate(model("timm-vit"))
+        prefill.site_of(model("timm-vit"))
 
 
 def test_commands(tmp_path, capsys, monkeypatch):

@@ -100,13 +100,13 @@ def test_budgets(pooled):
 
 
 def gathered(name, case):
-    """The evidence of a call by hand: (gate, {kind: (features, layout, evidence)})."""
+    """The evidence of a call by hand: (site, {kind: (features, layout, evidence)})."""
     model, inputs = zoo.build(name, fresh=True), zoo.inputs(name, case)
-    gate = next(iter(find_llms(model)))
-    evidence = Capture(gate.family, gate.inner, NEEDS)
+    site = next(iter(find_llms(model)))
+    evidence = Capture(site.family, site.inner, NEEDS)
     evidence.install()
     found = {}
-    for kind in gate.family.kinds:
+    for kind in site.family.kinds:
         if kind.pixels not in inputs:
             continue
         evidence.start()
@@ -119,16 +119,16 @@ def gathered(name, case):
             ]
             if kind is VIDEO:
                 want = [n for n in want if n == "video_grid_thw"]
-            output = getattr(gate.inner, kind.encode)(
+            output = getattr(site.inner, kind.encode)(
                 inputs[kind.pixels], **{n: inputs[n] for n in want}, return_dict=True
             )
             heard = evidence.stop()
             lengths = [x.numel() // x.shape[-1] for x in output.pooler_output]
-            layout = gate.family.layout(gate.inner, kind, lengths, inputs)
+            layout = site.family.layout(site.inner, kind, lengths, inputs)
             features = torch.cat([x.reshape(-1, x.shape[-1]) for x in output.pooler_output])
             found[kind.name] = features, layout, evidence.gather(heard, kind, layout, len(features), inputs)
     vtc.remove(model)
-    return gate, found
+    return site, found
 
 
 @pytest.mark.parametrize("case", ["single", "ragged", "video"])
@@ -138,12 +138,12 @@ def test_the_projectors_input_is_each_tokens_own(name, case):
     if case not in zoo.CASES[name]:
         assert case == "video"
         return
-    gate, found = gathered(name, case)
+    site, found = gathered(name, case)
     for kind, (features, layout, evidence) in found.items():
         if name == "llava_onevision" and kind == "video":
             continue  # a token is the mean of projected patches, its evidence that of the mean patch
         with torch.no_grad():
-            again = gate.family.projection(gate.inner)(evidence["inputs"])
+            again = site.family.projection(site.inner)(evidence["inputs"])
         own = torch.ones(len(features), dtype=torch.bool) if layout.source is None else layout.source >= 0
         exact = own
         if name == "llava_onevision" and case == "ragged":  # one image is resized behind the projector
@@ -158,12 +158,12 @@ def test_the_projectors_input_is_each_tokens_own(name, case):
 @pytest.mark.parametrize("name", NAMES)
 def test_attention_is_the_towers(name):
     """Against the maps that eager attention makes in the layer, summed by the definition."""
-    gate, found = gathered(name, "ragged" if name != "gemma3" else "pair")
+    site, found = gathered(name, "ragged" if name != "gemma3" else "pair")
     features, layout, evidence = found[IMAGE.name]
     model = zoo.build(name, "eager", fresh=True)
     inner = next(iter(find_llms(model))).inner
     inputs = zoo.inputs(name, "ragged" if name != "gemma3" else "pair")
-    block = gate.family.attentions(inner)[-1]
+    block = site.family.attentions(inner)[-1]
     space = __import__("sys").modules[type(block).__module__]
     original, maps = space.eager_attention_forward, []
 
@@ -179,7 +179,7 @@ def test_attention_is_the_towers(name):
             model(**inputs)
     finally:
         space.eager_attention_forward = original
-    prefix = gate.family.prefix(inner, {})
+    prefix = site.family.prefix(inner, {})
     received = []
     for chunk in maps:  # [n, heads, P, P]
         for image in chunk.double().mean(1):
@@ -193,8 +193,8 @@ def test_attention_is_the_towers(name):
     if name.startswith("qwen"):
         rows = per_patch.view(-1, 4).sum(1)
     else:
-        per_image = gate.family.rows_per_image(inner, patches)
-        members = gate.family.patches(inner, patches, per_image)
+        per_image = site.family.rows_per_image(inner, patches)
+        members = site.family.patches(inner, patches, per_image)
         rows = torch.cat([image[members].sum(1) for image in received])
     want = rows if layout.source is None else torch.where(layout.source < 0, 0.0, rows[layout.source.clamp(min=0)])
     if name in ("idefics3", "smolvlm"):  # padded patches look around too in an eager map
@@ -301,11 +301,11 @@ def test_units_come_in_prompt_order():
 
     image = seen(IMAGE, 100, [6, 7, 8, 21, 22], 3, 2)
     video = seen(VIDEO, 200, [1, 2, 3, 4], 2, 2)
-    question = TokenBatch([image, video], batch=2, length=15, pooled=False)
-    assert question.prompts == [0, 0, 0, 1]
-    assert question.places.tolist() == [[1, 2, -1], [3, 4, -1], [6, 7, 8], [6, 7, -1]]
-    first = question.packed(question.rows)[:, 0, 0].tolist()
+    batch = TokenBatch([image, video], size=2, length=15, pooled=False)
+    assert batch.prompts == [0, 0, 0, 1]
+    assert batch.places.tolist() == [[1, 2, -1], [3, 4, -1], [6, 7, 8], [6, 7, -1]]
+    first = batch.packed(batch.rows)[:, 0, 0].tolist()
     assert first == [200.0, 202.0, 100.0, 103.0]
-    assert len({unit.item for unit in question.units}) == 4  # a number is per item, and no two kinds share one
-    pooled = TokenBatch([image, video], batch=2, length=15, pooled=True)
+    assert len({unit.item for unit in batch.units}) == 4  # a number is per item, and no two kinds share one
+    pooled = TokenBatch([image, video], size=2, length=15, pooled=True)
     assert pooled.prompts == [0, 1] and pooled.places[0].tolist() == [1, 2, 3, 4, 6, 7, 8]

@@ -179,8 +179,8 @@ def test_hard_selection_is_what_compressing_does(name, case, tmp_path):
 def test_hidden_tokens_have_a_say():
     """The gradient of every token's weight, of those that are not seen too, is what a little more of it changes."""
     model, given = zoo.build("llava"), batch("llava")
-    gate = next(iter(find_llms(model)))
-    chosen = Selection(gate, Scorer(64, 8), "hard", "mean")
+    site = next(iter(find_llms(model)))
+    chosen = Selection(site, Scorer(64, 8), "hard", "mean")
     columns = zoo.placeholders(model, given["input_ids"]).flatten()
     weight = (torch.arange(int(columns.sum())) % 3 == 0).float()
 

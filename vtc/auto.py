@@ -105,9 +105,7 @@ def _choice(rows: Sequence[Checked], target: str, ttft: float | None, fidelity: 
         fit = [row for row in faster if row.fidelity >= fidelity]  # type: ignore[operator]
         if not fit:
             best = max(faster, key=lambda row: row.fidelity)
-            why = (
-                f"nothing that is faster reaches a fidelity of {fidelity:g} (the best, {best}), so the model stays dense"
-            )
+            why = f"nothing that is faster reaches a fidelity of {fidelity:g} (the best, {best}), so the model stays dense"
             return Choice(None, why, tuple(rows))
         row = max(fit, key=lambda row: row.faster)
         return Choice(row.method, f"{row}: the fastest whose fidelity is at least {fidelity:g}", tuple(rows))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vtc.adapters.multimodal.families.prompts import TEXT, picture
-from vtc.bench.prefill import gate
+from vtc.bench.prefill import site_of
 from vtc.macs import decoder_macs
 
 KEEPS = (1.0, 0.5, 0.25, 0.1)
@@ -51,7 +51,7 @@ def estimate(config: Any, model: Any) -> Estimate | None:
     found = picture(config)
     if found is None:
         return None
-    inside = gate(model)
+    inside = site_of(model)
     decoder = getattr(inside.inner, inside.family.decoder)
     dtype = getattr(config, "dtype", None) or torch.bfloat16
     prompt = 1 + found.tokens + TEXT

@@ -119,7 +119,7 @@ class Runner:
         self.watches = {name: Stopwatch() for name in ("tower", "method", "layers")}
         self.parts: dict[str, list[float]] = {name: [] for name in self.watches}
         self.kv_bytes = 0
-        inner = gate(self.model)
+        inner = site_of(self.model)
         self.watch_tower(inner)
         self.watch_layers(inner)
         self.handle = None if method is None else install(self.model, method)
@@ -150,7 +150,7 @@ class Runner:
         return self.parts[part][-repeats:]
 
 
-def gate(model: nn.Module) -> MultimodalSite:
+def site_of(model: nn.Module) -> MultimodalSite:
     """The multimodal part of a model."""
     for found in find_llms(model):
         if isinstance(found, MultimodalSite):

@@ -168,7 +168,9 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
     add("--size", type=count, metavar="PX", help="side of the images (default: the model's own; 224 for dinov2-small)")
     add("--repeats", type=count, metavar="N", help="rounds that count (default: 9; LLM: 3)")
     add("--warmup", type=count, metavar="N", help="rounds before that (default: 2; LLM: 1)")
-    add("--self-check", action="store_true", help="tokens, time and fidelity of your model on your own pictures instead")
+    add(
+        "--self-check", action="store_true", help="tokens, time and fidelity of your model on your own pictures instead"
+    )
     add("--images", metavar="FOLDER", help="self-check: the pictures")
     add("--prompt", metavar="TEXT", help="self-check, LLM: the question (default: Describe this image.)")
     add("--download", action="store_true", help="let Hugging Face fetch what is not here yet (self-check: weights too)")

@@ -52,7 +52,14 @@ def compile(kind: str, target: Path, source: Path | None = None) -> None:
     if torch is None or torch.origin is None:
         raise BuildError("torch is not here, whose headers the kernels need")
     home = Path(torch.origin).parent
-    command = [*compiler(kind), *FLAGS[kind], f"-I{home / 'include'}", str(source or sources(kind)[0]), "-o", str(target)]
+    command = [
+        *compiler(kind),
+        *FLAGS[kind],
+        f"-I{home / 'include'}",
+        str(source or sources(kind)[0]),
+        "-o",
+        str(target),
+    ]
     command += [f"-L{home / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     null, pipe, both = subprocess.DEVNULL, subprocess.PIPE, subprocess.STDOUT
     try:

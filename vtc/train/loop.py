@@ -88,15 +88,15 @@ def train_scorer(
         raise OptionError(f'fill={fill!r}: it takes "mean" or "zero"')
     if selection not in SELECTIONS:
         raise OptionError(f"selection={selection!r}: it takes one of {', '.join(SELECTIONS)}")
-    gate = _gate(model)
-    scorer = _start(model, gate, hidden, seed, scorer)
+    site = _site(model)
+    scorer = _start(model, site, hidden, seed, scorer)
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=lr, weight_decay=0.0)
     run: dict[str, Any] = {"keep": keep, "steps": steps, "lr": lr, "warmup": warmup, "anneal": anneal, "seed": seed}
     run |= {"accumulate": accumulate, "selection": selection, "fill": fill}
     run |= {"width": scorer.width, "hidden": scorer.hidden}
     done = 0 if checkpoint is None else _resume(Path(checkpoint), run, scorer, optimizer)
     given, bar = _stream(batches, done * accumulate), _bar(steps, done, progress)
-    chosen = Selection(gate, scorer, selection, fill)
+    chosen = Selection(site, scorer, selection, fill)
     with selecting(model, chosen), bar, torch.enable_grad():
         for step in range(done, steps):
             chosen.keep = 1 + (keep - 1) * (min(1.0, step / (anneal * steps)) if anneal else 1.0)
@@ -126,7 +126,7 @@ def train_scorer(
 # -- a run ----------------------------------------------------------------------------------------------------------
 
 
-def _gate(model: nn.Module) -> MultimodalSite:
+def _site(model: nn.Module) -> MultimodalSite:
     found = list(find_llms(model))
     if len(found) != 1 or not isinstance(found[0], MultimodalSite):
         reason = "; ".join(getattr(item, "reason", item.path) for item in found) or "no multimodal LLM that vtc knows"
@@ -136,8 +136,8 @@ def _gate(model: nn.Module) -> MultimodalSite:
     return found[0]
 
 
-def _start(model: Any, gate: MultimodalSite, hidden: int | None, seed: int, given: Scorer | None) -> Scorer:
-    width = gate.inner.config.get_text_config().hidden_size
+def _start(model: Any, site: MultimodalSite, hidden: int | None, seed: int, given: Scorer | None) -> Scorer:
+    width = site.inner.config.get_text_config().hidden_size
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     if given is None:
         with torch.random.fork_rng(devices=[]):
@@ -148,7 +148,7 @@ def _start(model: Any, gate: MultimodalSite, hidden: int | None, seed: int, give
         raise OptionError(f"scorer= is {given.width} wide, hidden {given.hidden}; this run wants {want}")
     else:
         made = copy.deepcopy(given).requires_grad_(True)
-    place = gate.inner.get_input_embeddings().weight.device
+    place = site.inner.get_input_embeddings().weight.device
     return made if place.type == "meta" else made.to(place)  # meta: offloaded
 
 

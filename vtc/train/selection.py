@@ -42,12 +42,12 @@ class Selection:
     busy = False  # one encoder may call the other
     seen = False  # there were image tokens in this call
 
-    def __init__(self, gate: MultimodalSite, scorer: Scorer, how: str, fill: str) -> None:
-        self.gate, self.scorer, self.how, self.fill = gate, scorer, how, fill
+    def __init__(self, site: MultimodalSite, scorer: Scorer, how: str, fill: str) -> None:
+        self.site, self.scorer, self.how, self.fill = site, scorer, how, fill
         self.weights: dict[str, Tensor] = {}
         self.ids: Tensor | None = None
         if how == "hard":
-            config = getattr(gate.inner, gate.family.decoder).config
+            config = getattr(site.inner, site.family.decoder).config
             if config._attn_implementation not in ("sdpa", "eager"):
                 raise UnsupportedModelError(
                     f'selection="hard" weighs tokens inside attention, which {config._attn_implementation} does not '
@@ -85,7 +85,7 @@ class Selection:
         call = {**dict(zip(encode.names, args, strict=False)), **kwargs}
         call[encode.kind.pixels] = call[encode.names[0]]
         lengths = [x.numel() // x.shape[-1] for x in output.pooler_output]
-        units = self.gate.family.layout(self.gate.inner, encode.kind, lengths, call).units
+        units = self.site.family.layout(self.site.inner, encode.kind, lengths, call).units
         index = nn.utils.rnn.pad_sequence([unit.rows for unit in units], True, -1)
         index = index.to(output.pooler_output[0].device)
         mask, at = index >= 0, index.clamp(min=0)
@@ -118,13 +118,13 @@ class Selection:
         """[B, L], the logarithm of every column's weight."""
         assert self.ids is not None
         weight = torch.ones(self.ids.numel(), device=self.ids.device)
-        for kind in self.gate.family.kinds:
+        for kind in self.site.family.kinds:
             if kind.name in self.weights:
-                columns = (self.ids == getattr(self.gate.inner.config, kind.token)).flatten().nonzero().flatten()
+                columns = (self.ids == getattr(self.site.inner.config, kind.token)).flatten().nonzero().flatten()
                 if len(columns) != len(self.weights[kind.name]):
                     raise InputError(
                         f"the prompt has {len(columns)} {kind.name} placeholders for {len(self.weights[kind.name])} "
-                        f'tokens: selection="hard" cannot tell which is which in {type(self.gate.inner).__name__}'
+                        f'tokens: selection="hard" cannot tell which is which in {type(self.site.inner).__name__}'
                     )
                 weight = weight.index_copy(0, columns, self.weights[kind.name])
         return (weight + _HIDDEN).log().view(self.ids.shape)
@@ -134,7 +134,7 @@ class _Encode(Patch):
     """For `get_image_features` and `get_video_features`."""
 
     def __init__(self, selection: Selection, kind: Modality) -> None:
-        super().__init__(selection.gate.inner, kind.encode)
+        super().__init__(selection.site.inner, kind.encode)
         self.selection, self.kind, self.names = selection, kind, list(self.__signature__.parameters)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -145,7 +145,7 @@ class _Decode(Patch):
     """For the decoder's `forward`, whose mask gets the weights."""
 
     def __init__(self, selection: Selection) -> None:
-        super().__init__(getattr(selection.gate.inner, selection.gate.family.decoder), "forward")
+        super().__init__(getattr(selection.site.inner, selection.site.family.decoder), "forward")
         self.selection = selection
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -179,10 +179,10 @@ def _rows(x: Any) -> Tensor:
 @contextmanager
 def selecting(model: nn.Module, selection: Selection) -> Iterator[None]:
     """The model frozen and its encoders, and for "hard" its decoder, replaced for a while."""
-    inner = selection.gate.inner
+    inner = selection.site.inner
     trained = [p for p in model.parameters() if p.requires_grad]
     kept = {k: v for k, v in inner.__dict__.items() if k == "rope_deltas"}  # Qwen models remember the last prompt's
-    patches: list[Patch] = [_Encode(selection, kind) for kind in selection.gate.family.kinds]
+    patches: list[Patch] = [_Encode(selection, kind) for kind in selection.site.family.kinds]
     patches += [_Decode(selection)] if selection.how == "hard" else []
     try:
         for p in trained:

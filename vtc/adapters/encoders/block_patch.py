@@ -18,7 +18,7 @@ class BlockPatch(Patch):
     def __init__(self, tower: Any, index: int, module: nn.Module) -> None:
         super().__init__(module, forward_name(module))
         self.tower, self.index = tower, index
-        self.ear: nn.Module | None = None  # whose output holds the keys
+        self.source: nn.Module | None = None  # whose output holds the keys
         self.attention = type(tower.site.block.parts(module)[0])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -34,16 +34,16 @@ class BlockPatch(Patch):
         """Hear the keys where they come from now: LoRA puts another module in the place of the one that was there."""
         block = self.tower.site.block
         assert block.keys is not None
-        ear = block.keys(self.module)
-        if ear is not self.ear:
-            if self.ear is not None:
-                unhook(self.ear, self)
-            ear.register_forward_hook(Hook("heard", self))
-            self.ear = ear
+        source = block.keys(self.module)
+        if source is not self.source:
+            if self.source is not None:
+                unhook(self.source, self)
+            source.register_forward_hook(Hook("heard", self))
+            self.source = source
 
     def heard(self, hook: Hook, args: tuple, output: Tensor) -> None:
         now = self.tower.now
-        if now.ear is self:
+        if now.wanted is self:
             now.keys = head_mean(output, self.tower.site.block.heads(self.module))
 
     def install(self) -> None:
@@ -53,8 +53,8 @@ class BlockPatch(Patch):
     def remove(self) -> None:
         super().remove()
         self.module.__dict__.pop(SCRIPT, None)
-        if self.ear is not None:
-            unhook(self.ear, self)
+        if self.source is not None:
+            unhook(self.source, self)
 
 
 def patch_on(module: nn.Module) -> BlockPatch | None:

@@ -26,7 +26,7 @@ class Running:
         room: patches of an image, and of all, that were cut since block 0 ran; None = unknown.
         resized: the image's own grid and the one it was resized to, until block 0.
         wide: every block returns full length, not only the last, and a call may stop between two.
-        ear: the patch whose block's keys are wanted; keys: what it heard.
+        wanted: the patch whose block's keys are; keys: what it noted.
         open: the modules that are running, outermost first, each with `images` and `runs` as it began.
         images: how often images were cut into patches; runs: how often a call came to its end.
     """
@@ -36,7 +36,7 @@ class Running:
     room: tuple[int, int] | None = None
     resized: tuple[Grid, Grid] | None = None
     wide: bool = False
-    ear: Any = None
+    wanted: Any = None
     keys: Tensor | None = None
     open: list[tuple[Any, int, int]] = field(default_factory=list)
     images: int = 0

@@ -36,12 +36,12 @@ class AttentionTap(Patch):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module, "config")
         self.real = module.config
-        self.heard: list | None = None
+        self.calls: list | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "real" not in self.__dict__:  # while being copied
             raise AttributeError(name)
-        if name == "_attn_implementation" and self.heard is not None:
+        if name == "_attn_implementation" and self.calls is not None:
             return _NAME
         return getattr(self.real, name)
 
@@ -49,23 +49,23 @@ class AttentionTap(Patch):
 def _listen(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    module.config.heard.append((query.detach(), key.detach(), attention_mask, kwargs.get("scaling")))
+    module.config.calls.append((query.detach(), key.detach(), attention_mask, kwargs.get("scaling")))
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config.real._attn_implementation, eager)
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 
 def listen(module: Any) -> AttentionTap:
-    """Put an ear on an attention module; `strip` takes it off."""
+    """Listen to an attention module; `strip` takes it off."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if _NAME not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         ALL_ATTENTION_FUNCTIONS.register(_NAME, _listen)
-    ear = module.__dict__.get("config")
-    if not isinstance(ear, AttentionTap):
-        ear = AttentionTap(module)
-        ear.install()
-    return ear
+    tap = module.__dict__.get("config")
+    if not isinstance(tap, AttentionTap):
+        tap = AttentionTap(module)
+        tap.install()
+    return tap
 
 
 @dataclass(eq=False)
@@ -75,7 +75,7 @@ class Capture:
     family: Family
     inner: Any
     needs: frozenset[str]
-    ears: dict[str, AttentionTap] = field(default_factory=dict)
+    taps: dict[str, AttentionTap] = field(default_factory=dict)
     projected: Tensor | None = None
     hidden: Tensor | None = None  # of the projector, before its activation
     listening: bool = False
@@ -86,9 +86,9 @@ class Capture:
         if not attentions:
             self.needs -= {"attention", "middle", "keys"}
         if self.needs & {"attention", "keys"}:
-            self.ears["attention"] = listen(attentions[-1])
+            self.taps["attention"] = listen(attentions[-1])
         if "middle" in self.needs:
-            self.ears["middle"] = listen(attentions[round(self.family.middle * len(attentions))])
+            self.taps["middle"] = listen(attentions[round(self.family.middle * len(attentions))])
         if "projector" in self.needs:
             projector = self.family.projector(self.inner)
             projector.register_forward_pre_hook(Hook("saw_projected", self))
@@ -106,15 +106,15 @@ class Capture:
 
     def start(self) -> None:
         self.listening, self.projected, self.hidden = True, None, None
-        for ear in self.ears.values():
-            ear.heard = []
+        for tap in self.taps.values():
+            tap.calls = []
 
     def stop(self) -> dict[str, list]:
         """Stop listening; what was heard by layer."""
         self.listening = False
-        heard = {name: ear.heard or [] for name, ear in self.ears.items()}
-        for ear in self.ears.values():
-            ear.heard = None
+        heard = {name: tap.calls or [] for name, tap in self.taps.items()}
+        for tap in self.taps.values():
+            tap.calls = None
         return heard
 
     def gather(

@@ -65,7 +65,7 @@ class Encoders:
         self.latest.clear()
 
     def run(self, encode: Encode, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Run one of the model's encoders, with ears on what the method needs."""
+        """Run one of the model's encoders, listening for what the method needs."""
         if self.running:  # one encoder calling the other
             return encode.original(*args, **kwargs)
         self.guard.enter(encode)

@@ -53,7 +53,7 @@ class PendingCall:
     """A call with images in progress, in columns of its prompt [B, L].
 
     Attributes:
-        question: the image tokens.
+        batch: the image tokens.
         record: what the decoder's input did with them; None = nothing.
         columns: [B, S], which column each row that enters the decoder is; -1 = padding.
         positions: [axes, B, L] or [B, L].
@@ -62,7 +62,7 @@ class PendingCall:
         past: entries of the first layer's cache before.
     """
 
-    question: TokenBatch
+    batch: TokenBatch
     record: CallRecord | None
     columns: Tensor
     positions: Tensor
@@ -79,7 +79,7 @@ class DecoderPatch:
     inner: Any
     method: Method
     positions: Positions
-    ear: AttentionTap | None = None
+    tap: AttentionTap | None = None
     call: PendingCall | None = None
     levels: list[Level] = field(default_factory=list)  # the first: all rows
     past: tuple[Entries, ...] = ()  # of every level's caches, before the call
@@ -96,7 +96,7 @@ class DecoderPatch:
         layers = getattr(self.inner, self.family.decoder).layers
         first = 0 if self.method.proportional else self.steps[0][0]
         if self.method.in_decoder:
-            self.ear = listen(attention(layers[first - 1]))
+            self.tap = listen(attention(layers[first - 1]))
         patches = [LayerForward(self, i, layer) for i, layer in enumerate(layers) if i >= first]
         for patch in patches:
             patch.install()
@@ -117,8 +117,8 @@ class DecoderPatch:
                 "use the default one, or a method that works at the decoder's input"
             )
         known = known or (Entries.whole(batch, past, device),) * (len(self.steps) + 1)
-        if self.ear is not None:
-            self.ear.heard = [] if call is not None else None
+        if self.tap is not None:
+            self.tap.calls = [] if call is not None else None
         columns = torch.arange(rows, device=device).expand(batch, rows)
         if call is None:  # text: the same rows for all
             self.levels = [Level(columns, entries.extend(columns, rows, False)) for entries in known]
@@ -130,8 +130,8 @@ class DecoderPatch:
     def end(self) -> tuple[Entries, ...]:
         """After it: the entries of every level's caches."""
         done = tuple(level.entries for level in self.levels)
-        if self.ear is not None:
-            self.ear.heard = None
+        if self.tap is not None:
+            self.tap.calls = None
         self.levels, self.call = [], None
         return done
 
@@ -154,50 +154,50 @@ class DecoderPatch:
         """Decide before `layer` on its rows x [B, S, C], note the next level, and return the rows that are left."""
         call, earlier = self.call, self.record
         assert call is not None
-        question, record = call.question, earlier or call.record
+        batch, record = call.batch, earlier or call.record
         now = call.columns if record is None else record.columns  # the prompt's columns of the rows of x
         total = None if record is None else record.token_map
-        prompts = torch.tensor(question.prompts, device=x.device)[:, None]
-        rows = _rows_of(now, question.length)
-        members, real = self.tokens_of(x, prompts, rows, question, total)
+        prompts = torch.tensor(batch.prompts, device=x.device)[:, None]
+        rows = _rows_of(now, batch.length)
+        members, real = self.tokens_of(x, prompts, rows, batch, total)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             mask = None if bool(real.all()) else real
             features = members.detach()
             check_finite(features, f"hidden states before layer {layer} of {type(self.inner).__name__}")
-            fields = {"grid": question.grids} | self.evidence(call, x.detach(), real) if self.method.in_decoder else {}
+            fields = {"grid": batch.grids} | self.evidence(call, x.detach(), real) if self.method.in_decoder else {}
             tokens = Tokens(features, size=None if total is None else total.size, mask=mask, **fields)
-            step = decide(self.method, tokens, question.removals(keep, real.sum(1).tolist()))
+            step = decide(self.method, tokens, batch.removals(keep, real.sum(1).tolist()))
             after = step if total is None else total.compose(step)
-            _, decided = question.answered(after, call.mask, self.method.notes(tokens), layer)
+            _, decided = batch.answered(after, call.mask, self.method.notes(tokens), layer)
         self.record = replace(decided, earlier=record)
         left = decided.columns
         x = x.gather(1, rows.gather(1, left.clamp(min=0))[..., None].expand(-1, -1, x.shape[-1]))
         if self.method.merges:
             slot = after.anchor >= 0
-            at = _rows_of(left, question.length)[prompts, _at(question.places, after.anchor).clamp(min=0)]
+            at = _rows_of(left, batch.length)[prompts, _at(batch.places, after.anchor).clamp(min=0)]
             merged = step.merge(members)[slot].to(x.dtype)
             x = x.index_put((prompts.expand_as(at)[slot], at[slot]), merged)
         self.note(call, after if self.method.merges else None, left)
         return x
 
     def tokens_of(
-        self, x: Tensor, prompts: Tensor, rows: Tensor, question: TokenBatch, total: TokenMap | None
+        self, x: Tensor, prompts: Tensor, rows: Tensor, batch: TokenBatch, total: TokenMap | None
     ) -> tuple[Tensor, Tensor]:
         """The image tokens [U, N, C] that are among the rows of x, 0 on padding, and which are real."""
-        columns = question.places if total is None else _at(question.places, total.anchor)
+        columns = batch.places if total is None else _at(batch.places, total.anchor)
         real = columns >= 0
         return x[prompts, rows[prompts, columns.clamp(min=0)]].masked_fill(~real[..., None], 0), real
 
     def note(self, call: PendingCall, after: TokenMap | None, left: Tensor) -> None:
         """The level that begins: what its layers see of this call's rows, and where a merged token stands."""
         absent = left < 0
-        columns = _rows_of(call.columns, call.question.length).gather(1, left.clamp(min=0)).masked_fill(absent, -1)
+        columns = _rows_of(call.columns, call.batch.length).gather(1, left.clamp(min=0)).masked_fill(absent, -1)
         sizes = self.sizes(self.record, left)
         past = self.past[len(self.levels)]
         entries = past.extend(columns, call.columns.shape[1], bool(absent.any()), sizes)
         ids = None
         if after is not None and self.positions.slot is not None:
-            carried = call.question.carried(after, self.positions.slots)
+            carried = call.batch.carried(after, self.positions.slots)
             ids = self.positions.taken(call.positions, left.clamp(min=0), carried)
         self.levels.append(Level(columns, entries, ids))
 
@@ -215,53 +215,53 @@ class DecoderPatch:
     # -- what FastV and DART look at: everything has reached their layer, so rows are columns ---------------------
 
     def evidence(self, call: PendingCall, hidden: Tensor, real: Tensor) -> dict[str, Any]:
-        question, method = call.question, self.method
-        assert self.ear is not None
-        if not self.ear.heard:
+        batch, method = call.batch, self.method
+        assert self.tap is not None
+        if not self.tap.calls:
             raise InputError(
                 f"layer {self.steps[0][0] - 1} of the decoder attended without being heard: if its attention was "
                 "replaced since vtc compressed the model, compress it again"
             )
-        query, key, _, scale = self.ear.heard[-1]
-        self.ear.heard = None
-        prompts = torch.tensor(question.prompts, device=hidden.device)[:, None]
+        query, key, _, scale = self.tap.calls[-1]
+        self.tap.calls = None
+        prompts = torch.tensor(batch.prompts, device=hidden.device)[:, None]
         keys = key.transpose(1, 2)  # [B, past + L, heads, D]
-        chosen = keys[prompts, question.places.clamp(min=0) + call.past]
+        chosen = keys[prompts, batch.places.clamp(min=0) + call.past]
         fields: dict[str, Any] = {}
         if "prompt_attention" in method.needs:
-            last = self.last_words(question, call.words)[prompts[:, 0]]
+            last = self.last_words(batch, call.words)[prompts[:, 0]]
             asking = query.transpose(1, 2)[prompts[:, 0], last]
             fields["prompt_attention"] = scores.last_query_attention(
-                asking, chosen.transpose(1, 2), scale=scale, mask=question.mask
+                asking, chosen.transpose(1, 2), scale=scale, mask=batch.mask
             )
         if method.turned:
-            fields["rotary"] = question.of_columns(self.positions.means(call.positions))
+            fields["rotary"] = batch.of_columns(self.positions.means(call.positions))
         if "decoder_keys" in method.needs:
-            fields["decoder_keys"] = question.padded(chosen.flatten(2))
+            fields["decoder_keys"] = batch.padded(chosen.flatten(2))
         if "decoder_text" in method.needs:
-            fields["decoder_text"], fields["text_mask"] = self.text(question, hidden, keys[:, call.past :], call.words)
+            fields["decoder_text"], fields["text_mask"] = self.text(batch, hidden, keys[:, call.past :], call.words)
         return fields
 
-    def words(self, question: TokenBatch, real: Tensor | None) -> Tensor:
+    def words(self, batch: TokenBatch, real: Tensor | None) -> Tensor:
         """[B, L] bool, the columns with text."""
-        visual = torch.zeros(question.batch * question.length, dtype=torch.bool, device=question.columns.device)
-        visual[question.columns] = True
-        text = ~visual.view(question.batch, question.length)
+        visual = torch.zeros(batch.size * batch.length, dtype=torch.bool, device=batch.columns.device)
+        visual[batch.columns] = True
+        text = ~visual.view(batch.size, batch.length)
         return text if real is None else text & real
 
-    def last_words(self, question: TokenBatch, real: Tensor | None) -> Tensor:
+    def last_words(self, batch: TokenBatch, real: Tensor | None) -> Tensor:
         """[B], the last column with text."""
-        text = self.words(question, real)
-        place = torch.arange(question.length, device=text.device)
+        text = self.words(batch, real)
+        place = torch.arange(batch.length, device=text.device)
         return torch.where(text, place, -1).amax(1).clamp(min=0)
 
-    def text(self, question: TokenBatch, hidden: Tensor, keys: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    def text(self, batch: TokenBatch, hidden: Tensor, keys: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
         """Hidden states [U, T, C] of the text in every unit's prompt by falling L1 norm of the keys; which are real."""
-        text = self.words(question, real)
+        text = self.words(batch, real)
         norm = keys.float().abs().sum((2, 3)).masked_fill(~text, -1.0)
         order = norm.argsort(dim=1, descending=True, stable=True)[:, : int(text.sum(1).max())]
         states = hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1]))
-        return states[question.prompts], text.gather(1, order)[question.prompts]
+        return states[batch.prompts], text.gather(1, order)[batch.prompts]
 
     # -- what a level's layers are given --------------------------------------------------------------------------
 

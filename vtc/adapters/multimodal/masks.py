@@ -29,17 +29,17 @@ def words(mask: Any, rows: int) -> Tensor | None:
     return shown.diagonal(shown.shape[2] - rows, 1, 2)
 
 
-def check_text(name: str, call: Mapping[str, Any], question: TokenBatch, past: int) -> None:
+def check_text(name: str, call: Mapping[str, Any], batch: TokenBatch, past: int) -> None:
     """Refuse a prompt whose last word does not see all its images, to a method that reads the words."""
-    mask, seen = call.get("attention_mask"), True
-    found = packs(call.get("position_ids"), padding(mask), question.length)
+    mask, visible = call.get("attention_mask"), True
+    found = packs(call.get("position_ids"), padding(mask), batch.length)
     if found is not None:
-        seen = bool((found == found[:, -1:]).expand(question.batch, -1).flatten()[question.columns].all())
+        visible = bool((found == found[:, -1:]).expand(batch.size, -1).flatten()[batch.columns].all())
     if mask is not None and padding(mask) is None:
         for one in mask.values() if isinstance(mask, dict) else [mask]:
-            last = _open(one).all(1)[:, -1, past : past + question.length].expand(question.batch, -1)
-            seen &= bool(last.flatten()[question.columns.to(last.device)].all())
-    if not seen:
+            last = _open(one).all(1)[:, -1, past : past + batch.length].expand(batch.size, -1)
+            visible &= bool(last.flatten()[batch.columns.to(last.device)].all())
+    if not visible:
         raise InputError(
             f"{name} reads a prompt's words, and the last of these does not see all images (several sequences in a "
             "row, or a mask of your own): use a method that reads none, or give one sequence a row"

@@ -185,71 +185,71 @@ class MultimodalPatch:
                 wanted = {name for name in {*encode.names[1:], *self.family.passed} if name in call}
                 wanted -= self.family.ignored
                 given[kind.name] = encode(call[kind.pixels], **{name: call[name] for name in wanted}, return_dict=True)
-        seen = [
+        items = [
             self.encoders.placed(kind, given[kind.name], call)
             for kind in self.family.kinds
             if given.get(kind.name) is not None
         ]
-        self.guard.saw(bool(seen), call)
-        question = self.question(seen, call) if seen else None
+        self.guard.saw(bool(items), call)
+        batch = self.token_batch(items, call) if items else None
         before = self.record, self.inside
-        bare = question is None and self.record is not None and not goes_on(call.get(cache_name()))
+        bare = batch is None and self.record is not None and not goes_on(call.get(cache_name()))
         try:
-            output = self.answer(patch, call, seen, question)
+            output = self.answer(patch, call, items, batch)
         except BaseException:  # what did not come to an end is no last call
             self.record, self.inside = before
             raise
-        if question is not None:
+        if batch is not None:
             self.turn, self.bare_calls = time.monotonic_ns(), 0
         self.bare_calls += bare
         return output
 
     def answer(
-        self, patch: ModelForward, call: dict[str, Any], seen: list[PlacedTokens], question: TokenBatch | None
+        self, patch: ModelForward, call: dict[str, Any], items: list[PlacedTokens], batch: TokenBatch | None
     ) -> Any:
         columns = None
-        if question is not None and self.method.keep != 1.0 and (self.method.in_decoder or "text" in self.method.needs):
-            before = Entries.before(call.get(cache_name()), question.batch, question.rows.device)
-            masks.check_text(self.method.name, call, question, before.length)
-        if question is not None and not self.method.in_decoder:
-            columns, question = self.reduce(seen, question, call)
-        for item in seen:  # the model asks its encoders, which hand out what they have given already, reduced
+        if batch is not None and self.method.keep != 1.0 and (self.method.in_decoder or "text" in self.method.needs):
+            before = Entries.before(call.get(cache_name()), batch.size, batch.rows.device)
+            masks.check_text(self.method.name, call, batch, before.length)
+        if batch is not None and not self.method.in_decoder:
+            columns, batch = self.reduce(items, batch, call)
+        for item in items:  # the model asks its encoders, which hand out what they have given already, reduced
             call.setdefault(item.kind.pixels, _NO_PIXELS)
             handed = self.encoders.by[item.kind.name].output = copy.copy(item.output)
             handed.__dict__.pop("vtc_encoded", None)  # newer versions make it part of what the model gives
         try:
-            more = self.decoder_patch is not None and question is not None  # tokens may go on the way
+            more = self.decoder_patch is not None and batch is not None  # tokens may go on the way
             self.went = self.record if columns is not None else None
             if columns is None and not more and not isinstance(call.get(cache_name()), Shortened):
                 return patch.original(**call)
-            return self.shortened(patch, call, columns, question)
+            return self.shortened(patch, call, columns, batch)
         finally:
             self.encoders.forget()
 
     def reduce(
-        self, seen: list[PlacedTokens], question: TokenBatch, call: dict[str, Any]
+        self, items: list[PlacedTokens], batch: TokenBatch, call: dict[str, Any]
     ) -> tuple[Tensor | None, TokenBatch]:
-        """Which columns [B, S] of the call stay (-1 = padding; None = all), with the outputs in `seen` reduced; and the
-        tokens by the units that the record speaks of."""
-        method, device = self.method, question.rows.device
+        """Which columns [B, S] of the call stay (-1 = padding; None = all), with the outputs in `items` reduced; and
+        the tokens by the units that the record speaks of."""
+        method, device = self.method, batch.rows.device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            check_finite(question.rows, f"image tokens of {type(self.inner).__name__}")
+            check_finite(batch.rows, f"image tokens of {type(self.inner).__name__}")
             if self.tower is not None:
-                token_map, notes = question.from_tower(), ""
+                token_map, notes = batch.from_tower(), ""
             else:
                 fields: dict[str, Any] = {}
                 if "projector" in method.needs:
                     fields["projector"] = self.family.projection(self.inner)
                 if "text" in method.needs:
-                    words = text(method.name, self.family, self.inner, call, question.prompts)
+                    words = text(method.name, self.family, self.inner, call, batch.prompts)
                     fields["text"], fields["text_mask"] = words
                 if method.turned:
-                    past = Entries.before(call.get(cache_name()), question.batch, device).length
+                    past = Entries.before(call.get(cache_name()), batch.size, device).length
                     placed = self.family.placed(self.inner, call, past)
-                    fields["rotary"] = question.of_columns(self.positions.means(placed))
-                tokens = question.seen_by(method, said=[], **fields)
+                    fields["rotary"] = batch.of_columns(self.positions.means(placed))
+                tokens = batch.seen_by(method, said=[], **fields)
                 assert method.keep is not None  # or the method was refused
-                removed = question.removals(method.keep)
+                removed = batch.removals(method.keep)
                 token_map, notes = decide(method, tokens, removed), ""
                 if bool(torch.as_tensor(removed).any()):
                     own = self.encoders.capture.note if self.encoders.capture else ""
@@ -258,33 +258,30 @@ class MultimodalPatch:
                     if method.ppe and self.positions.slots == 1:
                         notes += "; " * bool(notes) + "PPE has no effect: the rotary sections have no common divisor"
                 if method.groups_frames:
-                    question, token_map, events = in_events(question, question.videos(), token_map, method)
+                    batch, token_map, events = in_events(batch, batch.videos(), token_map, method)
                     notes = "; ".join(filter(None, (notes, events)))
-        stays, self.record = question.answered(token_map, masks.padding(call.get("attention_mask")), notes)
+        stays, self.record = batch.answered(token_map, masks.padding(call.get("attention_mask")), notes)
         self.inside = None if self.tower is None else self.tower.stage
         if bool(stays.all()):
-            return None, question
-        self.carried = question.carried(token_map, self.positions.slots)
+            return None, batch
+        self.carried = batch.carried(token_map, self.positions.slots)
         means = token_map if method.merges and self.tower is None else None
-        for item, span in zip(seen, question.spans, strict=True):
-            self.shrink(item, question, span, stays[span], means)
-        return self.record.columns, question
+        for item, span in zip(items, batch.spans, strict=True):
+            self.shrink(item, batch, span, stays[span], means)
+        return self.record.columns, batch
 
-    def question(self, seen: list[PlacedTokens], call: dict[str, Any]) -> TokenBatch:
-        batch, length = prompt(call).shape[:2]
-        return TokenBatch(seen, batch, length, self.method.pooled)
+    def token_batch(self, items: list[PlacedTokens], call: dict[str, Any]) -> TokenBatch:
+        return TokenBatch(items, *prompt(call).shape[:2], self.method.pooled)
 
-    def shrink(
-        self, item: PlacedTokens, question: TokenBatch, span: slice, stays: Tensor, means: TokenMap | None
-    ) -> None:
+    def shrink(self, item: PlacedTokens, batch: TokenBatch, span: slice, stays: Tensor, means: TokenMap | None) -> None:
         """Give an encoder's output the rows that stay: as they are, or the means of their groups."""
 
         def shorter(x: Tensor) -> Tensor:
             if means is not None:
-                whole = x.new_zeros(len(question.rows), x.shape[-1])
+                whole = x.new_zeros(len(batch.rows), x.shape[-1])
                 whole = torch.cat([whole[: span.start], x, whole[span.stop :]])
-                merged = means.merge(question.packed(whole))[means.anchor >= 0]
-                at = question.anchors(means)
+                merged = means.merge(batch.packed(whole))[means.anchor >= 0]
+                at = batch.anchors(means)
                 inside = (at >= span.start) & (at < span.stop)
                 x = x.index_copy(0, at[inside] - span.start, merged[inside].to(x.dtype))
             return x[stays]
@@ -306,13 +303,13 @@ class MultimodalPatch:
     # -- the shorter prompt -------------------------------------------------------------------------------------
 
     def shortened(
-        self, patch: ModelForward, call: dict[str, Any], columns: Tensor | None, question: TokenBatch | None
+        self, patch: ModelForward, call: dict[str, Any], columns: Tensor | None, batch: TokenBatch | None
     ) -> Any:
         """The model's own forward on the columns that stay (None = all of this call's), behind the cache as it is."""
         cache = call.get(cache_name())
         given = prompt(call)
         past = Entries.before(cache, len(given), given.device)
-        if columns is not None or (question is not None and self.decoder_patch is not None):
+        if columns is not None or (batch is not None and self.decoder_patch is not None):
             own = set(inspect.signature(type(self.inner).forward).parameters)
             own |= {name for encode in self.encoders.by.values() for name in (encode.kind.pixels, *encode.names)}
             check_arguments(call, own, given.shape[1], past.length + given.shape[1])
@@ -325,10 +322,8 @@ class MultimodalPatch:
         try:
             if self.decoder_patch is not None:
                 record, pending = None if self.method.in_decoder else self.record, None
-                if question is not None:
-                    pending = PendingCall(
-                        question, record, short.columns, positions, short.real, short.words, short.past
-                    )
+                if batch is not None:
+                    pending = PendingCall(batch, record, short.columns, positions, short.real, short.words, short.past)
                 self.decoder_patch.begin(cache, pending, short.columns, short.past)
             if isinstance(cache, Shortened):
                 cache.vtc_inside = True

@@ -132,14 +132,14 @@ class TokenBatch(Units):
         prompts: the batch row of every unit.
     """
 
-    def __init__(self, seen: list[PlacedTokens], batch: int, length: int, pooled: bool) -> None:
-        self.seen, self.batch, self.length = seen, batch, length
-        rows = torch.cat([item.rows for item in seen])
-        self.columns = torch.cat([item.columns for item in seen])
+    def __init__(self, items: list[PlacedTokens], size: int, length: int, pooled: bool) -> None:
+        self.items, self.size, self.length = items, size, length
+        rows = torch.cat([item.rows for item in items])
+        self.columns = torch.cat([item.columns for item in items])
         self.spans: list[slice] = []
         units: list[Unit] = []
         start = 0
-        for item in seen:
+        for item in items:
             # items are numbered apart by kind
             units += [Unit(u.rows + start, u.item + start, u.grid) for u in item.encoded.layout.units]
             self.spans.append(slice(start, start + len(item.rows)))
@@ -167,13 +167,13 @@ class TokenBatch(Units):
 
     def seen_by(self, method: Method, **fields: Any) -> Tokens:
         """What the method sees, with the evidence that the encoders' outputs carry."""
-        for name in self.seen[0].encoded.evidence:
-            fields[name] = self.packed(torch.cat([item.encoded.evidence[name] for item in self.seen]))
+        for name in self.items[0].encoded.evidence:
+            fields[name] = self.packed(torch.cat([item.encoded.evidence[name] for item in self.items]))
         return self.tokens(method, **fields)
 
     def videos(self) -> list[list[int]]:
         """The units of every video, its frames in order."""
-        spans = [span for item, span in zip(self.seen, self.spans, strict=True) if item.kind.name == "video"]
+        spans = [span for item, span in zip(self.items, self.spans, strict=True) if item.kind.name == "video"]
         frames: dict[int, list[int]] = {}
         for number, unit in enumerate(self.units):
             if any(span.start <= int(unit.rows[0]) < span.stop for span in spans):
@@ -192,9 +192,9 @@ class TokenBatch(Units):
         flat = self.index.flatten()
         stays[flat[flat >= 0]] = False
         stays[self.anchors(token_map)] = True
-        kept = torch.ones(self.batch * self.length, dtype=torch.bool, device=self.columns.device)
+        kept = torch.ones(self.size * self.length, dtype=torch.bool, device=self.columns.device)
         kept[self.columns] = stays.to(kept.device)
-        kept = kept.view(self.batch, self.length)
+        kept = kept.view(self.size, self.length)
         real = torch.ones_like(kept) if mask is None else mask[:, -self.length :].bool()
         everything = torch.arange(self.length, device=kept.device).expand_as(kept)
         columns = everything if bool(stays.all()) else lay_out(kept, None if mask is None else real)
@@ -213,7 +213,7 @@ class TokenBatch(Units):
         """[slots, B, L] long: the columns of the prompt whose positions every column carries; None = its own."""
         if slots == 1:
             return None
-        out = torch.arange(self.length, device=self.places.device).repeat(slots, self.batch, 1)
+        out = torch.arange(self.length, device=self.places.device).repeat(slots, self.size, 1)
         unit, slot = (token_map.anchor >= 0).nonzero(as_tuple=True)
         prompt = torch.tensor(self.prompts, device=out.device)[unit]
         for k, index in enumerate(members(token_map, slots)):
@@ -222,7 +222,7 @@ class TokenBatch(Units):
 
     def from_tower(self) -> TokenMap:
         """The map that the tower made, for the tokens that its patches became."""
-        whole, source = self.seen[0].encoded.merged, self.seen[0].encoded.layout.source
+        whole, source = self.items[0].encoded.merged, self.items[0].encoded.layout.source
         device = self.index.device
         if whole is None:
             return TokenMap.identity(self.index.shape[0], self.index.shape[1], device)
