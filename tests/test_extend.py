@@ -1,5 +1,5 @@
-"""The worked examples of docs/add-*.md (methods, a score, an encoder, a family, a kernel) keep the promises of vtc's own
-parts."""
+"""The worked examples of docs/add-*.md (methods, a score, an encoder, a family, a kernel) keep the promises that vtc's
+own parts keep."""
 
 from __future__ import annotations
 

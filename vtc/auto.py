@@ -48,8 +48,8 @@ def choose(
     Args:
         inputs: what the model is called with, a tensor or keyword arguments; or a list of some: the user's own images.
         methods: names, or methods whose budgets are ignored; "auto" = some that need no choice.
-        ttft: seconds to the first token (an encoder: of one call) at most, all inputs together; the most faithful of those
-            that keep to it is taken.
+        ttft: seconds to the first token (an encoder: of one call) at most, all inputs together; the most faithful of
+            those that keep to it is taken.
         tokens: image tokens that stay of every image; the most faithful method is taken.
         fidelity: the least agreement with the dense model, 0 to 1 (see `vtc.bench.fidelity`); the fastest is taken.
         call: how an encoder is run, (model, inputs); default: calling it.
@@ -105,7 +105,7 @@ def _choice(rows: Sequence[Checked], target: str, ttft: float | None, fidelity: 
         fit = [row for row in faster if row.fidelity >= fidelity]  # type: ignore[operator]
         if not fit:
             best = max(faster, key=lambda row: row.fidelity)
-            why = f"nothing that is faster reaches a fidelity of {fidelity:g} (the best, {best}), so the model stays dense"
+            why = f"nothing that is faster reaches a fidelity of {fidelity:g} (the best, {best}), so it stays dense"
             return Choice(None, why, tuple(rows))
         row = max(fit, key=lambda row: row.faster)
         return Choice(row.method, f"{row}: the fastest whose fidelity is at least {fidelity:g}", tuple(rows))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vtc.adapters.multimodal.find import MultimodalSite
 from vtc.adapters.multimodal.find import find as find_llms
 from vtc.bench.timing import Tick, interleave, shared_copy
+from vtc.checks import renamed
 from vtc.errors import InputError
 from vtc.handle import install
 from vtc.methods import Method

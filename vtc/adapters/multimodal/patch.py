@@ -271,7 +271,8 @@ class MultimodalPatch:
         return self.record.columns, batch
 
     def token_batch(self, items: list[PlacedTokens], call: dict[str, Any]) -> TokenBatch:
-        return TokenBatch(items, *prompt(call).shape[:2], self.method.pooled)
+        size, length = prompt(call).shape[:2]
+        return TokenBatch(items, size, length, self.method.pooled)
 
     def shrink(self, item: PlacedTokens, batch: TokenBatch, span: slice, stays: Tensor, means: TokenMap | None) -> None:
         """Give an encoder's output the rows that stay: as they are, or the means of their groups."""
