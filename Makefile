@@ -8,7 +8,7 @@ CHOICE := --split validation --methods all --limit 8 --seeds 3 --keep 0.25 0.1
 quote = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test slow lint docs wheel wheel-check old-transformers harness-check eval answers bench registry soak raised gpu-check
+.PHONY: help setup run demo test matrix slow lint docs wheel wheel-check old-transformers harness-check eval answers bench registry soak raised gpu-check
 
 help:  ## this list
 	@echo "make TARGET, with TARGET one of"
@@ -44,7 +44,10 @@ demo: setup  ## see and ask in a browser; PORT=7860
 	@$(BIN)/vtc demo $(if $(PORT),--port $(call quote,$(PORT)))
 
 test: lint  ## lint, types and tests, but for the slow ones; ARGS='-k pitome' goes to pytest
-	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 -m "not slow" $(ARGS)
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 -m "not slow and not matrix" $(ARGS)
+
+matrix: setup  ## what `make test` leaves out of its products: every model with every method, case and attention
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 -m matrix $(ARGS)
 
 slow: setup  ## the slow tests: sanitizers, compilers, notebooks, training
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 -m slow $(ARGS)

@@ -117,3 +117,11 @@ def test_self_check(tmp_path, capsys):
     assert main(["bench", "--images", "x"]) == 2 and "--self-check" in capsys.readouterr().err
     assert main([*command[:4], "--model", "timm:vit_tiny_patch16_224"]) == 2
     assert "add --download" in capsys.readouterr().err
+
+
+def test_loyalty_is_fidelity_now():
+    network, images = model("timm-vit"), pixels(1)
+    with pytest.warns(DeprecationWarning, match="fidelity="):
+        choice = vtc.choose(network, images, "tome", loyalty=0.5, repeats=1)
+    with pytest.warns(DeprecationWarning, match="fidelity"):
+        assert choice.rows[0].loyalty == choice.rows[0].fidelity == 1.0

@@ -8,6 +8,7 @@ import mllm_zoo as zoo
 import pytest
 import torch
 from mllm_oracle import _masks, capture, dense_generate_positions, forward_logits, generate_logits
+from pairs import matrix
 from test_mllm import STEPS, TOLERANCE
 from test_ppe import axis_of, pair_slots, slots_of
 
@@ -125,11 +126,10 @@ def units_of(handle):
     ]
 
 
-@pytest.mark.parametrize(("positions", "proportional"), [("ppe", True), ("original", False)])
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize(("name", "case"), CASES)
+@matrix("name, case, attn, plain", [(*c, attn, plain) for c in CASES for attn in ("sdpa", "eager") for plain in (0, 1)])
 @torch.no_grad()
-def test_oracle_of_a_cascade(name, case, attn, positions, proportional):
+def test_oracle_of_a_cascade(name, case, attn, plain):
+    positions, proportional = ("original", False) if plain else ("ppe", True)
     model, inputs = zoo.build(name, attn), zoo.inputs(name, case)
     steps, keep = steps_of(name), 1.0 if name in DEEP else 0.8
     slots = slots_of(name) if positions == "ppe" else 1

@@ -1,11 +1,13 @@
 """The decisions against slow definitions in float64 numpy-style loops, and their properties."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import matrix
 
 import vtc
 from vtc import functional, ops
@@ -117,9 +119,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 33])
-@pytest.mark.parametrize("prefix", [0, 1, 5])
+@matrix("name, tokens, prefix", product(METHODS, (1, 2, 3, 8, 33), (0, 1, 5)))
 def test_batch_equals_singles_and_padding_is_invisible(name, tokens, prefix):
     method = METHODS[name]
     lengths = [prefix + tokens, prefix + max(0, tokens - 2), prefix + tokens // 2]

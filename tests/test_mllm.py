@@ -13,12 +13,14 @@ from mllm_oracle import (
     generate_logits,
     oracle,
 )
+from pairs import matrix
 
 import vtc
 
 TOLERANCE = 1e-5
 METHODS = {"selector": ("idpruner", {"keep": 0.3}), "merger": ("visionzip", {"keep": 0.3})}
 STEPS = 10
+ATTENTION = ("sdpa", "eager")
 
 
 def replaced(model, inputs, handle):
@@ -47,9 +49,7 @@ CASES = [(name, case) for name in zoo.FAMILIES for case in zoo.CASES[name]]
 CASES.remove(("gemma3_sliding", "ragged_right"))
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", METHODS)
-@pytest.mark.parametrize(("name", "case"), CASES)
+@matrix("name, case, kind, attn", [(*one, kind, attn) for one in CASES for kind in METHODS for attn in ATTENTION])
 def test_oracle(name, case, kind, attn):
     method, options = METHODS[kind]
     model, inputs = zoo.build(name, attn), zoo.inputs(name, case)
@@ -135,9 +135,9 @@ def layered_oracle(model, inputs, kept, layer, tokens):
     return prefill, torch.stack(decode)
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("method", ["fastv", "dart"])
-@pytest.mark.parametrize(("name", "case"), LAYERED)
+@matrix(
+    "name, case, method, attn", [(*one, m, attn) for one in LAYERED for m in ("fastv", "dart") for attn in ATTENTION]
+)
 def test_layered_oracle(name, case, method, attn):
     model, inputs = zoo.build(name, attn), zoo.inputs(name, case)
     planes = len(getattr(model.config.vision_config, "deepstack_visual_indexes", ()))

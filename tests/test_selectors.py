@@ -811,6 +811,8 @@ BAD = [
     ("idpruner", {"normalize": "softmax"}, "normalize='softmax' is unknown"),
     ("idpruner", {"importance": "scorer"}, "needs scorer="),
     ("idpruner", {"importance": "norm", "scorer": "x"}, "contradict"),
+    ("fastv", {"scorer": "x"}, "inside it"),
+    ("zoo_prune", {"importance": "norm", "probes": 8}, "probes= belongs to the sensitivity"),
     ("zoo_prune", {"probes": 0}, "probes=0"),
     ("zoo_prune", {"probes": 1.5}, "probes=1.5"),
     ("zoo_prune", {"step": 0}, "step=0"),
@@ -840,3 +842,59 @@ def test_what_they_say_of_themselves(tmp_path):
         assert getattr(vtc, type(chosen).__name__) is type(chosen)
         vtc.save_config(chosen, tmp_path / f"{name}.json")
         assert vtc.load_config(tmp_path / f"{name}.json") == chosen
+
+
+# -- where a score can be had ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "importance", "what"),
+    [
+        ("idpruner", "prompt_attention", "the input of a multimodal LLM's decoder does not give"),
+        ("fastv", "sensitivity", "a layer of a multimodal LLM's decoder does not give"),
+        ("fastv", "relevance", "a layer of a multimodal LLM's decoder does not give"),
+        ("visionzip", "middle_attention", ""),
+        ("scope", "relevance", ""),
+        ("fastv", "norm", ""),
+    ],
+)
+def test_scores_are_had_or_refused(name, importance, what):
+    import mllm_zoo
+
+    model = mllm_zoo.build("llava")
+    method = vtc.methods.make(name, keep=0.5, importance=importance)
+    if what:
+        with pytest.raises(vtc.UnsupportedModelError, match=what):
+            vtc.compress(model, method)
+        return
+    with vtc.compress(model, method) as handle, torch.no_grad():
+        model(**mllm_zoo.inputs("llava", "ragged"))
+        assert all(
+            after == round(before / 2) for before, after in zip(handle.report.before, handle.report.after, strict=True)
+        )
+
+
+def test_a_method_that_reads_what_nobody_gives_is_refused():
+    class Curious(vtc.DivPrune):
+        needs = frozenset({"mood"})
+
+    import mllm_zoo
+
+    with pytest.raises(vtc.UnsupportedModelError, match="reads mood, which the input of"):
+        vtc.compress(mllm_zoo.build("llava"), Curious(keep=0.5))
+
+
+def test_old_names_still_work_for_one_version(tmp_path):
+    path = tmp_path / "scorer.safetensors"
+    with pytest.warns(DeprecationWarning, match="Scorer"):
+        scorer = scores.Selector(16, 4)
+    with pytest.warns(DeprecationWarning, match="save_scorer"):
+        scores.save_selector(scorer, path)
+    with pytest.warns(DeprecationWarning, match="load_scorer"):
+        assert torch.equal(scores.load_selector(path).query.weight, scorer.query.weight)
+    with pytest.warns(DeprecationWarning, match='importance="scorer"'):
+        method = vtc.IDPruner(keep=6, importance="selector", scorer=str(path))
+    assert method == vtc.IDPruner(keep=6, importance="scorer", scorer=str(path))
+    with pytest.warns(DeprecationWarning, match="train_scorer"):
+        from vtc.train import train_selector
+    assert train_selector is vtc.train.train_scorer
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = scores.nothing

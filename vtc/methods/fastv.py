@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vtc import ops
 from vtc.checks import check_number
+from vtc.errors import OptionError
 from vtc.methods.ranked import Ranked
 from vtc.methods.selector import Selector
 from vtc.tokens import Tokens
@@ -36,6 +37,10 @@ class FastV(Ranked, Selector):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("layer", self.layer, 0, whole=True)
+        if self.scorer is not None:
+            raise OptionError(
+                "scorer= reads what a decoder takes in, and fastv ranks hidden states inside it: use norm"
+            )
 
     def pick(self, tokens: Tokens, count: int | Tensor) -> Tensor:
         return ops.top_select(self.weight(tokens), count, tokens.mask)
