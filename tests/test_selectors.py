@@ -867,9 +867,7 @@ def test_scores_are_had_or_refused(name, importance, what):
         return
     with vtc.compress(model, method) as handle, torch.no_grad():
         model(**mllm_zoo.inputs("llava", "ragged"))
-        assert all(
-            after == round(before / 2) for before, after in zip(handle.report.before, handle.report.after, strict=True)
-        )
+        assert list(handle.report.after) == [round(count / 2) for count in handle.report.before]
 
 
 def test_a_method_that_reads_what_nobody_gives_is_refused():

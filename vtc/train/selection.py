@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc import ops
+from vtc.adapters.multimodal.encode import arguments, laid_out
 from vtc.adapters.multimodal.families.base import Modality
 from vtc.adapters.multimodal.find import MultimodalSite
 from vtc.adapters.patch import Patch
@@ -82,14 +83,12 @@ class Selection:
         finally:
             self.busy = False
         self.seen = True
-        call = {**dict(zip(encode.names, args, strict=False)), **kwargs}
-        call[encode.kind.pixels] = call[encode.names[0]]
-        lengths = [x.numel() // x.shape[-1] for x in output.pooler_output]
-        units = self.site.family.layout(self.site.inner, encode.kind, lengths, call).units
-        index = nn.utils.rnn.pad_sequence([unit.rows for unit in units], True, -1)
-        index = index.to(output.pooler_output[0].device)
+        call, pooled = arguments(encode, args, kwargs), output.pooler_output
+        lengths, layout = laid_out(self.site.family, self.site.inner, encode.kind, pooled, call)
+        index = nn.utils.rnn.pad_sequence([unit.rows for unit in layout.units], True, -1)
+        index = index.to(pooled[0].device)
         mask, at = index >= 0, index.clamp(min=0)
-        scores = self.scorer.score(_rows(output.pooler_output)[at], mask)
+        scores = self.scorer.score(_rows(pooled)[at], mask)
         soft = diff_top_k(scores, self.keep, mask)
         if self.how == "hard":
             counts = torch.tensor([max(1, round(n * self.keep)) for n in mask.sum(1).tolist()], device=index.device)

@@ -16,6 +16,7 @@ from vtc.adapters.multimodal.guard import Guard
 from vtc.adapters.multimodal.token_batch import EncodedFeatures, PlacedTokens
 from vtc.adapters.patch import Patch
 from vtc.errors import InputError
+from vtc.layout import Layout
 
 
 class Encode(Patch):
@@ -34,6 +35,21 @@ class Encode(Patch):
             self.encoders.guard.alone()
             return self.output
         return self.encoders.run(self, args, kwargs)
+
+
+def arguments(encode: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What an encoder was called with, by name. encode: the patch on it, with the `kind` it encodes and its
+    parameters' `names`."""
+    call = {**dict(zip(encode.names, args, strict=False)), **kwargs}
+    call[encode.kind.pixels] = call[encode.names[0]]  # which is what the argument is called, but for old versions
+    return call
+
+
+def laid_out(family: Family, inner: Any, kind: Modality, pooled: Any, call: dict[str, Any]) -> tuple[list[int], Layout]:
+    """How many tokens each item of an encoder's output has, and how they lie. pooled: a tensor for each item."""
+    made = [x.numel() // x.shape[-1] for x in pooled]
+    lengths = list(family.lengths(inner, kind, made, call))
+    return lengths, family.layout(inner, kind, lengths, call)
 
 
 @dataclass(eq=False)
@@ -81,24 +97,21 @@ class Encoders:
         pooled = getattr(output, "pooler_output", None)
         if pooled is None:  # return_dict=False: not for us
             return output
-        call = {**dict(zip(encode.names, args, strict=False)), **kwargs}
-        call[encode.kind.pixels] = call[encode.names[0]]  # which is what the argument is called, but for old versions
+        call = arguments(encode, args, kwargs)
         if self.tower is not None and self.family.prefix(self.inner, call) != self.tower.site.prefix:
             given = call.get("vision_feature_select_strategy")
             raise InputError(
                 f"vision_feature_select_strategy={given!r}: the model was compressed in its tower as its configuration "
                 'says; call it without, or use where="llm"'
             )
-        made = [x.numel() // x.shape[-1] for x in pooled]
-        lengths = tuple(self.family.lengths(self.inner, encode.kind, made, call))
-        layout = self.family.layout(self.inner, encode.kind, list(lengths), call)
+        lengths, layout = laid_out(self.family, self.inner, encode.kind, pooled, call)
         found: dict[str, Tensor] = {}
         if self.capture is not None:
             with torch.no_grad(), torch.autocast(pooled[0].device.type, enabled=False):
                 found = self.capture.gather(heard, encode.kind, layout, sum(lengths), call)
         stage = None if self.tower is None else self.tower.stage
         merged = None if stage is None or stage.total is None else stage.total.drop_prefix(stage.prefix)
-        output.vtc_encoded = EncodedFeatures(self, lengths, layout, found, merged)
+        output.vtc_encoded = EncodedFeatures(self, tuple(lengths), layout, found, merged)
         filled = [x.reshape(-1, x.shape[-1]) for x in pooled if x.numel()]  # a prompt without images has no rows
         if filled:
             ends = torch.stack([filled[0][0], filled[-1][-1]])
