@@ -106,7 +106,7 @@ def gathered(name, case):
     evidence = Capture(site.family, site.inner, NEEDS)
     evidence.install()
     found = {}
-    for kind in site.family.kinds:
+    for kind in site.family.modalities:
         if kind.pixels not in inputs:
             continue
         evidence.start()

@@ -35,7 +35,7 @@ def explain(model: nn.Module, method: str | Method | None = None, **options: Any
     found: list[Encoder] = []
     for adapter, item in _find(model):
         if isinstance(item, Refusal):
-            found.append(Encoder(item.path, item.kind, adapter, refusal=item.reason))
+            found.append(Encoder(item.path, item.type_name, adapter, refusal=item.reason))
             continue
         if isinstance(item, MultimodalSite):
             found.append(explained(item, chosen))
@@ -43,7 +43,7 @@ def explain(model: nn.Module, method: str | Method | None = None, **options: Any
             reason = refusal(item, chosen)
             depth = len(item.blocks)
             where = "" if reason else reduced(item, chosen)
-            found.append(Encoder(item.path, item.kind, adapter, depth, item.prefix, where, reason))
+            found.append(Encoder(item.path, item.type_name, adapter, depth, item.prefix, where, reason))
         if not found[-1].refusal:
             sites.append(item)
     name = None if chosen is None else chosen.name

@@ -128,9 +128,9 @@ class Runner:
 
     def watch_tower(self, found: MultimodalSite) -> None:
         """Time the model's own encoder, under whatever vtc puts around it."""
-        for kind in found.family.kinds:
-            own = getattr(found.inner, kind.encode)
-            found.inner.__dict__[kind.encode] = self.watches["tower"].around(own)
+        for modality in found.family.modalities:
+            own = getattr(found.inner, modality.encode)
+            found.inner.__dict__[modality.encode] = self.watches["tower"].around(own)
 
     def watch_layers(self, found: MultimodalSite) -> None:
         watch, layers = self.watches["layers"], getattr(found.inner, found.family.decoder).layers
@@ -155,7 +155,7 @@ def site_of(model: nn.Module) -> MultimodalSite:
     for found in find_llms(model):
         if isinstance(found, MultimodalSite):
             return found
-        raise UnsupportedModelError(f"{found.kind}: {found.reason}")
+        raise UnsupportedModelError(f"{found.type_name}: {found.reason}")
     raise UnsupportedModelError(f"{type(model).__name__} is no multimodal LLM that vtc knows")
 
 

@@ -36,7 +36,7 @@ class Selection:
 
     Attributes:
         keep: the fraction of the tokens that stays now.
-        weights: of "hard", the weight of every image token of this call by kind.
+        weights: of "hard", the weight of every image token of this call by modality.
     """
 
     keep = 1.0
@@ -84,7 +84,7 @@ class Selection:
             self.busy = False
         self.seen = True
         call, pooled = arguments(encode, args, kwargs), output.pooler_output
-        lengths, layout = laid_out(self.site.family, self.site.inner, encode.kind, pooled, call)
+        lengths, layout = laid_out(self.site.family, self.site.inner, encode.modality, pooled, call)
         index = nn.utils.rnn.pad_sequence([unit.rows for unit in layout.units], True, -1)
         index = index.to(pooled[0].device)
         mask, at = index >= 0, index.clamp(min=0)
@@ -95,7 +95,7 @@ class Selection:
             chosen = marked(ops.top_select(scores.detach(), counts, mask), mask.shape[1])
             weight = chosen + soft - soft.detach()
             every = torch.ones(sum(lengths), device=index.device)  # what is in no unit (newlines) is seen
-            self.weights[encode.kind.name] = every.index_copy(0, index[mask], weight[mask])
+            self.weights[encode.modality.name] = every.index_copy(0, index[mask], weight[mask])
             return output
 
         def weigh(x: Any) -> Any:
@@ -117,24 +117,25 @@ class Selection:
         """[B, L], the logarithm of every column's weight."""
         assert self.ids is not None
         weight = torch.ones(self.ids.numel(), device=self.ids.device)
-        for kind in self.site.family.kinds:
-            if kind.name in self.weights:
-                columns = (self.ids == getattr(self.site.inner.config, kind.token)).flatten().nonzero().flatten()
-                if len(columns) != len(self.weights[kind.name]):
+        for modality in self.site.family.modalities:
+            if modality.name in self.weights:
+                columns = (self.ids == getattr(self.site.inner.config, modality.token)).flatten().nonzero().flatten()
+                weights = self.weights[modality.name]
+                if len(columns) != len(weights):
                     raise InputError(
-                        f"the prompt has {len(columns)} {kind.name} placeholders for {len(self.weights[kind.name])} "
+                        f"the prompt has {len(columns)} {modality.name} placeholders for {len(weights)} "
                         f'tokens: selection="hard" cannot tell which is which in {type(self.site.inner).__name__}'
                     )
-                weight = weight.index_copy(0, columns, self.weights[kind.name])
+                weight = weight.index_copy(0, columns, weights)
         return (weight + _HIDDEN).log().view(self.ids.shape)
 
 
 class _Encode(Patch):
     """For `get_image_features` and `get_video_features`."""
 
-    def __init__(self, selection: Selection, kind: Modality) -> None:
-        super().__init__(selection.site.inner, kind.encode)
-        self.selection, self.kind, self.names = selection, kind, list(self.__signature__.parameters)
+    def __init__(self, selection: Selection, modality: Modality) -> None:
+        super().__init__(selection.site.inner, modality.encode)
+        self.selection, self.modality, self.names = selection, modality, list(self.__signature__.parameters)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.selection.encode(self, args, kwargs)
@@ -181,7 +182,7 @@ def selecting(model: nn.Module, selection: Selection) -> Iterator[None]:
     inner = selection.site.inner
     trained = [p for p in model.parameters() if p.requires_grad]
     kept = {k: v for k, v in inner.__dict__.items() if k == "rope_deltas"}  # Qwen models remember the last prompt's
-    patches: list[Patch] = [_Encode(selection, kind) for kind in selection.site.family.kinds]
+    patches: list[Patch] = [_Encode(selection, modality) for modality in selection.site.family.modalities]
     patches += [_Decode(selection)] if selection.how == "hard" else []
     try:
         for p in trained:

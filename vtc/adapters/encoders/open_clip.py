@@ -111,15 +111,15 @@ def find(model: nn.Module) -> Iterator[EncoderSite | Refusal]:
 
 def _site(path: str, model: Any) -> EncoderSite | Refusal:
     blocks = tuple(model.transformer.resblocks)
-    kind = f"open_clip {type(model).__name__}"
+    type_name = f"open_clip {type(model).__name__}"
     kinds = [_kind(block) for block in blocks]
     block = kinds[0] if kinds else None
     if block is None or any(found is not block for found in kinds):
-        return Refusal(path, kind, _why_not(model, blocks))
+        return Refusal(path, type_name, _why_not(model, blocks))
     pool = linear_weights(getattr(model, "attn_pool", None))
     return EncoderSite(
         path,
-        kind,
+        type_name,
         blocks,
         block,
         1,

@@ -73,7 +73,7 @@ class EncoderPatch:
 
     @property
     def where(self) -> str:
-        return self.site.path or self.site.kind
+        return self.site.path or self.site.type_name
 
     # -- what it tells ------------------------------------------------------------------------------------------
 

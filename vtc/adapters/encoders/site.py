@@ -54,7 +54,7 @@ class EncoderSite:
     """One encoder found in a model.
 
     Attributes:
-        path, kind: where it is and what it is called, for people.
+        path, type_name: where it is and what it is, for people.
         blocks: the blocks in order; block: how they work.
         prefix: leading tokens that are not patches.
         patchify: the module that cuts the image into patches. Its output [B, C, h, w] tells the grid; a Linear (NaFlex)
@@ -72,7 +72,7 @@ class EncoderSite:
     """
 
     path: str
-    kind: str
+    type_name: str
     blocks: tuple[nn.Module, ...]
     block: Block
     prefix: int
@@ -93,7 +93,7 @@ class Refusal:
     """An encoder, or something that looks like one, that cannot be reduced, and why."""
 
     path: str
-    kind: str
+    type_name: str
     reason: str
 
 

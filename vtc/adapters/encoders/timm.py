@@ -207,21 +207,21 @@ def encodes(module: nn.Module) -> bool:
 
 
 def _site(path: str, model: Any) -> EncoderSite | Refusal:
-    kind = type(model).__name__
+    type_name = type(model).__name__
     blocks = getattr(model, "blocks", None)
     blocks = list(blocks) if isinstance(blocks, (nn.ModuleList, nn.Sequential)) else []
     if not blocks or not hasattr(model, "num_prefix_tokens"):
-        return Refusal(path, kind, reasons.why_not(model, blocks, _MASKS))
+        return Refusal(path, type_name, reasons.why_not(model, blocks, _MASKS))
     kinds = [_kind(block) for block in blocks]
     block = kinds[0]
     if block is None or any(found is not block for found in kinds):
-        return Refusal(path, kind, reasons.why_not(model, blocks, _MASKS))
+        return Refusal(path, type_name, reasons.why_not(model, blocks, _MASKS))
     patchify = getattr(getattr(model, "patch_embed", None), "proj", None)
     if not isinstance(patchify, nn.Conv2d):
-        return Refusal(path, kind, "it does not cut images into patches with one convolution")
+        return Refusal(path, type_name, "it does not cut images into patches with one convolution")
     if isinstance(getattr(model.patch_embed, "backbone", None), nn.Module):
         network = type(model.patch_embed.backbone).__name__
-        return Refusal(path, kind, f"its patches come out of a network ({network}), whose cost vtc does not count")
+        return Refusal(path, type_name, f"its patches come out of a network ({network}), whose cost vtc does not count")
     resizable: Any = ((model.patch_embed, {}),)
     if not getattr(model, "dynamic_img_size", False):
         resizable = "its positions are fixed: create the model with dynamic_img_size=True"
@@ -229,7 +229,7 @@ def _site(path: str, model: Any) -> EncoderSite | Refusal:
         resizable = "its relative positions belong to one image size"
     return EncoderSite(
         path,
-        kind,
+        type_name,
         tuple(blocks),
         block,
         model.num_prefix_tokens,

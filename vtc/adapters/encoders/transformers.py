@@ -82,10 +82,10 @@ def _layers(module: Any) -> Any:
 
 
 def _site(path: str, model: Any) -> EncoderSite | Refusal:
-    layers, kind = _layers(model), type(model).__name__
+    layers, type_name = _layers(model), type(model).__name__
     kinds = [kind_of(layer) for layer in layers or ()]
     if not kinds or any(found is None or found is not kinds[0] for found in kinds):
-        return Refusal(path, kind, reasons.why_not(model, layers or (), _MASKS))
+        return Refusal(path, type_name, reasons.why_not(model, layers or (), _MASKS))
     block = kinds[0]
     assert block is not None
     embeddings = model.embeddings
@@ -94,7 +94,7 @@ def _site(path: str, model: Any) -> EncoderSite | Refusal:
     if patchify is None:
         naflex, patchify = embeddings, getattr(embeddings, "patch_embedding", None)
         if not isinstance(patchify, nn.Linear):
-            return Refusal(path, kind, "it does not cut images into patches with one projection")
+            return Refusal(path, type_name, "it does not cut images into patches with one projection")
     prefix = _prefix(embeddings)
     resizable: Any = ((embeddings, _interpolation(embeddings)),)
     if hasattr(model, "rope_embeddings"):
@@ -106,7 +106,7 @@ def _site(path: str, model: Any) -> EncoderSite | Refusal:
     attention = getattr(model.config, "_attn_implementation", None) or "eager"
     return EncoderSite(
         path,
-        kind,
+        type_name,
         tuple(layers),
         block,
         prefix,

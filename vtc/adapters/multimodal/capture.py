@@ -118,13 +118,13 @@ class Capture:
         return heard
 
     def gather(
-        self, heard: dict[str, list], kind: Modality, layout: Layout, tokens: int, call: dict
+        self, heard: dict[str, list], modality: Modality, layout: Layout, tokens: int, call: dict
     ) -> dict[str, Tensor]:
-        """The evidence for each of the kind's tokens: [tokens, ...] by field name of `Tokens`."""
+        """The evidence for each of the modality's tokens: [tokens, ...] by field name of `Tokens`."""
         found: dict[str, Tensor] = {}
-        packed = self.family.segments(self.inner, kind, call) is not None
+        packed = self.family.segments(self.inner, modality, call) is not None
         for name in self.needs & {"attention", "middle"}:
-            query, key, mask, scale, prefix = self.states(heard[name], kind, call)
+            query, key, mask, scale, prefix = self.states(heard[name], modality, call)
             if prefix:
                 received = scores.cls_attention(query, key, prefix=prefix, scale=scale)
             else:
@@ -133,7 +133,7 @@ class Capture:
                 self.note = "" if every == 1 else f"attention asked of every {every}th patch"
             found[name] = self.to_tokens(received[..., None], mask, layout, tokens, packed, total=True)[:, 0]
         if "keys" in self.needs:
-            _, key, mask, _, prefix = self.states(heard["attention"], kind, call)
+            _, key, mask, _, prefix = self.states(heard["attention"], modality, call)
             mean = head_mean(key, key.shape[1])[:, prefix:]
             found["keys"] = self.to_tokens(mean, mask, layout, tokens, packed, total=False)
         if "projector" in self.needs:
@@ -150,7 +150,7 @@ class Capture:
         return found
 
     def states(
-        self, calls: list, kind: Modality, call: dict
+        self, calls: list, modality: Modality, call: dict
     ) -> tuple[Tensor, Tensor, Tensor | None, float | None, int]:
         """Queries and keys [F, H, P, D], one row per image or frame, the mask of real patches, and the prefix."""
         if not calls:
@@ -160,7 +160,7 @@ class Capture:
             )
         query = torch.cat([c[0] for c in calls], dim=2 if len(calls) > 1 else 0)
         key = torch.cat([c[1] for c in calls], dim=2 if len(calls) > 1 else 0)
-        lengths = self.family.segments(self.inner, kind, call)
+        lengths = self.family.segments(self.inner, modality, call)
         if lengths is not None:  # all images or frames packed in one row
             query, key = (_pad(x, lengths) for x in (query, key))
             longest = torch.arange(max(lengths), device=query.device)
@@ -178,7 +178,7 @@ class Capture:
         """[F, P, C] of every patch -> [tokens, C], summed or averaged over the patches of each token."""
         if packed:  # consecutive patches make a row
             x = x if mask is None else x[mask]
-            x = x.reshape(-1, self.family.unit(self.inner), x.shape[-1])
+            x = x.reshape(-1, self.family.patches_per_token(self.inner), x.shape[-1])
         else:
             per_image = self.family.rows_per_image(self.inner, x.shape[1])
             members = self.family.patches(self.inner, x.shape[1], per_image).to(x.device)
@@ -214,8 +214,8 @@ def text(name: str, family: Family, inner: Any, call: dict[str, Any], prompts: l
     if ids is None:
         raise InputError(f"{name} reads the prompt's words: pass input_ids, not inputs_embeds")
     visual = torch.zeros_like(ids, dtype=torch.bool)
-    for kind in family.kinds:
-        visual |= ids == getattr(inner.config, kind.token)
+    for modality in family.modalities:
+        visual |= ids == getattr(inner.config, modality.token)
     real = masks.words(call.get("attention_mask"), ids.shape[1])
     words = ~visual if real is None else ~visual & real
     embeds = inner.get_input_embeddings()(torch.where(visual, 0, ids))

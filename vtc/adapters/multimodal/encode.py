@@ -25,9 +25,9 @@ class Encode(Patch):
 
     output: Any = None
 
-    def __init__(self, encoders: Encoders, kind: Modality) -> None:
-        super().__init__(encoders.inner, kind.encode)
-        self.encoders, self.kind = encoders, kind
+    def __init__(self, encoders: Encoders, modality: Modality) -> None:
+        super().__init__(encoders.inner, modality.encode)
+        self.encoders, self.modality = encoders, modality
         self.names = list(self.__signature__.parameters)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -38,18 +38,20 @@ class Encode(Patch):
 
 
 def arguments(encode: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What an encoder was called with, by name. encode: the patch on it, with the `kind` it encodes and its
+    """What an encoder was called with, by name. encode: the patch on it, with the `modality` that it encodes and its
     parameters' `names`."""
     call = {**dict(zip(encode.names, args, strict=False)), **kwargs}
-    call[encode.kind.pixels] = call[encode.names[0]]  # which is what the argument is called, but for old versions
+    call[encode.modality.pixels] = call[encode.names[0]]  # which is what the argument is called, but for old versions
     return call
 
 
-def laid_out(family: Family, inner: Any, kind: Modality, pooled: Any, call: dict[str, Any]) -> tuple[list[int], Layout]:
+def laid_out(
+    family: Family, inner: Any, modality: Modality, pooled: Any, call: dict[str, Any]
+) -> tuple[list[int], Layout]:
     """How many tokens each item of an encoder's output has, and how they lie. pooled: a tensor for each item."""
     made = [x.numel() // x.shape[-1] for x in pooled]
-    lengths = list(family.lengths(inner, kind, made, call))
-    return lengths, family.layout(inner, kind, lengths, call)
+    lengths = list(family.lengths(inner, modality, made, call))
+    return lengths, family.layout(inner, modality, lengths, call)
 
 
 @dataclass(eq=False)
@@ -72,7 +74,7 @@ class Encoders:
     running: bool = False
 
     def __post_init__(self) -> None:
-        self.by = {kind.name: Encode(self, kind) for kind in self.family.kinds}
+        self.by = {modality.name: Encode(self, modality) for modality in self.family.modalities}
 
     def forget(self) -> None:
         """After a call: nothing is handed out any more."""
@@ -104,41 +106,41 @@ class Encoders:
                 f"vision_feature_select_strategy={given!r}: the model was compressed in its tower as its configuration "
                 'says; call it without, or use where="llm"'
             )
-        lengths, layout = laid_out(self.family, self.inner, encode.kind, pooled, call)
+        lengths, layout = laid_out(self.family, self.inner, encode.modality, pooled, call)
         found: dict[str, Tensor] = {}
         if self.capture is not None:
             with torch.no_grad(), torch.autocast(pooled[0].device.type, enabled=False):
-                found = self.capture.gather(heard, encode.kind, layout, sum(lengths), call)
+                found = self.capture.gather(heard, encode.modality, layout, sum(lengths), call)
         stage = None if self.tower is None else self.tower.stage
         merged = None if stage is None or stage.total is None else stage.total.drop_prefix(stage.prefix)
         output.vtc_encoded = EncodedFeatures(self, tuple(lengths), layout, found, merged)
         filled = [x.reshape(-1, x.shape[-1]) for x in pooled if x.numel()]  # a prompt without images has no rows
         if filled:
             ends = torch.stack([filled[0][0], filled[-1][-1]])
-            self.latest[encode.kind.name] = (output.vtc_encoded, ends.detach())
+            self.latest[encode.modality.name] = (output.vtc_encoded, ends.detach())
         return output
 
-    def known(self, kind: Modality, output: Any, rows: Tensor) -> EncodedFeatures:
+    def known(self, modality: Modality, output: Any, rows: Tensor) -> EncodedFeatures:
         """What was noted of an output when it was encoded."""
         encoded = getattr(output, "vtc_encoded", None)
         if encoded is not None and encoded.owner is self:
             return encoded
         # accelerate copies outputs between devices, without what was noted on them: is it the last one?
-        if kind.name in self.latest:
-            last, ends = self.latest[kind.name]
+        if modality.name in self.latest:
+            last, ends = self.latest[modality.name]
             fits = len(rows) > 0 and len(rows) % sum(last.lengths) == 0
             if fits and torch.equal(rows[[0, -1]].to(ends.device), ends):
                 return last
         raise InputError(
-            f"the {kind.name} was encoded before vtc compressed this model, or in chunks (prefill_chunk_size): "
+            f"the {modality.name} was encoded before vtc compressed this model, or in chunks (prefill_chunk_size): "
             "pass the pixels, without chunks, or call vtc.remove(model)"
         )
 
-    def placed(self, kind: Modality, output: Any, call: dict[str, Any]) -> PlacedTokens:
+    def placed(self, modality: Modality, output: Any, call: dict[str, Any]) -> PlacedTokens:
         """Find where an encoder's tokens go in the prompt."""
         rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in output.pooler_output])
-        encoded = self.known(kind, output, rows)
-        token = getattr(self.inner.config, kind.token)
+        encoded = self.known(modality, output, rows)
+        token = getattr(self.inner.config, modality.token)
         if "input_ids" in call:
             placeholder = call["input_ids"] == token
         else:
@@ -146,18 +148,17 @@ class Encoders:
             embedded = self.inner.get_input_embeddings()(torch.tensor(token, device=inputs.device))
             placeholder = (inputs == embedded).all(-1)
         columns = placeholder.flatten().nonzero().flatten()
-        behind = self.family.trailing(self.inner, kind)
+        behind = self.family.trailing(self.inner, modality)
         if behind:  # not the encoder's: they stay
             own = torch.cat([torch.arange(n + behind, device=columns.device) < n for n in encoded.lengths])
             columns = columns[own] if len(own) == len(columns) else columns
         if len(columns) != len(rows):
-            count = len(output.pooler_output)
+            name, count = modality.name, len(output.pooler_output)
             raise InputError(
-                f"the prompt has {len(columns)} {kind.name} placeholders (id {token}), but the {count} "
-                f"{kind.name}{'s' * (count != 1)} given make {len(rows)} tokens: the number of {kind.name}s does not "
-                "match the prompt"
+                f"the prompt has {len(columns)} {name} placeholders (id {token}), but the {count} {name}"
+                f"{'s' * (count != 1)} given make {len(rows)} tokens: the number of {name}s does not match the prompt"
             )
         if len(rows) != sum(encoded.lengths):  # beams: `generate` repeats the images of every prompt
             times = len(rows) // sum(encoded.lengths)
             encoded = encoded.repeated(placeholder.sum(1).tolist(), times)
-        return PlacedTokens(kind, output, encoded, rows, columns)
+        return PlacedTokens(modality, output, encoded, rows, columns)

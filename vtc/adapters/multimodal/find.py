@@ -28,17 +28,17 @@ def find(model: nn.Module) -> Iterator[MultimodalSite | Refusal]:
     """Every multimodal LLM in `model`; those of unknown families, and those in unknown models, as refusals."""
     known = {name: family for family in FAMILIES.values() for name in family.classes}
     for path, module in model.named_modules():
-        kind = type(module).__name__
-        name = kind if kind in known else known_as(module, known)
+        type_name = type(module).__name__
+        name = type_name if type_name in known else known_as(module, known)
         if name:
             owners = around(model, module, known)
-            if name != kind and foreign(module, name):
-                owners = f"{kind} has a forward that is not that of transformers' {name}; use {name} itself"
+            if name != type_name and foreign(module, name):
+                owners = f"{type_name} has a forward that is not that of transformers' {name}; use {name} itself"
             yield (
-                Refusal(path, kind, owners)
+                Refusal(path, type_name, owners)
                 if isinstance(owners, str)
                 else MultimodalSite(path, known[name], module, owners)
             )
         elif hasattr(module, "get_placeholder_mask") and hasattr(module, "language_model"):
             families = "; ".join(family.covers for family in FAMILIES.values())
-            yield Refusal(path, kind, f"no adapter for this multimodal family; there are {families}")
+            yield Refusal(path, type_name, f"no adapter for this multimodal family; there are {families}")

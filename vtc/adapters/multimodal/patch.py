@@ -179,16 +179,17 @@ class MultimodalPatch:
         if "past_key_values" in call:  # which newer versions still take
             call.setdefault(cache_name(), call.pop("past_key_values"))
         given = dict(call.pop("mm_encoder_outputs", None) or {})  # `generate` encodes before it calls
-        for kind in self.family.kinds:
-            if kind.pixels in call:
-                encode = self.encoders.by[kind.name]
+        for modality in self.family.modalities:
+            if modality.pixels in call:
+                encode = self.encoders.by[modality.name]
                 wanted = {name for name in {*encode.names[1:], *self.family.passed} if name in call}
                 wanted -= self.family.ignored
-                given[kind.name] = encode(call[kind.pixels], **{name: call[name] for name in wanted}, return_dict=True)
+                more = {name: call[name] for name in wanted}
+                given[modality.name] = encode(call[modality.pixels], **more, return_dict=True)
         items = [
-            self.encoders.placed(kind, given[kind.name], call)
-            for kind in self.family.kinds
-            if given.get(kind.name) is not None
+            self.encoders.placed(modality, given[modality.name], call)
+            for modality in self.family.modalities
+            if given.get(modality.name) is not None
         ]
         self.guard.saw(bool(items), call)
         batch = self.token_batch(items, call) if items else None
@@ -214,8 +215,8 @@ class MultimodalPatch:
         if batch is not None and not self.method.in_decoder:
             columns, batch = self.reduce(items, batch, call)
         for item in items:  # the model asks its encoders, which hand out what they have given already, reduced
-            call.setdefault(item.kind.pixels, _NO_PIXELS)
-            handed = self.encoders.by[item.kind.name].output = copy.copy(item.output)
+            call.setdefault(item.modality.pixels, _NO_PIXELS)
+            handed = self.encoders.by[item.modality.name].output = copy.copy(item.output)
             handed.__dict__.pop("vtc_encoded", None)  # newer versions make it part of what the model gives
         try:
             more = self.decoder_patch is not None and batch is not None  # tokens may go on the way
@@ -291,7 +292,7 @@ class MultimodalPatch:
         small = shorter(item.rows)
         if not isinstance(output.pooler_output, Tensor):
             output.pooler_output = (small,)
-        elif self.family.trailing(self.inner, item.kind):  # one row per item, for the model to add to
+        elif self.family.trailing(self.inner, item.modality):  # one row per item, for the model to add to
             output.pooler_output = small.view(len(item.encoded.lengths), -1, small.shape[-1])
         else:
             output.pooler_output = small[:, None]
@@ -312,7 +313,7 @@ class MultimodalPatch:
         past = Entries.before(cache, len(given), given.device)
         if columns is not None or (batch is not None and self.decoder_patch is not None):
             own = set(inspect.signature(type(self.inner).forward).parameters)
-            own |= {name for encode in self.encoders.by.values() for name in (encode.kind.pixels, *encode.names)}
+            own |= {name for encode in self.encoders.by.values() for name in (encode.modality.pixels, *encode.names)}
             check_arguments(call, own, given.shape[1], past.length + given.shape[1])
         if self.went is not None:
             check_asked(self.asked, self.went)
@@ -347,5 +348,5 @@ class MultimodalPatch:
 
     def filler(self) -> int:
         """A token id to put where there is nothing; it is masked, so any that is no placeholder will do."""
-        taken = {getattr(self.inner.config, kind.token) for kind in self.family.kinds}
+        taken = {getattr(self.inner.config, modality.token) for modality in self.family.modalities}
         return next(token for token in range(len(taken) + 1) if token not in taken)

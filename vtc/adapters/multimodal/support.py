@@ -69,7 +69,7 @@ def _refusal(site: MultimodalSite, method: Method | None) -> str:
         reasons.append(_bias_refuses(decoder))
     if any(reasons):
         return next(filter(None, reasons))
-    if method.groups_frames and VIDEO not in site.family.kinds:
+    if method.groups_frames and VIDEO not in site.family.modalities:
         return "events= merges the frames of videos, and vtc knows this family with images only"
     method.check(decoder.config.hidden_size)
     missing = method.lacks("input")

@@ -55,9 +55,9 @@ class EncodedFeatures:
 
 @dataclass
 class PlacedTokens:
-    """The tokens of one kind in one call: what encoded them, and which columns they fill."""
+    """The tokens of one modality in one call: what encoded them, and which columns they fill."""
 
-    kind: Modality
+    modality: Modality
     output: Any
     encoded: EncodedFeatures
     rows: Tensor  # [n, C]
@@ -140,7 +140,7 @@ class TokenBatch(Units):
         units: list[Unit] = []
         start = 0
         for item in items:
-            # items are numbered apart by kind
+            # items are numbered apart by modality
             units += [Unit(u.rows + start, u.item + start, u.grid) for u in item.encoded.layout.units]
             self.spans.append(slice(start, start + len(item.rows)))
             start += len(item.rows)
@@ -173,7 +173,7 @@ class TokenBatch(Units):
 
     def videos(self) -> list[list[int]]:
         """The units of every video, its frames in order."""
-        spans = [span for item, span in zip(self.items, self.spans, strict=True) if item.kind.name == "video"]
+        spans = [span for item, span in zip(self.items, self.spans, strict=True) if item.modality.name == "video"]
         frames: dict[int, list[int]] = {}
         for number, unit in enumerate(self.units):
             if any(span.start <= int(unit.rows[0]) < span.stop for span in spans):

@@ -51,7 +51,7 @@ class Family:
     Attributes:
         classes: class names of the model without its language head, which holds tower, projector and decoder.
         decoder: the attribute with the text decoder.
-        kinds: the visual inputs it takes.
+        modalities: the visual inputs it takes.
         passed: arguments for the tower that the model's forward passes on to its encoder without naming them.
         in_tower: why methods cannot merge inside the tower with fewer tokens reaching the decoder; "" = they can.
     """
@@ -60,7 +60,7 @@ class Family:
     covers: ClassVar[str]
     classes: ClassVar[tuple[str, ...]]
     decoder: ClassVar[str] = "language_model"
-    kinds: ClassVar[tuple[Modality, ...]] = (IMAGE,)
+    modalities: ClassVar[tuple[Modality, ...]] = (IMAGE,)
     ignored: ClassVar[frozenset[str]] = (
         frozenset()
     )  # arguments of the encoder that the model's forward does not pass on
@@ -70,14 +70,14 @@ class Family:
 
     # -- the prompt ---------------------------------------------------------------------------------------------
 
-    def lengths(self, inner: Any, kind: Modality, features: list[int], call: dict[str, Any]) -> list[int]:
+    def lengths(self, inner: Any, modality: Modality, features: list[int], call: dict[str, Any]) -> list[int]:
         """Tokens of every item, given how many rows each tensor of `features` has that the encoder made."""
         return features
 
-    def layout(self, inner: Any, kind: Modality, lengths: list[int], call: dict[str, Any]) -> Layout:
+    def layout(self, inner: Any, modality: Modality, lengths: list[int], call: dict[str, Any]) -> Layout:
         """How the tokens of the items with `lengths` tokens are laid out. By default every item is an image whose
         patches are folded evenly; it fills a grid where that of its pixels comes to as many tokens."""
-        grids = [self.folded(inner, grid) for grid in self.grids(inner, kind, call)]
+        grids = [self.folded(inner, grid) for grid in self.grids(inner, modality, call)]
         units, start = [], 0
         for item, length in enumerate(lengths):
             grid = grids[item] if len(grids) == len(lengths) else None
@@ -86,9 +86,9 @@ class Family:
             start += length
         return Layout(tuple(units))
 
-    def grids(self, inner: Any, kind: Modality, call: dict[str, Any]) -> list[Grid]:
+    def grids(self, inner: Any, modality: Modality, call: dict[str, Any]) -> list[Grid]:
         """(rows, columns) of the patches that the tower cuts every image into, read off the pixels; [] = unknown."""
-        pixels, patch = call.get(kind.pixels), self.patch(inner)
+        pixels, patch = call.get(modality.pixels), self.patch(inner)
         if not isinstance(pixels, Tensor) or pixels.ndim < 4 or patch is None:
             return []
         grid = (pixels.shape[-2] // patch[0], pixels.shape[-1] // patch[1])
@@ -105,7 +105,7 @@ class Family:
         """The grid of the tokens that the projector makes of a grid of patches; None = they fill none."""
         return grid
 
-    def trailing(self, inner: Any, kind: Modality) -> int:
+    def trailing(self, inner: Any, modality: Modality) -> int:
         """Placeholders behind every item that the model's forward fills itself, after the encoder."""
         return 0
 
@@ -147,7 +147,7 @@ class Family:
         own = getattr(inner.config, "vision_feature_select_strategy", "full")
         return int((call.get("vision_feature_select_strategy") or own) == "default")
 
-    def segments(self, inner: Any, kind: Modality, call: dict[str, Any]) -> list[int] | None:
+    def segments(self, inner: Any, modality: Modality, call: dict[str, Any]) -> list[int] | None:
         """Patches per image or frame, where the tower packs all into one row; None = one image a row."""
         return None
 
@@ -168,7 +168,7 @@ class Family:
         """Projector rows of an image with so many patches, where images are not packed."""
         return patches
 
-    def unit(self, inner: Any) -> int:
+    def patches_per_token(self, inner: Any) -> int:
         """Consecutive patches per projector row, where images are packed."""
         return 1
 

@@ -20,20 +20,20 @@ class Llava(Family):
     passed = frozenset({"image_sizes", "interpolate_pos_encoding"})
     in_tower = ""
 
-    def lengths(self, inner: Any, kind: Modality, features: list[int], call: dict[str, Any]) -> list[int]:
-        own = self.segments(inner, kind, call)
+    def lengths(self, inner: Any, modality: Modality, features: list[int], call: dict[str, Any]) -> list[int]:
+        own = self.segments(inner, modality, call)
         return own if own and sum(own) == sum(features) else features
 
-    def grids(self, inner: Any, kind: Modality, call: dict[str, Any]) -> list[Grid]:
+    def grids(self, inner: Any, modality: Modality, call: dict[str, Any]) -> list[Grid]:
         sizes, patch = call.get("image_sizes"), self.patch(inner)
         if sizes is None or patch is None:
-            return super().grids(inner, kind, call)
+            return super().grids(inner, modality, call)
         return [(int(high) // patch[0], int(wide) // patch[1]) for high, wide in torch.as_tensor(sizes).tolist()]
 
-    def segments(self, inner: Any, kind: Modality, call: dict[str, Any]) -> list[int] | None:
+    def segments(self, inner: Any, modality: Modality, call: dict[str, Any]) -> list[int] | None:
         if getattr(self.tower(inner).config, "model_type", "") != "pixtral":
             return None
-        return [rows * columns for rows, columns in self.grids(inner, kind, call)]
+        return [rows * columns for rows, columns in self.grids(inner, modality, call)]
 
 
 class PaliGemma(Family):

@@ -24,8 +24,8 @@ class LlavaNext(Family):
     classes = ("LlavaNextModel",)
     in_tower = ""
 
-    def layout(self, inner: Any, kind: Modality, lengths: list[int], call: dict[str, Any]) -> Layout:
-        if kind == VIDEO:
+    def layout(self, inner: Any, modality: Modality, lengths: list[int], call: dict[str, Any]) -> Layout:
+        if modality == VIDEO:
             return self.frames(inner, lengths, call)
         side = inner.config.vision_config.image_size // inner.config.vision_config.patch_size
         crops = self.crops(inner, call)
@@ -84,7 +84,7 @@ class LlavaOnevision(LlavaNext):
     name = "llava_onevision"
     covers = "LLaVA-OneVision, images and video"
     classes = ("LlavaOnevisionModel",)
-    kinds = (IMAGE, VIDEO)
+    modalities = (IMAGE, VIDEO)
     ignored = frozenset({"vision_aspect_ratio"})
     in_tower = "its tokens are resized between the tower and the decoder"
 
@@ -104,9 +104,9 @@ class LlavaOnevision(LlavaNext):
             vision_aspect_ratio=inner.config.vision_aspect_ratio,
         )[0]
 
-    def trailing(self, inner: Any, kind: Modality) -> int:
+    def trailing(self, inner: Any, modality: Modality) -> int:
         """The newline behind a video: until transformers 5.18 or later it was no part of the features."""
-        return int(kind == VIDEO and VIDEO.pixels not in signature(type(inner).get_video_features).parameters)
+        return int(modality == VIDEO and VIDEO.pixels not in signature(type(inner).get_video_features).parameters)
 
     def frames(self, inner: Any, lengths: list[int], call: dict[str, Any]) -> Layout:
         newline = 1 - self.trailing(inner, VIDEO)

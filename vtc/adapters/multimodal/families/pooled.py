@@ -41,7 +41,15 @@ def _fold(module: nn.Module, x: Tensor) -> Tensor:
     return module.modality_projection(x.flatten(-2))  # type: ignore[operator]
 
 
-class Idefics3(Family):
+class Pooled(Family):
+    """Its connector makes a token of several patches that are no neighbours in the tower's output."""
+
+    def blocks(self, inner: Any, seen: Tensor) -> Tensor:
+        members = self.patches(inner, seen.shape[1], self.rows_per_image(inner, seen.shape[1]))
+        return seen[:, members.to(seen.device)].flatten(0, 1)
+
+
+class Idefics3(Pooled):
     """Budget per sub-image: the tiles of an image and the small whole one."""
 
     name = "idefics3"
@@ -49,9 +57,9 @@ class Idefics3(Family):
     classes = ("Idefics3Model", "SmolVLMModel")
     decoder = "text_model"
 
-    def layout(self, inner: Any, kind: Modality, lengths: list[int], call: dict[str, Any]) -> Layout:
+    def layout(self, inner: Any, modality: Modality, lengths: list[int], call: dict[str, Any]) -> Layout:
         # one length per prompt; its images one after the other, all of one size; those of zeros are left out
-        grids = super().grids(inner, kind, call)
+        grids = super().grids(inner, modality, call)
         tile = self.rows_per_image(inner, grids[0][0] * grids[0][1]) if grids else inner.image_seq_len
         grid = self.folded(inner, grids[0]) if grids else None
         rows = torch.arange(sum(lengths)).split(tile)
@@ -69,10 +77,6 @@ class Idefics3(Family):
     def projection(self, inner: Any) -> Projection:
         return Projection(inner.connector, _fold)
 
-    def blocks(self, inner: Any, seen: Tensor) -> Tensor:
-        members = self.patches(inner, seen.shape[1], self.rows_per_image(inner, seen.shape[1]))
-        return seen[:, members.to(seen.device)].flatten(0, 1)
-
     def rows_per_image(self, inner: Any, patches: int) -> int:
         return patches // inner.connector.scale_factor**2
 
@@ -86,17 +90,13 @@ def _pool(module: nn.Module, x: Tensor) -> Tensor:
     return normed @ module.mm_input_projection_weight
 
 
-class Gemma3(Family):
+class Gemma3(Pooled):
     name = "gemma3"
     covers = "Gemma 3"
     classes = ("Gemma3Model",)
 
     def projection(self, inner: Any) -> Projection:
         return Projection(inner.multi_modal_projector, _pool)
-
-    def blocks(self, inner: Any, seen: Tensor) -> Tensor:
-        members = self.patches(inner, seen.shape[1], self.rows_per_image(inner, seen.shape[1]))
-        return seen[:, members.to(seen.device)].flatten(0, 1)
 
     def folded(self, inner: Any, grid: Grid) -> Grid:
         return (inner.multi_modal_projector.tokens_per_side,) * 2

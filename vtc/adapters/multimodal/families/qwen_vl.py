@@ -23,17 +23,17 @@ class QwenVL(Family):
     name = "qwen_vl"
     covers = "Qwen2-VL, Qwen2.5-VL, Qwen3-VL (DeepStack included), images and video"
     classes = ("Qwen2VLModel", "Qwen2_5_VLModel", "Qwen3VLModel")
-    kinds = (IMAGE, VIDEO)
+    modalities = (IMAGE, VIDEO)
     middle = 0.5
 
-    def layout(self, inner: Any, kind: Modality, lengths: list[int], call: dict[str, Any]) -> Layout:
+    def layout(self, inner: Any, modality: Modality, lengths: list[int], call: dict[str, Any]) -> Layout:
         units, start, edge = [], 0, inner.visual.spatial_merge_size
-        for item, (frames, rows, columns) in enumerate(_grid(kind, call).tolist()):
+        for item, (frames, rows, columns) in enumerate(_grid(modality, call).tolist()):
             grid = (rows // edge, columns // edge)
             for _ in range(frames):
                 units.append(Unit(torch.arange(start, start + grid[0] * grid[1]), item, grid))
                 start += grid[0] * grid[1]
-        return Layout(tuple(units), self.windows(inner, _grid(kind, call)))
+        return Layout(tuple(units), self.windows(inner, _grid(modality, call)))
 
     def windows(self, inner: Any, grid: Tensor) -> Tensor | None:
         """Where window attention has put each token (Qwen2.5-VL); None = tokens in raster order."""
@@ -72,8 +72,8 @@ class QwenVL(Family):
     def prefix(self, inner: Any, call: dict[str, Any]) -> int:
         return 0
 
-    def segments(self, inner: Any, kind: Modality, call: dict[str, Any]) -> list[int]:
-        return [rows * columns for frames, rows, columns in _grid(kind, call).tolist() for _ in range(frames)]
+    def segments(self, inner: Any, modality: Modality, call: dict[str, Any]) -> list[int]:
+        return [rows * columns for frames, rows, columns in _grid(modality, call).tolist() for _ in range(frames)]
 
     def projector(self, inner: Any) -> nn.Module:
         return inner.visual.merger
@@ -82,11 +82,11 @@ class QwenVL(Family):
         return Projection(self.projector(inner), _merge)
 
     def blocks(self, inner: Any, seen: Tensor) -> Tensor:
-        return seen.reshape(-1, self.unit(inner), seen.shape[-1])
+        return seen.reshape(-1, self.patches_per_token(inner), seen.shape[-1])
 
-    def unit(self, inner: Any) -> int:
+    def patches_per_token(self, inner: Any) -> int:
         return inner.visual.spatial_merge_size**2
 
 
-def _grid(kind: Modality, call: dict[str, Any]) -> Tensor:
-    return call[f"{kind.name}_grid_thw"]
+def _grid(modality: Modality, call: dict[str, Any]) -> Tensor:
+    return call[f"{modality.name}_grid_thw"]
