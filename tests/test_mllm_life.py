@@ -486,7 +486,7 @@ def test_scorers_are_checked_before_anything_is_patched(tmp_path):
         assert zoo.fingerprint(model) == before
     with vtc.compress(model, "idpruner", keep=0.3, scorer=str(good)) as handle:
         said(model, inputs)
-        assert "importance: selector" in str(handle.report)
+        assert "importance: scorer" in str(handle.report)
         scored = handle.kept
     with vtc.compress(model, "idpruner", keep=0.3) as handle:
         said(model, inputs)
