@@ -138,10 +138,10 @@ class EncoderPatch:
         now.images += 1
         if self.site.naflex is not None or tracer(output):
             return
-        (rows, columns), batch = output.shape[-2:], output.shape[0]
-        now.grid = ((rows, columns),) * batch
+        batch, patches = output.shape[0], output.shape[2:].numel()
+        now.grid = ((output.shape[-2], output.shape[-1]),) * batch if output.ndim == 4 else None
         each, every = now.room or (0, 0)
-        now.room = each + rows * columns, every + batch * rows * columns
+        now.room = each + patches, every + batch * patches
 
     def saw_shapes(self, hook: Hook, args: tuple, kwargs: dict) -> None:
         shapes = kwargs.get("spatial_shapes", args[1] if len(args) > 1 else None)
@@ -175,7 +175,7 @@ class EncoderPatch:
         block, now = self.site.block, self.now
         if self.idle:
             stage = self.passing(patch, now, x, args, kwargs)
-            return self.leave(patch, now, patch.original(x, *args, **kwargs), stage)
+            return self.leave(patch, now, *self.own(patch, x, args, kwargs), stage)
         stage = self.enter(patch, now, x, args, kwargs)
         removed = stage.plan[:, patch.index] if isinstance(stage.plan, Tensor) else stage.plan[patch.index]
         idle = not bool(removed.any()) if isinstance(removed, Tensor) else removed == 0
@@ -183,8 +183,8 @@ class EncoderPatch:
             self.check_length(patch, x, stage)
             x = stage.narrow(x)
         if stage.total is None and idle:  # nothing has happened and nothing will: the block's own forward
-            out = patch.original(x, *args, **kwargs)
-            return self.leave(patch, now, out, replace(stage, flow=(*stage.flow, (stage.count(), stage.count()))))
+            out = self.own(patch, x, args, kwargs)
+            return self.leave(patch, now, *out, replace(stage, flow=(*stage.flow, (stage.count(), stage.count()))))
         attended, before = stage.count(), x
         if not idle and "layer_keys" in self.method.needs:
             now.wanted = patch
@@ -197,7 +197,12 @@ class EncoderPatch:
                 now.keys = block.project(patch.module, before)
             x, stage = self.reduce(patch, now, x, stage, removed)
         x = x + block.feed(patch.module, x)
-        return self.leave(patch, now, x, replace(stage, flow=(*stage.flow, (attended, stage.count()))))
+        return self.leave(patch, now, x, (), replace(stage, flow=(*stage.flow, (attended, stage.count()))))
+
+    def own(self, patch: BlockPatch, x: Tensor, args: tuple, kwargs: dict) -> tuple[Tensor, tuple]:
+        """What the block's own forward gives: the tokens, and what comes beside them."""
+        out = patch.original(x, *args, **kwargs)
+        return (out[0], out[1:]) if self.site.block.wrapped else (out, ())
 
     def passing(self, patch: BlockPatch, now: Running, x: Tensor, args: tuple, kwargs: dict) -> CallState:
         """What a report says of a block that runs as it is; in any order, with anything."""
@@ -355,7 +360,7 @@ class EncoderPatch:
             )
         return replace(stage, plan=(0,) * len(self.site.blocks), front=front)
 
-    def leave(self, patch: BlockPatch, now: Running, x: Tensor, stage: CallState) -> Tensor:
+    def leave(self, patch: BlockPatch, now: Running, x: Tensor, more: tuple, stage: CallState) -> Any:
         last = patch.index + 1 == len(self.site.blocks)
         wide = last or now.wide or bool(patch.module._forward_hooks)  # somebody else sees this output
         stage = replace(stage, layer=patch.index + 1, wide=wide)
@@ -365,7 +370,7 @@ class EncoderPatch:
             self.finish(now, stage)
         else:
             now.stage = stage
-        return x
+        return (x, *more) if self.site.block.wrapped else x
 
     def finish(self, now: Running, stage: CallState) -> None:
         now.stage, now.runs = None, now.runs + 1

@@ -18,7 +18,7 @@ _FEEDS = ("mlp", "ffn", "feed_forward", "feedforward", "intermediate", "fc1")
 def why_not(model: nn.Module, blocks: Sequence[nn.Module], masks: Sequence[str]) -> str:
     """Why `model` cannot be reduced. `blocks`: its list of layers, where it has one; `masks`: what their library calls
     the mask of an attention."""
-    attentions = [module for name, module in model.named_modules() if _attends(name, module)]
+    attentions = [module for name, module in model.named_modules() if attends(name, module)]
     if not attentions:
         return f"it holds no attention: its patches are mixed by {_mixers(model)}, which need every one in its place"
     if _windowed(model):
@@ -45,7 +45,7 @@ def _of_blocks(blocks: Sequence[nn.Module], masks: Sequence[str]) -> str:
     named = f"its blocks ({', '.join(dict.fromkeys(type(other).__name__ for other in blocks))})"
     if any(isinstance(module, _CONVOLUTIONS) and _wide(module) for module in block.modules()):
         return f"{named} hold convolutions over the grid of patches, which fewer tokens would not fill"
-    attentions = [(name, child) for name, child in block.named_children() if _attends(name, child)]
+    attentions = [(name, child) for name, child in block.named_children() if attends(name, child)]
     if len(attentions) > 1:
         found = " and ".join(f"{name} ({type(child).__name__})" for name, child in attentions)
         return f"{named} attend more than once: {found}"
@@ -55,7 +55,7 @@ def _of_blocks(blocks: Sequence[nn.Module], masks: Sequence[str]) -> str:
     relative = next((name for name, _ in attention.named_modules() if "rel" in name), "")
     if relative:
         return f"{named} compute relative positions of the whole grid inside their attention ({relative})"
-    inner = [part for name, part in attention.named_modules() if part is attention or _attends(name, part)]
+    inner = [part for name, part in attention.named_modules() if part is attention or attends(name, part)]
     blind = next((part for part in inner if not _takes(part, masks)), None)
     if blind is not None:
         return (
@@ -65,7 +65,7 @@ def _of_blocks(blocks: Sequence[nn.Module], masks: Sequence[str]) -> str:
     return f"{named} are put together in a way vtc has no account of: {patches(block)}"
 
 
-def _attends(name: str, module: nn.Module) -> bool:
+def attends(name: str, module: nn.Module) -> bool:
     """By the name of its class, its own, or its heads; dropouts and norms of an attention project nothing."""
     called = f"{type(module).__name__} {name.rpartition('.')[2]}".lower()
     named = any(word in called for word in ("attention", "attn")) and not isinstance(module, nn.ModuleList)

@@ -34,6 +34,7 @@ class Block:
         parts: (block) -> (attention module, MLP module), to count weights.
         example: (block, prefix) -> (tokens, args, kwargs) for a trial run: every argument that the encoder gives it.
         relative: the attention mask is a relative position bias, never padding.
+        wrapped: its forward gives the tokens in a tuple.
         mask: (block, x, args, kwargs) -> the caller's mask among them, as masks.py describes it.
     """
 
@@ -46,6 +47,7 @@ class Block:
     project: Callable[[Any, Tensor], Tensor] | None = None
     example: Callable[[Any, int], tuple[int, tuple, dict]] = plain_example
     relative: bool = False
+    wrapped: bool = False
     mask: Callable[..., Tensor | None] = given_mask
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from vtc.adapters.encoders.block_patch import patch_on
 from vtc.adapters.encoders.rotary import column_slots
 from vtc.adapters.encoders.site import EncoderSite
@@ -35,6 +37,8 @@ def refusal(site: EncoderSite, method: Method | None) -> str:
             f"keep={method.keep}: inside a ViT a fraction is per layer, and a layer keeps at least half; "
             "give the final number of tokens (an int), or flops="
         )
+    if "grid" in method.needs and isinstance(site.patchify, nn.Conv3d):
+        return f"{method.name} needs rows and columns, and this encoder's patches have a third axis, time"
     if "grid" in method.needs and site.shuffled:
         return f"{method.name} needs the patches in their places, but this encoder's embeddings shuffle them"
     if method.ppe:

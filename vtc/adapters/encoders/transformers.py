@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.adapters.encoders import reasons
-from vtc.adapters.encoders.site import NOT_ROTARY, EncoderSite, Refusal, examined
+from vtc.adapters.encoders import prenorm, reasons
+from vtc.adapters.encoders.site import NOT_ROTARY, Block, EncoderSite, Refusal, examined
 from vtc.adapters.encoders.timm import encodes as in_timm
-from vtc.adapters.encoders.transformers_blocks import BEIT, attention_of, kind_of
+from vtc.adapters.encoders.transformers_blocks import BEIT, kind_of
 from vtc.macs import EncoderMACs, linear_weights
 
 name = "huggingface"
@@ -83,13 +83,11 @@ def _layers(module: Any) -> Any:
 
 def _site(path: str, model: Any) -> EncoderSite | Refusal:
     layers, type_name = _layers(model), type(model).__name__
-    kinds = [kind_of(layer) for layer in layers or ()]
-    if not kinds or any(found is None or found is not kinds[0] for found in kinds):
-        return Refusal(path, type_name, reasons.why_not(model, layers or (), _MASKS))
-    block = kinds[0]
-    assert block is not None
+    block = _block(model, layers or ())
+    if isinstance(block, str):
+        return Refusal(path, type_name, block)
     embeddings = model.embeddings
-    patchify = next((m for m in embeddings.modules() if isinstance(m, nn.Conv2d)), None)
+    patchify = next((m for m in embeddings.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), None)
     naflex = None
     if patchify is None:
         naflex, patchify = embeddings, getattr(embeddings, "patch_embedding", None)
@@ -99,6 +97,8 @@ def _site(path: str, model: Any) -> EncoderSite | Refusal:
     resizable: Any = ((embeddings, _interpolation(embeddings)),)
     if hasattr(model, "rope_embeddings"):
         resizable = ((embeddings, {}), (model.rope_embeddings, {}))
+    if isinstance(patchify, nn.Conv3d):
+        resizable = "it takes clips of one size"
     if block is BEIT:
         resizable = "its relative positions belong to one image size"
     if naflex is not None:
@@ -112,9 +112,9 @@ def _site(path: str, model: Any) -> EncoderSite | Refusal:
         prefix,
         patchify,
         EncoderMACs(
-            attention=tuple(linear_weights(attention_of(layer)) for layer in layers),
+            attention=tuple(linear_weights(block.parts(layer)[0]) for layer in layers),
             width=tuple(block.width(layer) for layer in layers),
-            mlp=tuple(linear_weights(layer.mlp) for layer in layers),
+            mlp=tuple(linear_weights(block.parts(layer)[1]) for layer in layers),
             patch=patchify.weight.numel(),
             prefix=prefix,
             tail=_tail(model),
@@ -129,6 +129,24 @@ def _site(path: str, model: Any) -> EncoderSite | Refusal:
     )
 
 
+def _block(model: Any, layers: Any) -> Block | str:
+    """How all of the layers work, or why they do not work alike."""
+    special = [kind_of(layer) for layer in layers]
+    if layers and special[0] is not None and all(kind is special[0] for kind in special):
+        return special[0]
+    try:
+        found = [prenorm.found(layer) for layer in layers]
+        if found and all(each == found[0] for each in found):
+            return found[0].block()
+        why = ""
+    except prenorm.Unknown as error:
+        why = str(error)
+    reason = reasons.why_not(model, layers, _MASKS)
+    if why and any(vague in reason for vague in ("no account of", "takes no mask")):
+        return f"its blocks ({', '.join(dict.fromkeys(type(layer).__name__ for layer in layers))}): {why}"
+    return reason
+
+
 def _probe(model: Any, patchify: Any) -> Any:
     """Calls the encoder with an image of the size it was made for."""
     like: dict[str, Any] = {"dtype": patchify.weight.dtype, "device": "meta"}
@@ -139,10 +157,12 @@ def _probe(model: Any, patchify: Any) -> Any:
             "spatial_shapes": torch.tensor([[3, 4]]),
         }
         return lambda net: net.forward(**inputs)
-    size = getattr(model.config, "image_size", None) or tuple(4 * step for step in patchify.stride)
+    size = getattr(model.config, "image_size", None) or tuple(4 * step for step in patchify.stride[-2:])
     size = (size, size) if isinstance(size, int) else tuple(size)
-    image = torch.empty(1, patchify.in_channels, *size, **like)
-    return lambda net: net.forward(image)
+    shape = (1, patchify.in_channels, *size)
+    if isinstance(patchify, nn.Conv3d):
+        shape = (1, model.config.num_frames, *shape[1:])
+    return lambda net: net.forward(torch.zeros(shape, dtype=like["dtype"], device=next(net.parameters()).device))
 
 
 def _rotary(model: Any, patch: Any) -> Any:

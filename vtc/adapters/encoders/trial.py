@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,11 +75,8 @@ def check_entry(site: EncoderSite) -> str:
     calls: list = []
     patches: list = []
     last = len(site.blocks) - 1
-    known: dict[int, Any] = {id(b): _Passage(i, i == last, calls) for i, b in enumerate(site.blocks)}
-    encoder = bare_copy(site.encoder, _on_meta, known)
-    known[id(site.patchify)].register_forward_hook(lambda module, args, output: patches.append(output))
     try:
-        _probe(site, encoder, calls, patches)
+        _probe(site, calls, patches)
     except _Passed:
         pass
     except Exception as error:  # whatever a foreign encoder may raise
@@ -115,18 +113,32 @@ def check_entry(site: EncoderSite) -> str:
     return ""
 
 
-def _probe(site: EncoderSite, encoder: nn.Module, calls: list, patches: list) -> None:
-    """Call the copy; where that fails for a tensor that its forward makes on the CPU, once more with those on meta."""
-    assert site.probe is not None
+def _probe(site: EncoderSite, calls: list, patches: list) -> None:
+    """Call a copy on the meta device; where that fails for a tensor that its forward makes on the CPU, with those on
+    meta too; where it reads numbers, on the CPU, with zeros."""
+    whole, probe, last = site.encoder, site.probe, len(site.blocks) - 1
+    assert whole is not None and probe is not None
+
+    def call(tensor: Callable[[str, Tensor], Tensor]) -> None:
+        calls.clear()
+        patches.clear()
+        known: dict[int, Any] = {id(b): _Passage(i, i == last, calls) for i, b in enumerate(site.blocks)}
+        encoder = bare_copy(whole, tensor, known)
+        known[id(site.patchify)].register_forward_hook(lambda module, args, output: patches.append(output))
+        probe(encoder)
+
     try:
-        site.probe(encoder)
+        call(_on_meta)
     except RuntimeError as error:
         if "meta" not in str(error):
             raise
-        calls.clear()
-        patches.clear()
-        with torch.device("meta"):
-            site.probe(encoder)
+        try:
+            with torch.device("meta"):
+                call(_on_meta)
+        except RuntimeError as second:
+            if "meta" not in str(second):
+                raise
+            call(_zeros)
 
 
 def _form(x: Any) -> str:
@@ -138,11 +150,12 @@ def _holds_tensor(value: Any) -> bool:
 
 
 def _patch_count(outputs: list) -> int:
-    """Patches in the output of the module that cuts: [B, C, h, w], or [B, N, C]; 0 = another form."""
+    """Patches in the output of the module that cuts: [B, C, h, w] (a clip's [B, C, t, h, w]), or [B, N, C]; 0 = another
+    form."""
     if len(outputs) != 1 or not isinstance(outputs[0], Tensor):
         return 0
     shape = outputs[0].shape
-    return {3: lambda: shape[1], 4: lambda: shape[2] * shape[3]}.get(len(shape), lambda: 0)()
+    return shape[1] if len(shape) == 3 else shape[2:].numel() if len(shape) in (4, 5) else 0
 
 
 # -- blocks ---------------------------------------------------------------------------------------------------------
@@ -153,18 +166,18 @@ def check_blocks(site: EncoderSite) -> str:
     tried = set()
     for index, block in enumerate(site.blocks):
         where = f"block {index} ({type(block).__name__})"
-        kind = _kind(block)
-        stand_in = None if kind in tried else _stand_in(block)
+        kind = kind_of(block)
+        copied = None if kind in tried else stand_in(block)
         tried.add(kind)
         try:
             if _here(block):
                 reason = _exact(site, block, index)
-            elif stand_in is None or stand_in is block or site.no_bias:
+            elif copied is None or copied is block or site.no_bias:
                 continue
             else:
-                reason = _exact(site, stand_in, index)
-            if not reason and stand_in is not None:
-                reason = _sizes(site, stand_in, block)
+                reason = _exact(site, copied, index)
+            if not reason and copied is not None:
+                reason = _sizes(site, copied, block)
         except Exception as error:  # whatever a foreign block may raise
             reason = f"does not run as vtc knows it: {first_line(error)}"
         if reason:
@@ -176,6 +189,8 @@ def _exact(site: EncoderSite, block: nn.Module, seed: int) -> str:
     x, args, kwargs = _example(site, block, seed)
     with _evaluating(block), torch.autocast(x.device.type, enabled=False):
         own: Any = block.forward(x, *args, **kwargs)
+        if site.block.wrapped and isinstance(own, tuple):
+            own = own[0]
         if not isinstance(own, Tensor):
             return f"gives a {type(own).__name__}, not one tensor of tokens"
         ours = x + site.block.attend(block, x, None, args, kwargs)
@@ -187,11 +202,11 @@ def _exact(site: EncoderSite, block: nn.Module, seed: int) -> str:
     return ""
 
 
-def _sizes(site: EncoderSite, stand_in: nn.Module, block: nn.Module) -> str:
+def _sizes(site: EncoderSite, copied: nn.Module, block: nn.Module) -> str:
     """On the copy; on the block itself where a copy does not run (kernels of a GPU alone, quantized weights)."""
-    if stand_in is not block and not site.no_bias:
+    if copied is not block and not site.no_bias:
         try:
-            return _sizes_of(site, stand_in, _TIGHT)
+            return _sizes_of(site, copied, _TIGHT)
         except Exception:
             if not _here(block) or next(_floats(block)).device.type == "cpu":
                 raise
@@ -321,7 +336,11 @@ def _on_meta(name: str, old: Tensor) -> Tensor:
     return torch.empty(old.shape, dtype=old.dtype, device="meta")
 
 
-def _stand_in(block: nn.Module) -> nn.Module:
+def _zeros(name: str, old: Tensor) -> Tensor:
+    return torch.zeros(old.shape, dtype=old.dtype, device="cpu")
+
+
+def stand_in(block: nn.Module) -> nn.Module:
     """A copy of `block` in float32 on the CPU with random weights; the block itself where its weights are packed."""
     if not all(type(p) is nn.Parameter and p.is_floating_point() and p.itemsize > 1 for p in block.parameters()):
         return block
@@ -348,7 +367,7 @@ def _noise(name: str, old: Tensor) -> Tensor:
         if old.is_meta:
             return old.detach()
         return old.detach().to("cpu", torch.float32 if old.is_floating_point() else old.dtype, copy=True)
-    generator = torch.Generator().manual_seed(old.numel() % 1009 + len(name))
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     count = min(old.numel(), 1_000_003)  # prime, so that no two rows are alike; huge matrices repeat it
     flat = torch.randn(count, generator=generator, device="cpu")
     flat = flat.repeat(-(-old.numel() // count))[: old.numel()] if count else flat
@@ -357,7 +376,7 @@ def _noise(name: str, old: Tensor) -> Tensor:
     return (flat * 0.2).clamp(-0.6, 0.6).reshape(old.shape) + (1.0 if name.endswith("weight") else 0.0)
 
 
-def _kind(block: nn.Module) -> tuple:
+def kind_of(block: nn.Module) -> tuple:
     """Blocks that are alike: the same modules, shapes and switches."""
     parts = []
     for name, module in block.named_modules():

@@ -1,0 +1,415 @@
+"""How any pre-norm block of transformers works, found by running it once; the trial proves what is found.
+
+    x = x + [scale *] attention(norm1(x)) ...        x = x + [scale *] mlp(norm2(x)) ...
+
+The direct parts of a block are called one after the other, each with what those before it gave. A copy of the block
+with random weights runs once while these calls are noted; what a part is given that no part has made must be the
+residual. To attend, or to feed, is then to make the same calls again, with other tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc.adapters.encoders.reasons import attends
+from vtc.adapters.encoders.site import Block, projected_keys
+from vtc.adapters.encoders.state import CallState
+from vtc.adapters.encoders.trial import kind_of, stand_in, width_of
+from vtc.errors import first_line
+from vtc.scores.attention import head_mean
+
+_MASKS = ("attention_mask", "attn_mask", "mask")
+_NAME = "vtc_sizes"
+_TOKENS = 23
+_bias: ContextVar[Tensor | None] = ContextVar("vtc_bias", default=None)
+_noted: ContextVar[list | None] = ContextVar("vtc_noted", default=None)
+
+
+class Unknown(Exception):
+    """Why a block does not work as told above."""
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Where a value comes from: "x", the tokens; "zero", in the residual's place; "out", the output of a call (and
+    which of several); "given", an argument of the block; "is", the value itself."""
+
+    kind: str
+    value: Any = None
+    item: int | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a part of the block."""
+
+    part: str
+    args: tuple[Ref, ...]
+    kwargs: tuple[tuple[str, Ref], ...]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Calls that lead to what is added to the residual: the output of the last, times a parameter of the block."""
+
+    calls: tuple[Call, ...]
+    ends: Ref
+    scale: str = ""
+
+    def run(self, block: Any, x: Tensor, attention: str, bias: Any, given: dict[str, Any]) -> Tensor:
+        outs: list[Any] = []
+
+        def value(ref: Ref) -> Any:
+            if ref.kind in ("x", "zero"):
+                return x if ref.kind == "x" else torch.zeros_like(x)
+            if ref.kind == "given":
+                return given.get(ref.value)
+            return ref.value if ref.kind == "is" else outs[ref.value] if ref.item is None else outs[ref.value][ref.item]
+
+        for call in self.calls:
+            part, args = getattr(block, call.part), [value(ref) for ref in call.args]
+            kwargs = {name: value(ref) for name, ref in call.kwargs}
+            outs.append(bias(part, args, kwargs) if call.part == attention else part(*args, **kwargs))
+        end = value(self.ends)
+        return end if not self.scale else getattr(block, self.scale) * end
+
+
+@dataclass(frozen=True)
+class PreNorm:
+    """What was found of one kind of block.
+
+    Attributes:
+        first, second: the branches. attention: the part that attends.
+        heads: of keys; size: of all queries, heads x head width.
+        keys: the module in the attention whose output holds the keys; "" = they are the middle third of what its
+            `fused` projection gives.
+        mask: the attention's parameter for a mask; "" = it has none, and the sizes go in at transformers' interface.
+        names: the arguments of the block's forward behind its tokens; takes: those of the attention's.
+        wrapped: the block gives its tokens in a tuple.
+    """
+
+    first: Branch
+    second: Branch
+    attention: str
+    heads: int
+    size: int
+    keys: str
+    fused: str
+    mask: str
+    names: tuple[str, ...]
+    takes: tuple[str, ...]
+    wrapped: bool
+
+    def attend(self, block: Any, x: Tensor, stage: CallState | None, args: tuple, kwargs: dict) -> Tensor:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        extra = {name: value for name, value in given.items() if name not in self.names}
+
+        def call(part: Any, args: list, own: dict[str, Any]) -> Any:
+            own = {**dict(zip(self.takes, args, strict=False)), **own, **extra}
+            if stage is None:
+                return part(**own)
+            sizes = stage.bias(x)
+            if self.mask:
+                return part(**own | {self.mask: sizes})
+            with sized(part, sizes):
+                return part(**own)
+
+        return self.first.run(block, x, self.attention, call, given)
+
+    def feed(self, block: Any, x: Tensor) -> Tensor:
+        return self.second.run(block, x, "", None, {})
+
+    def parts(self, block: Any) -> tuple[nn.Module, nn.Module]:
+        names = dict.fromkeys(call.part for call in self.second.calls)
+        return getattr(block, self.attention), nn.ModuleList([getattr(block, name) for name in names])
+
+    def width(self, block: Any) -> int:
+        return self.size
+
+    def count(self, block: Any) -> int:
+        return self.heads
+
+    def key_module(self, block: Any) -> nn.Module:
+        return getattr(block, self.attention).get_submodule(self.keys)
+
+    def key_product(self, block: Any, x: Tensor) -> Tensor:
+        """Keys of a fused projection, of the input that the attention gets."""
+        before: list[Tensor] = []
+
+        def stop(part: Any, args: list, own: dict[str, Any]) -> Any:
+            before.append(args[0] if args else own[self.takes[0]])
+            return x if self.first.ends.item is None else (x,) * 4
+
+        self.first.run(block, x, self.attention, stop, {})
+        fused: Any = getattr(block, self.attention).get_submodule(self.fused)
+        return projected_keys(before[0].detach(), fused.weight, fused.bias, self.heads)
+
+    def block(self) -> Block:
+        keys: dict[str, Any] = {"keys": self.key_module} if self.keys else {"project": self.key_product}
+        keys |= {"example": self.example, "wrapped": self.wrapped}
+        return Block(self.attend, self.feed, self.parts, self.width, self.count, **keys)
+
+    def example(self, block: Any, prefix: int) -> tuple[int, tuple, dict]:
+        required = [n for n, p in _parameters(type(block)).items() if p.default is p.empty]
+        return prefix + _TOKENS, (), dict.fromkeys(required)
+
+
+# -- finding out ----------------------------------------------------------------------------------------------------
+
+
+_known: dict[tuple, PreNorm | str] = {}
+
+
+def found(block: nn.Module) -> PreNorm:
+    """How a block works, from a copy of it with random weights; those that are alike are examined once.
+
+    Raises:
+        Unknown: it is no pre-norm block, and why.
+    """
+    kind = kind_of(block)
+    if kind not in _known:
+        try:
+            attention = next((child for name, child in block.named_children() if attends(name, child)), block)
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                _known[kind] = examine(stand_in(block), width_of(block, attention))
+        except Exception as error:  # whatever a foreign block may raise
+            _known[kind] = str(error) if isinstance(error, Unknown) else f"it does not run alone: {first_line(error)}"
+    known = _known[kind]
+    if isinstance(known, str):
+        raise Unknown(known)
+    return known
+
+
+def examine(block: Any, width: int) -> PreNorm:
+    """How a block works. block: a copy in float32 that holds numbers. Raises Unknown."""
+    names = [name for name, child in block.named_children() if attends(name, child)]
+    if len(names) != 1:
+        raise Unknown(f"{len(names)} of its parts attend")
+    inside = getattr(block, names[0])
+    parameters = _parameters(type(block))
+    strange = [n for n, p in parameters.items() if p.default is p.empty and n not in _MASKS]
+    if strange:
+        raise Unknown(f"it is given {' and '.join(strange)}, which vtc does not know how to shorten")
+    given = {n: None if p.default is p.empty else p.default for n, p in parameters.items()}
+    given |= {n: torch.zeros(1, 1, _TOKENS, _TOKENS) for n in _MASKS if n in parameters}
+    x = torch.randn(1, _TOKENS, width, generator=torch.Generator().manual_seed(0))
+    out, calls, outputs, noted = _record(block, inside, x, given)
+    wrapped = isinstance(out, tuple)
+    out = out[0] if wrapped else out
+    if not isinstance(out, Tensor):
+        raise Unknown(f"it gives a {type(out).__name__}, not one tensor of tokens")
+    first, mid, rest = _branch(block, x, calls, given, None)
+    second, end, left = _branch(block, mid, rest, {}, out)
+    if left or end is not out:
+        raise Unknown("its parts are called in an order of its own")
+    if names[0] not in {call.part for call in first.calls} or names[0] in {call.part for call in second.calls}:
+        raise Unknown("its attention does not come first")
+    takes = tuple(_parameters(type(inside), 1))
+    mask = next((name for name in _MASKS if name in takes), "")
+    if len(noted) != 1:
+        raise Unknown(
+            "its attention does not go through transformers' interface, where the sizes of tokens could go in"
+        )
+    query, key = noted[0]
+    mean, heads = head_mean(key, key.shape[1]), key.shape[1]
+    keys = [path for path, o in outputs.items() if path and _same_keys(o, mean, heads)]
+    three = 3 * key.shape[1] * key.shape[-1]
+    fused = [path for path, module in inside.named_modules() if getattr(module, "out_features", 0) == three]
+    size = query.shape[1] * query.shape[-1]
+    found = PreNorm(
+        *(first, second, names[0], heads, size, (keys or [""])[-1], (fused or [""])[0], mask),
+        *(tuple(parameters), takes, wrapped),
+    )
+    if _reads_places(found, block, x):
+        raise Unknown("its attention reads where a token stands in the row (positions or windows inside it)")
+    if not keys and not (fused and _same_keys(found.key_product(block, x), mean, 1)):
+        raise Unknown("none of its parts shows the keys that it compares")
+    return found
+
+
+def _record(block: Any, inside: Any, x: Tensor, given: dict[str, Any]) -> tuple[Any, list, dict[str, Any], list]:
+    """Run a block: what it gives; the calls of its parts (name, arguments, output); the outputs of all modules of its
+    attention; and the queries and keys that reached transformers' interface."""
+    calls: list[Any] = []
+    outputs: dict[str, Any] = {}
+    noted: list[tuple[Tensor, Tensor]] = []
+
+    def called(name: str) -> Callable[..., None]:
+        return lambda part, args, kwargs, out: calls.append((name, *_named(part, args, kwargs), out))
+
+    def gave(path: str) -> Callable[..., None]:
+        return lambda part, args, out: outputs.update({path: out})
+
+    hooks = [part.register_forward_hook(called(name), with_kwargs=True) for name, part in block.named_children()]
+    hooks += [module.register_forward_hook(gave(path)) for path, module in inside.named_modules()]
+    token = _noted.set(noted)
+    try:
+        with sized(inside, None):
+            return block(x, **given), calls, outputs, noted
+    finally:
+        _noted.reset(token)
+        for hook in hooks:
+            hook.remove()
+
+
+def _reads_places(found: PreNorm, block: Any, x: Tensor) -> bool:
+    """Does another order of the tokens give more than that order? Not of a causal attention, which the trial names."""
+
+    def attended(x: Tensor) -> Tensor:
+        return found.attend(block, x, None, (), {})
+
+    plain, order, other = attended(x), torch.arange(_TOKENS).flip(0), x.clone()
+    other[:, -1] = -other[:, -1]
+    causal = torch.equal(attended(other)[:, :-1], plain[:, :-1])
+    return not causal and not torch.allclose(attended(x[:, order]), plain[:, order], rtol=1e-4, atol=1e-4)
+
+
+def _same_keys(out: Any, mean: Tensor, heads: int) -> bool:
+    if not isinstance(out, Tensor) or out.shape[-1] * (out.ndim == 3) not in (heads * mean.shape[-1], 0):
+        return False
+    try:
+        found = head_mean(out, heads)
+    except Exception:  # einops says in its own way that the shape is another
+        return False
+    return found.shape == mean.shape and torch.allclose(found, mean, rtol=1e-4, atol=1e-5)
+
+
+def _branch(
+    block: Any, x: Tensor, calls: list, given: dict[str, Any], last: Tensor | None
+) -> tuple[Branch, Tensor, list]:
+    """The calls up to the next residual, that residual, and the calls behind it. given: the block's own arguments;
+    last: what the residual is, None = what a call is given that none has made."""
+    made: list[Call] = []
+    outs: list[Any] = []
+    known: list[tuple[Any, Ref]] = [(x, Ref("x"))]
+
+    def ref(value: Any, name: str = "") -> Ref:
+        if name in given and given[name] is value:
+            return Ref("given", name)
+        if isinstance(value, Tensor):
+            found = [r for v, r in known if v is value]
+            if not found:
+                raise LookupError
+            return found[-1]
+        if isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
+            raise Unknown("a part of it is given several tensors at once")
+        return Ref("is", value)
+
+    for at, (name, args, kwargs, out) in enumerate(calls):
+        try:
+            call = Call(name, tuple(map(ref, args)), tuple((k, ref(v, k)) for k, v in kwargs.items()))
+        except LookupError:
+            new = next(
+                v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and not any(v is k for k, _ in known)
+            )
+            ends, scale = _residual(block, x, outs, new)
+            return Branch(tuple(made), ends, scale), new, calls[at:]
+        made.append(call)
+        outs.append(out)
+        number = len(outs) - 1
+        if isinstance(out, tuple):
+            known += [(v, Ref("out", number, i)) for i, v in enumerate(out) if isinstance(v, Tensor)]
+        else:
+            known.append((out, Ref("out", number)))
+    if last is None:
+        raise Unknown("nothing is added to its tokens behind the attention")
+    if outs and outs[-1] is last:  # the last part adds the residual itself: nothing, in its place, leaves the branch
+        *rest, end = made
+        zero = Ref("zero")
+        swapped = tuple(zero if i and r.kind == "x" else r for i, r in enumerate(end.args))
+        end = Call(end.part, swapped, tuple((k, zero if r.kind == "x" else r) for k, r in end.kwargs))
+        return Branch((*rest, end), Ref("out", len(outs) - 1)), last, []
+    ends, scale = _residual(block, x, outs, last)
+    return Branch(tuple(made), ends, scale), last, []
+
+
+def _residual(block: Any, x: Tensor, outs: list, new: Tensor) -> tuple[Ref, str]:
+    """What was added to `x` to make `new`: which output, times which of the block's own parameters."""
+    for number in reversed(range(len(outs))):
+        out = outs[number]
+        for item, value in enumerate(out) if isinstance(out, tuple) else ((None, out),):
+            if not isinstance(value, Tensor) or value.shape != x.shape:
+                continue
+            if torch.equal(x + value, new):
+                return Ref("out", number, item), ""
+            for name, scale in block.named_parameters(recurse=False):
+                if torch.equal(x + scale * value, new):
+                    return Ref("out", number, item), name
+    raise Unknown("something between its parts is no residual connection")
+
+
+# -- sizes, where the attention takes no mask -----------------------------------------------------------------------
+
+
+class _Config:
+    """Stands for the config of an attention module: its attention function is ours."""
+
+    _attn_implementation = _NAME
+
+    def __init__(self, real: Any) -> None:
+        self.real = real
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "real" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.real, name)
+
+
+@contextmanager
+def sized(attention: nn.Module, bias: Tensor | None) -> Iterator[None]:
+    """While it runs, an attention adds `bias` [B, 1, 1, N] to its logits, at transformers' attention interface."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if _NAME not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        ALL_ATTENTION_FUNCTIONS.register(_NAME, _attend)
+    held = [m for m in attention.modules() if hasattr(m.__dict__.get("config"), "_attn_implementation")]
+    real = [m.config for m in held]
+    token = _bias.set(bias)
+    try:
+        for module, config in zip(held, real, strict=True):
+            module.__dict__["config"] = _Config(config)
+        yield
+    finally:
+        for module, config in zip(held, real, strict=True):
+            module.__dict__["config"] = config
+        _bias.reset(token)
+
+
+def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
+    import sys
+
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    noted, bias = _noted.get(), _bias.get()
+    if noted is not None:
+        noted.append((query, key))
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config.real._attn_implementation, eager)
+    if bias is not None:
+        attention_mask = bias if attention_mask is None else attention_mask + bias
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+# -- arguments ------------------------------------------------------------------------------------------------------
+
+
+def _parameters(cls: type, behind: int = 2) -> dict[str, inspect.Parameter]:
+    """Of a class's forward, behind self and its tokens, by name."""
+    every = list(inspect.signature(cls.forward).parameters.values())[behind:]  # type: ignore[attr-defined]
+    return {p.name: p for p in every if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def _named(part: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """A call's arguments, the first as it is, the others by name."""
+    names = list(_parameters(type(part), 1))
+    if len(args) > len(names):
+        return args, kwargs
+    return args[:1], {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
