@@ -1,4 +1,4 @@
-"""How the layers of Hugging Face's encoders work, a `Block` for each kind; told by their parts."""
+"""How the layers of Hugging Face's encoders work: a `Block` for each kind, recognised by its parts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vtc.adapters.encoders.state import CallState, relative_bias
 
 
 def _rest(kwargs: dict, *drop: str) -> dict:
-    """The layer's other arguments, which go on to its attention as they are."""
+    """The layer's other arguments, which are passed on to its attention unchanged."""
     return {k: v for k, v in kwargs.items() if k not in ("attention_mask", *drop)}
 
 
@@ -22,7 +22,7 @@ def _mask(args: tuple, kwargs: dict) -> Tensor | None:
 
 
 def _biased(mask: Tensor | None, x: Tensor, stage: CallState | None) -> Tensor | None:
-    """The mask for the attention: the layer's own, or what it becomes for fewer tokens."""
+    """The mask for the attention: the layer's own, or its version for fewer tokens."""
     return mask if stage is None else stage.bias(x)
 
 
@@ -66,7 +66,7 @@ def _intern_feed(layer: Any, x: Tensor) -> Tensor:
 
 
 def _k_norm(layer: Any) -> nn.Module:
-    return layer.attention.k_norm  # of all heads at once; an Identity where keys are not normalised
+    return layer.attention.k_norm  # for all heads at once; an Identity if keys are not normalised
 
 
 # -- BEiT: relative position bias computed by the layer for the full grid ------------------------------------------
