@@ -1,4 +1,4 @@
-"""compress, with all that it takes, and the names that it knows."""
+"""`compress` with all its arguments, and the names of the methods."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ def list_methods() -> dict[str, str]:
 
 
 def compress(model: nn.Module, method: str | Method, **options: Any) -> Handle:
-    """Patch `model` in place so that it works on fewer visual tokens. Takes itself off with `handle.remove()`,
-    `vtc.remove(model)` or at the end of a `with` block.
+    """Patch `model` in place so that it works on fewer visual tokens. Undone by `handle.remove()`, `vtc.remove(model)`
+    or the end of a `with` block.
 
     Args:
         model: a vision encoder of timm, open_clip or transformers, or a model that contains one; or a multimodal LLM of
             transformers.
         method: a name (`vtc.list_methods()`) with its options, or a ready method: `vtc.PiToMe(keep=0.9)`. With
-            keep="auto" the budget is measured as `vtc.choose` does, and takes its arguments: inputs= and one of ttft=,
-            tokens=, fidelity=; method "auto" chooses that too. Where nothing is faster, the model keeps all its tokens.
+            keep="auto" the budget is chosen by measuring, as in `vtc.choose`, whose arguments are then accepted:
+            inputs= and one of ttft=, tokens=, fidelity=. Method "auto" chooses the method too. If nothing is faster,
+            the model keeps all its tokens.
 
     Returns:
         A `Handle`. An encoder's outputs keep their shape: merged tokens are copied back to the places they came from
-        after the last block. A multimodal LLM takes its own calls (`generate`, `forward`, `pipeline`); its decoder and
-        cache hold fewer tokens. A model that is compressed already gets the new method instead of the old one.
-        After keep="auto", `handle.choice` says why.
+        after the last block. A multimodal LLM is called as before (`generate`, `forward`, `pipeline`); its decoder and
+        cache hold fewer tokens. If the model is already compressed, the new method replaces the old one. After
+        keep="auto", `handle.choice` says why.
 
     Raises:
         OptionError: unknown method or option, a value out of range.
-        UnsupportedModelError: nothing that can be reduced, and why. The model is unchanged.
+        UnsupportedModelError: nothing can be reduced; the message says why. The model is unchanged.
     """
     if options.get("keep") != "auto":
         return install(model, method, **options)

@@ -1,4 +1,5 @@
-"""keep="auto": measure methods and budgets on this machine, on the user's own inputs, and say which to take and why."""
+"""keep="auto": measure methods and budgets on this machine, on the user's own inputs, and choose one, with the
+reason."""
 
 from __future__ import annotations
 
@@ -15,13 +16,13 @@ from vtc.methods import Method, make
 if TYPE_CHECKING:
     from vtc.bench.fidelity import Checked
 
-FASTER = 1.02  # below this a speed-up is noise, and compression not worth it
+FASTER = 1.02  # below this a speed-up is noise, and compression is not worthwhile
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen and why; prints as a sentence. `method` None: the model is best left as it is. `rows`: all that
-    was measured, the dense model first."""
+    """What was chosen and why; prints as a sentence. `method` None: the model is best left unchanged. `rows`: all
+    measurements, the dense model first."""
 
     method: Method | None
     why: str
@@ -43,20 +44,20 @@ def choose(
     repeats: int = 3,
     **options: Any,
 ) -> Choice:
-    """Measure, and choose method and budget for one target. Nothing needs labels; the model is not changed.
+    """Measure, and choose method and budget for one target. No labels are needed; the model is not changed.
 
     Args:
-        inputs: what the model is called with, a tensor or keyword arguments; or a list of some: the user's own images.
-        methods: names, or methods whose budgets are ignored; "auto" = some that need no choice.
-        ttft: seconds to the first token (an encoder: of one call) at most, all inputs together; the most faithful of
-            those that keep to it is taken.
-        tokens: image tokens that stay of every image; the most faithful method is taken.
-        fidelity: the least agreement with the dense model, 0 to 1 (see `vtc.bench.fidelity`); the fastest is taken.
+        inputs: the model's inputs for your own images: a tensor, keyword arguments, or a list of these.
+        methods: names, or methods whose budgets are ignored; "auto" = a few that work without options.
+        ttft: maximum seconds to the first token (an encoder: for one call), all inputs together; of the methods within
+            this limit the most faithful is taken.
+        tokens: how many tokens of every image stay; the most faithful method is taken.
+        fidelity: minimum agreement with the dense model, 0 to 1 (see `vtc.bench.fidelity`); the fastest is taken.
         call: how an encoder is run, (model, inputs); default: calling it.
-        options: of the methods.
+        options: options of the methods.
 
     Raises:
-        OptionError: not exactly one target, or one out of range. UnsupportedModelError: nothing that can be reduced.
+        OptionError: not exactly one target, or one out of range. UnsupportedModelError: nothing can be reduced.
     """
     from vtc.bench.fidelity import check, fitting, is_llm
 

@@ -1,9 +1,9 @@
-"""Budgets: what a caller may ask for, and how many tokens that is.
+"""Budgets: what a caller may request, and how many tokens it means.
 
-Three kinds, each with its own rounding. **At once**, where a method reduces a unit in one go: a fraction keeps
-`max(1, round(keep n))` of n tokens. **By rounds**, where pairs are matched: a fraction removes `floor(n - n keep)`, and
-leaves one. **By layers** of an encoder: the fraction is of each layer's tokens, removed by rounds. A count is what is
-left at the end, in all three.
+Three kinds, each with its own rounding. **At once**, if a method reduces a unit in one step: a fraction keeps
+`max(1, round(keep n))` of n tokens. **By rounds**, if pairs are matched: a fraction removes `floor(n - n keep)`, and
+leaves at least one. **By layers** of an encoder: the fraction applies to each layer's tokens, removed by rounds. In all
+three, a count is the number of tokens left at the end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vtc.macs import EncoderMACs
 
 @dataclass(frozen=True)
 class Budget:
-    """What stays: exactly one of these (`r` says what goes).
+    """What stays, given by exactly one of these (`r` says how many are removed).
 
     Args:
         keep: a fraction in (0, 1], or a number of tokens.
@@ -31,7 +31,7 @@ class Budget:
         flops: the fraction of the encoder's multiply-adds that remains, in (0, 1].
 
     Raises:
-        OptionError: none or several given, or one of a wrong type or out of range.
+        OptionError: none or several given, one of the wrong type, or one out of range.
     """
 
     keep: float | int | None = None
@@ -54,7 +54,7 @@ class Budget:
 
     @property
     def everything(self) -> bool:
-        """Whether nothing goes, whatever the input."""
+        """Whether nothing is removed, for any input."""
         return self.r == 0 or self.flops == 1.0 or (isinstance(self.keep, float) and self.keep == 1.0)
 
 
@@ -62,7 +62,7 @@ class Budget:
 
 
 def kept_at_once(keep: float | int, count: int) -> int:
-    """How many of `count` tokens stay where a method reduces once."""
+    """How many of `count` tokens stay if a method reduces once."""
     if isinstance(keep, float):
         return min(count, max(1, round(count * keep)))
     if keep > count:
@@ -71,7 +71,7 @@ def kept_at_once(keep: float | int, count: int) -> int:
 
 
 def removed_by_rounds(keep: float | int | None, r: int | None, count: int) -> int:
-    """How many of `count` tokens go where pairs are matched."""
+    """How many of `count` tokens are removed if pairs are matched."""
     if r is not None:
         return min(r, count // 2)
     assert keep is not None
@@ -81,12 +81,12 @@ def removed_by_rounds(keep: float | int | None, r: int | None, count: int) -> in
 
 
 def lengths(features: Tensor, prefix: int, mask: Tensor | None) -> list[int]:
-    """The real tokens behind the prefix, of every item where there is a mask, else one number for all."""
+    """Numbers of real tokens after the prefix: one per item if there is a mask, else one for all."""
     return [features.shape[1] - prefix] if mask is None else (mask.sum(1) - prefix).clamp(min=0).tolist()
 
 
 def stays_at_once(features: Tensor, keep: float | int, mask: Tensor | None) -> int | Tensor:
-    """How many tokens of a batch stay where a method reduces once: an int, or [B] where there is a mask."""
+    """How many tokens of a batch stay if a method reduces once: an int, or [B] if there is a mask."""
     Budget(keep)
     kept = [kept_at_once(keep, n) for n in lengths(features, 0, mask)]
     return kept[0] if mask is None else torch.tensor(kept, device=features.device)
@@ -95,7 +95,7 @@ def stays_at_once(features: Tensor, keep: float | int, mask: Tensor | None) -> i
 def goes_by_rounds(
     features: Tensor, keep: float | int | None, r: int | None, prefix: int, mask: Tensor | None
 ) -> int | Tensor:
-    """How many tokens of a batch go where pairs are matched: an int, or [B] where there is a mask."""
+    """How many tokens of a batch are removed if pairs are matched: an int, or [B] if there is a mask."""
     Budget(keep, r)
     if r is not None and not isinstance(r, int):
         raise OptionError(f"r={r!r}: it takes one whole number; a list is for the layers of an encoder")
@@ -108,7 +108,7 @@ def goes_by_rounds(
 
 def kept_of_units(keep: float | int, counts: Sequence[int], items: Sequence[int]) -> list[int]:
     """How many of the `counts` tokens of every unit (picture, crop, frame) stay: a fraction of each, at once; or a
-    number for every item (picture, video), shared out over its units by their lengths, at least one each."""
+    number per item (picture, video), divided among its units by their lengths, at least one each."""
     if isinstance(keep, float):
         return [kept_at_once(keep, n) for n in counts]
     found = [0] * len(counts)
@@ -120,7 +120,7 @@ def kept_of_units(keep: float | int, counts: Sequence[int], items: Sequence[int]
 
 
 def _shares(keep: int, counts: list[int]) -> list[int]:
-    """`keep` tokens over the units of one item."""
+    """`keep` tokens divided among the units of one item."""
     total = sum(counts)
     if keep > total:
         raise OptionError(f"keep={keep} is more than the {total} tokens of an image; keep=1.0 keeps all")
@@ -130,7 +130,7 @@ def _shares(keep: int, counts: list[int]) -> list[int]:
         )
     exact = [keep * n / total for n in counts]
     share = [max(1, int(x)) for x in exact]
-    while sum(share) > keep:  # what was lifted to 1 is taken from the largest
+    while sum(share) > keep:  # what was raised to 1 is taken from the largest
         share[max(range(len(share)), key=lambda j: share[j])] -= 1
     rest = sorted(range(len(counts)), key=lambda j: (int(exact[j]) - exact[j], j))  # largest remainder first
     for j in rest[: keep - sum(share)]:
@@ -142,7 +142,7 @@ def _shares(keep: int, counts: list[int]) -> list[int]:
 
 
 class Reduces(Protocol):
-    """What a method says of itself, for a schedule."""
+    """The properties of a method that a schedule depends on."""
 
     @property
     def keep(self) -> float | int | None: ...
@@ -155,15 +155,16 @@ class Reduces(Protocol):
     @property
     def halves(self) -> bool: ...  # at most half of the tokens can go in one layer
     @property
-    def one_shot(self) -> bool: ...  # all at the first layer
+    def one_shot(self) -> bool: ...  # all tokens are removed at the first layer
 
 
 def per_layer(method: Reduces, patches: int, depth: int, macs: EncoderMACs) -> tuple[int, ...]:
-    """How many of an image's `patches` tokens each of `depth` layers removes. Raises OptionError if out of reach.
+    """How many of an image's `patches` tokens each of `depth` layers removes. Raises OptionError if the budget is
+    unreachable.
 
-    A float keep q removes floor(T - T q) of the T tokens left, per layer (one-shot methods: of all, at once). An int is
-    the count after the last layer, reached by a constant ratio. `flops` takes the constant ratio with the largest cost
-    not above it. `r` is ToMe's: that many per layer, at most half of what is left.
+    A float keep q removes floor(T - T q) of the T tokens left, per layer (one-shot methods: of all tokens, at once). An
+    int is the count after the last layer, reached by a constant ratio. `flops` uses the constant ratio with the largest
+    cost not above it. `r`, as in ToMe, removes that many per layer, at most half of what is left.
     """
     keep, floor = method.keep, _least(method, patches, depth)
     if method.r is not None:
@@ -185,7 +186,7 @@ def per_layer(method: Reduces, patches: int, depth: int, macs: EncoderMACs) -> t
 
 
 def resized_count(method: Reduces, patches: int, macs: EncoderMACs) -> int:
-    """How many patches an image of `patches` may have after it was resized to the budget."""
+    """How many patches an image of `patches` may have after it is resized to the budget."""
     keep = method.keep
     if isinstance(keep, int):
         if keep > patches:
@@ -226,7 +227,7 @@ def _geometric(method: Reduces, patches: int, depth: int, keep: int) -> tuple[in
     removed, left = [], patches
     for layer in range(1, depth + 1):
         aim = max(keep, round(patches * (keep / patches) ** (layer / depth)))
-        if method.halves:  # leave no more than the layers to come can still halve away
+        if method.halves:  # leave no more than the remaining layers can remove by halving
             aim = min(max(aim, left - left // 2), keep << (depth - layer) if layer < depth else keep)
         removed.append(left - aim)
         left = aim

@@ -1,4 +1,4 @@
-"""What every public function checks of what it is given."""
+"""The input checks of all public functions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_fraction(name: str, value: Any, *, or_count: bool) -> None:
             raise OptionError(f"{name}={value!r}: it takes a fraction in (0, 1]{count}; it says what stays")
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise OptionError(f"{name}={value!r}: it takes a fraction in (0, 1]{count}, not {type(value).__name__}")
-    elif not 0 < value <= 1:  # NaN too
+    elif not 0 < value <= 1:  # also refuses NaN
         raise OptionError(f"{name}={value!r}: out of range, it takes a fraction in (0, 1]{count}; it says what stays")
 
 
@@ -54,7 +54,8 @@ def check(features: Tensor, prefix: int = 0, mask: Tensor | None = None, size: T
 
 
 def check_finite(x: Tensor, what: str) -> None:
-    """Raise InputError on NaN or infinity; silent inside compiled graphs and CUDA graph capture, which cannot look."""
+    """Raise InputError on NaN or infinity; does nothing inside compiled graphs and CUDA graph capture, which cannot
+    inspect values."""
     if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     if not bool(torch.isfinite(x.detach().sum(dtype=torch.float32))):
@@ -68,5 +69,5 @@ def check_mask(mask: Tensor | None, shape: tuple[int, ...] | torch.Size) -> None
 
 
 def renamed(old: str, new: str) -> None:
-    """Warn that a name of the version before still works, for this one."""
+    """Warn that a name from the previous version works for the last time in this version."""
     warnings.warn(f"{old} is {new} now; the old name goes with the next version", DeprecationWarning, stacklevel=3)

@@ -1,4 +1,4 @@
-"""Methods as JSON: no code in it, versioned, unknown keys dropped with a warning."""
+"""Methods as JSON: without code, versioned; unknown keys are dropped with a warning."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _logger = logging.getLogger(__name__)
 
 
 def save_config(source: Handle | Method, path: str | Path) -> None:
-    """Write a method, or the method of a handle, to a JSON file. Refuses to overwrite anything but a config of ours."""
+    """Write a method, or the method of a handle, to a JSON file. Refuses to overwrite any file that is not a vtc
+    config."""
     method = source if isinstance(source, Method) else getattr(source, "method", None)
     if not isinstance(method, Method):
         raise OptionError(f"{source!r} is neither a handle nor a method, so there is nothing to save")

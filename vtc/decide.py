@@ -1,7 +1,7 @@
-"""The floor that decides: from units of tokens and a budget to a TokenMap, whoever the model belongs to.
+"""Decisions: from units of tokens and a budget to a TokenMap, for every kind of model.
 
-A unit is what has a budget of its own: a picture, a crop of it, a frame, a page. Units of several lengths are one
-padded batch; what a method decides of it is a TokenMap with one row per unit.
+A unit has its own budget: a picture, a crop of it, a frame, a page. Units of different lengths form one padded batch; a
+method's decision for it is a TokenMap with one row per unit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Units:
 
     Attributes:
         rows: [n, C], all tokens; units: which of them each unit holds.
-        index: [U, N] long into `rows`, -1 = padding; mask: [U, N] bool, which are real, None = all.
+        index: [U, N] long, indices into `rows`, -1 = padding; mask: [U, N] bool, which are real, None = all.
     """
 
     def __init__(self, rows: Tensor, units: Sequence[Unit]) -> None:
@@ -47,7 +47,7 @@ class Units:
         return tuple(len(unit.rows) for unit in self.units)
 
     def joined(self: UnitsOf, groups: list[list[int]]) -> UnitsOf:
-        """The same tokens with the units of each group as one (frames as an event)."""
+        """The same tokens, with the units of each group joined into one (frames into an event)."""
         out = copy.copy(self)
         rows = [torch.cat([self.units[i].rows for i in group]) for group in groups]
         units = [Unit(each, self.units[group[0]].item) for each, group in zip(rows, groups, strict=True)]
@@ -59,14 +59,14 @@ class Units:
         return self.padded(x[self.index.clamp(min=0)])
 
     def padded(self, x: Tensor) -> Tensor:
-        """[U, N, ...] with 0 on padding."""
+        """[U, N, ...] with padding set to 0."""
         return x if self.mask is None else x.masked_fill(~self.mask.view(*self.mask.shape, *[1] * (x.ndim - 2)), 0)
 
     def tokens(self, method: Method, **fields: Any) -> Tokens:
-        """What the method sees; `fields`: more of `Tokens`, and other features than the rows themselves.
+        """The method's input; `fields`: further fields of `Tokens`, or features other than the rows themselves.
 
         Raises:
-            InputError: it needs a grid of every unit, and one has none.
+            InputError: the method needs a grid for every unit, and one has none.
         """
         if "grid" in method.needs and None in self.grids:
             raise InputError(
@@ -78,8 +78,8 @@ class Units:
         return Tokens(mask=self.mask, grid=self.grids, **fields)
 
     def removals(self, keep: float | int, left: Sequence[int] | None = None) -> int | Tensor:
-        """How many tokens of every unit go, of those that are `left` (default: all): an int where all units have the
-        same length, else [U]."""
+        """How many tokens of every unit to remove, of those that are `left` (default: all): an int if all units have
+        the same length, else [U]."""
         counts = self.lengths if left is None else left
         kept = kept_of_units(keep, counts, [unit.item for unit in self.units])
         gone = [n - k for n, k in zip(counts, kept, strict=True)]
@@ -89,7 +89,8 @@ class Units:
 
 
 def decide(method: Method, tokens: Tokens, removed: int | Tensor) -> TokenMap:
-    """The method's decision, in as many rounds as it takes; `removed` tokens of every unit go: an int, or [U]."""
+    """The method's decision, in as many rounds as needed; `removed`: how many tokens of every unit to remove, an int or
+    [U]."""
     if isinstance(removed, Tensor) and tokens.mask is None:
         tokens = replace(tokens, mask=torch.ones(tokens.features.shape[:2], dtype=torch.bool, device=removed.device))
     if not bool(torch.as_tensor(removed).any()):
@@ -99,8 +100,8 @@ def decide(method: Method, tokens: Tokens, removed: int | Tensor) -> TokenMap:
 
 
 def in_rounds(decide: Callable[[Tokens, int | Tensor], TokenMap], tokens: Tokens, removed: int | Tensor) -> TokenMap:
-    """The decision of a method that removes at most half in one round (`halves`): as many rounds as `removed` takes, an
-    int or, with a mask, [B]. What merged in one round counts as one token in the next."""
+    """The decision of a method that removes at most half in one round (`halves`): as many rounds as `removed` (an int
+    or, with a mask, [B]) needs. Tokens merged in one round count as one token in the next."""
     total: TokenMap | None = None
     while True:
         if isinstance(removed, Tensor):
@@ -125,7 +126,7 @@ def in_rounds(decide: Callable[[Tokens, int | Tensor], TokenMap], tokens: Tokens
 
 def regroup(slot: Tensor, rank: Tensor) -> TokenMap:
     """A map from the slot [B, N] of every token (-1 = none, slots of any numbering) and its rank there. A slot's anchor
-    is the token of lowest rank that is left: the one of rank 0 may have been cut away."""
+    is its token of lowest rank that is left: the one of rank 0 may have been removed."""
     tokens = slot.shape[1]
     place = torch.arange(tokens, device=slot.device).expand_as(slot)
     spare = int(slot.max()) + 1 if slot.numel() else 0
@@ -140,27 +141,27 @@ def regroup(slot: Tensor, rank: Tensor) -> TokenMap:
 def in_events(
     units: UnitsOf, videos: Sequence[Sequence[int]], token_map: TokenMap, method: Method
 ) -> tuple[UnitsOf, TokenMap, str]:
-    """The frames of every video clustered into events by their means, and the tokens of an event, already merged frame
-    by frame, merged again.
+    """Cluster the frames of every video into events by their means, and merge the tokens of each event, already merged
+    frame by frame, again.
 
     Args:
         videos: the units of every video, its frames in order.
-        token_map: what happened inside the frames.
+        token_map: the merges inside the frames.
 
     Returns:
-        The units with events in place of frames, the map from their first tokens, and a note.
+        The units with events in place of frames, the map from their original tokens, and a note.
     """
     if not videos:
         return units, token_map, ""
     weight = token_map.size / token_map.size.sum(1, keepdim=True).clamp(min=1)
     tokens = token_map.merge(units.packed(units.rows.detach()).float())
-    means = (tokens * weight[..., None]).sum(1)  # of all tokens of a frame
+    means = (tokens * weight[..., None]).sum(1)  # the mean over all tokens of a frame
     events = [[frames[i] for i in event] for frames in videos for event in method.events_of(means[list(frames)])]
     of_video = {unit for event in events for unit in event}
     groups = sorted(events + [[unit] for unit in range(len(units.units)) if unit not in of_video])
     whole = units.joined(groups)
 
-    # What happened inside the frames, told of the events.
+    # The merges inside the frames, in terms of the events.
     unit = torch.arange(len(units.units), device=units.index.device)[:, None]
     real = units.index >= 0
     slot, rank = (torch.empty(len(units.rows), dtype=torch.long, device=unit.device) for _ in range(2))

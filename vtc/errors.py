@@ -1,4 +1,4 @@
-"""What vtc raises. Every message names what was wrong, with which value, and the way out."""
+"""The errors that vtc raises. Every message says what was wrong, with which value, and what to do."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class UnsupportedModelError(VTCError, ValueError):
 
 
 class InputError(VTCError, ValueError):
-    """The tensors that reached a method are unusable (NaN, wrong shape)."""
+    """The tensors given to a method are unusable (NaN, wrong shape)."""
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another library says, in short."""
+    """The message of another library's error, shortened."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".")

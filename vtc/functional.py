@@ -1,12 +1,13 @@
 """Each decision as a plain function, for people who bring their own model.
 
-Every function takes features [B, N, D] and returns a `TokenMap`. `prefix` leading tokens are kept alone; `mask` [B, N]
-marks real tokens; `size` [B, N] says what each token already stands for. `keep` is what stays of the real tokens behind
-the prefix: a fraction (r = floor(T - T keep) tokens go) or a count. Pairwise matching halves at most per round, so a
-smaller keep takes several rounds, with the features merged in between. Ties go to the lowest index.
+Every function takes features [B, N, D] and returns a `TokenMap`. The first `prefix` tokens are kept unmerged; `mask`
+[B, N] marks real tokens; `size` [B, N] says how many tokens each token already stands for. `keep` is what stays of the
+real tokens after the prefix: a fraction (r = floor(T - T keep) tokens are removed) or a count. Pairwise matching
+removes at most half per round, so a smaller keep takes several rounds, with the features merged in between. Ties go to
+the lowest index.
 
 The selections (`mmr`, `sads`, `max_min`, `dpp`, `coverage`) and `dpc_knn` reduce once, to max(1, round(keep T)) tokens,
-and know no prefix and no size. A selection's map has the `order` in which the tokens were picked.
+and have neither prefix nor size. A selection's map has the `order` in which the tokens were picked.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def random(
     mask: Tensor | None = None,
     size: Tensor | None = None,
 ) -> TokenMap:
-    """Keeps random tokens, the same ones for an image alone and in a batch."""
+    """Keeps random tokens; an image keeps the same ones alone and in a batch."""
     check(features, prefix, mask, size)
     check_seed(seed)
     removed = goes_by_rounds(features, keep, r, prefix, mask)
@@ -126,7 +127,7 @@ def mmr(
     step: int = 1,
     mask: Tensor | None = None,
 ) -> TokenMap:
-    """IDPruner's selection (arXiv 2602.13315): the next token maximises balance x importance less (1 - balance) x its
+    """IDPruner's selection (arXiv 2602.13315): the next token maximises balance x importance - (1 - balance) x its
     highest cosine to those picked. The importance [B, N] is normalised per image: "minmax", "rank" or "none"."""
     idpruner.check_mmr(balance, normalize, step)
 
@@ -157,8 +158,8 @@ def max_min(features: Tensor, *, keep: float | int, mask: Tensor | None = None) 
 
 
 def dpp(features: Tensor, relevance: Tensor, *, keep: float | int, mask: Tensor | None = None) -> TokenMap:
-    """CDPruner's selection (arXiv 2506.10967): greedily the largest determinant of `r_i cos_ij r_j`, the relevance r
-    [B, N] as it is given; ones leave diversity alone."""
+    """CDPruner's selection (arXiv 2506.10967): greedily the largest determinant of `r_i cos_ij r_j`, with the relevance
+    r [B, N] used as given; all ones means diversity alone."""
 
     def pick(unit: Tensor, count: int | Tensor, scores: Tensor) -> Tensor:
         return ops.dpp_select(unit, scores, count, mask)
@@ -169,8 +170,8 @@ def dpp(features: Tensor, relevance: Tensor, *, keep: float | int, mask: Tensor 
 def coverage(
     features: Tensor, saliency: Tensor, *, keep: float | int, alpha: float = 1.0, mask: Tensor | None = None
 ) -> TokenMap:
-    """SCOPE's selection (arXiv 2510.24214): the next token maximises its saliency [B, N] to the power of alpha times
-    how much of the tokens it covers that is not covered yet."""
+    """SCOPE's selection (arXiv 2510.24214): the next token maximises its saliency [B, N] to the power of alpha, times
+    how much it covers that is not covered yet."""
     check_number("alpha", alpha, 0)
 
     def pick(unit: Tensor, count: int | Tensor, scores: Tensor) -> Tensor:
@@ -207,7 +208,7 @@ def zeroth_order_sensitivity(
 def _select(
     pick: Callable[..., Tensor], features: Tensor, keep: float | int, mask: Tensor | None, **scores: Tensor
 ) -> TokenMap:
-    """The map of what `pick(unit vectors, count, *scores)` picks, once everything is checked."""
+    """Check everything, then return the map of what `pick(unit vectors, count, *scores)` picks."""
     check(features, 0, mask)
     for name, score in scores.items():
         if score.shape != features.shape[:2]:

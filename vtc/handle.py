@@ -1,4 +1,4 @@
-"""A compressed model in hand: what was put in, what it did last, and the way back."""
+"""The handle of a compressed model: its method, what it did last, and how to remove it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vtc.token_map import TokenMap
 
 
 def install(model: nn.Module, method: str | Method, **options: Any) -> Handle:
-    """`vtc.compress` with a budget that is known."""
+    """`vtc.compress` for a given budget (not "auto")."""
     if not isinstance(model, nn.Module):
         raise OptionError(f"model is a {type(model).__name__}: compress takes a torch.nn.Module")
     chosen = make(method, **options)
@@ -43,7 +43,7 @@ def install(model: nn.Module, method: str | Method, **options: Any) -> Handle:
 
 
 def remove(model: nn.Module) -> None:
-    """Take every patch of vtc off `model`. Does nothing to a model without."""
+    """Remove every patch of vtc from `model`. Does nothing if there are none."""
     if not isinstance(model, nn.Module):
         raise OptionError(f"model is a {type(model).__name__}: remove takes a torch.nn.Module")
     for module in model.modules():
@@ -51,7 +51,7 @@ def remove(model: nn.Module) -> None:
 
 
 class Handle:
-    """A compressed model's method, what it did last, and the way back. `choice`: what keep="auto" measured."""
+    """A compressed model's method, what it did last, and how to remove it. `choice`: what keep="auto" measured."""
 
     choice: Any = None
 
@@ -59,7 +59,7 @@ class Handle:
         self.model, self.method, self.patches = model, method, patches
 
     def remove(self) -> None:
-        """Give the model back as it was. Nothing happens if it is, or if another method took this one's place."""
+        """Restore the model. Does nothing if it is restored already, or if another method has replaced this one."""
         if any(patch.installed for patch in self.patches):
             remove(self.model)
 
@@ -72,7 +72,7 @@ class Handle:
         self.remove()
 
     def _ran(self) -> list[EncoderPatch | MultimodalPatch]:
-        """The patches that have something to tell, the one that ran last at the end."""
+        """The patches that have run, the one that ran last at the end."""
         ran = [patch for patch in self.patches if patch.last is not None]
         if not ran:
             raise VTCError("nothing to report yet: no call with an image has gone through the compressed model")
@@ -86,42 +86,42 @@ class Handle:
 
     @property
     def token_map(self) -> TokenMap:
-        """Image tokens (without CLS and other prefix tokens) to the tokens at the end, in the last call that held
-        images; in a multimodal LLM one row per image in prompt order (per crop, per frame), newlines not counted."""
+        """The map from image tokens (without CLS and other prefix tokens) to the tokens at the end, for the last call
+        with images; in a multimodal LLM one row per image (crop, frame) in prompt order, newlines not counted."""
         return self.layer_maps[-1]
 
     @property
     def layer_maps(self) -> list[TokenMap]:
-        """Image tokens to the tokens after each layer that reduced, in the last call; at least one."""
+        """The maps from image tokens to the tokens after each layer that reduced, for the last call; at least one."""
         return self._ran()[-1].maps
 
     @property
     def grids(self) -> tuple[tuple[int, int] | None, ...]:
-        """(rows, columns) of the image tokens in each row of `token_map`, for pictures; None where they fill no
-        rectangle (an image cut to its shape) or nobody knows."""
+        """(rows, columns) of the image tokens in each row of `token_map`, for drawing; None if they do not fill a
+        rectangle (crops cut to the image's shape) or the grid is unknown."""
         return self._ran()[-1].grids
 
     @property
     def kept(self) -> Tensor:
-        """[B, L] bool: which columns of the prompt a multimodal LLM's decoder was given in the last call with images.
-        Logits of a forward and hidden states are those of these columns, in order."""
+        """[B, L] bool: which columns of the prompt a multimodal LLM's decoder received in the last call with images. A
+        forward's logits and hidden states are for these columns, in order."""
         return self._prompts("kept").kept
 
     def take(self, values: Tensor, fill: float = 0) -> Tensor:
-        """[B, L], one for each column of the prompt (labels, a mask) -> [B, S], one for each of the logits of the last
-        call with images; `fill` on padding. For what compares logits by itself, as label smoothing does; labels of a
-        batch want -100 in their first column, which padding may come to stand before."""
+        """[B, L], one value per column of the prompt (labels, a mask) -> [B, S], one per logit of the last call with
+        images; `fill` on padding. For code that compares logits with labels itself, such as label smoothing; in a
+        batch, set the labels of the first column to -100, since padding may precede it."""
         return self._prompts("take").take(values, fill)
 
     @property
     def report(self) -> Report:
-        """What the last call did: tokens per layer and image, MACs before and after. Of a model with several encoders,
-        what the one did that ran last; see `reports`."""
+        """What the last call did: tokens per layer and image, MACs before and after. In a model with several encoders,
+        of the one that ran last; see `reports`."""
         return self._report(self._ran()[-1])
 
     @property
     def reports(self) -> tuple[Report, ...]:
-        """The last report of every encoder that has run, the latest at the end."""
+        """The latest report of every encoder that has run, the most recent at the end."""
         return tuple(map(self._report, self._ran()))
 
     def _report(self, patch: EncoderPatch | MultimodalPatch) -> Report:

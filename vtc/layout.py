@@ -1,4 +1,4 @@
-"""How image tokens lie: units that share a budget, and where their tokens came from."""
+"""The layout of image tokens: units that share a budget, and where their tokens came from."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Unit:
     """Tokens that share a budget: an image, a crop of it, or a frame.
 
     Attributes:
-        rows: [n] long, which of the kind's tokens, ascending (all items of the call one after the other).
-        item: the image or video they belong to, counted over the call.
-        grid: (rows, columns) where they fill a rectangle.
+        rows: [n] long, which tokens of this modality, ascending (all items of the call one after the other).
+        item: the image or video they belong to, numbered over the call.
+        grid: (rows, columns) if they fill a rectangle.
     """
 
     rows: Tensor
@@ -26,12 +26,12 @@ class Unit:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a kind's tokens came about, all items of the call one after the other.
+    """How a modality's tokens are made, all items of the call one after the other.
 
     Attributes:
-        units: the tokens by budget. A token in no unit (a newline) always stays.
+        units: the tokens that share a budget. A token in no unit (a newline) always stays.
         source: [n] long, the row of the projector's output that each token is, -1 = none (a newline); or [n, Q], the
-            rows it is the mean of; None = its own number.
+            rows that it is the mean of; None = token i is row i.
     """
 
     units: tuple[Unit, ...]

@@ -1,4 +1,4 @@
-"""The one counter of multiply-adds (MACs), for every method and every table."""
+"""The counter of multiply-adds (MACs) that every method and every table uses."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from torch import nn
 
 @dataclass(frozen=True)
 class EncoderMACs:
-    """What an encoder costs, from its weights alone.
+    """The cost of an encoder, computed from its weights alone.
 
     Per block: `attention` weights times the tokens that enter it, `2 width N^2` for the two products with the attention
     map, `mlp` weights times the tokens that enter it; plus the patch embedding, and the head. Norms, activations and
     the method's own arithmetic are not counted (their time is what `vtc bench` measures).
 
     Attributes:
-        attention, width, mlp: per block: weights of its projections, heads x head width, weights of its MLP.
-        patch: weights applied to every patch; tail: (weights applied to every token, weights applied once) of the head.
+        attention, width, mlp: per block: number of weights of its projections, heads x head width, weights of its MLP.
+        patch: weights applied to every patch; tail: numbers of weights of the head (applied to every token, applied
+            once).
     """
 
     attention: tuple[int, ...]
@@ -38,7 +39,7 @@ class EncoderMACs:
         return blocks + patches * self.patch + (patches + self.prefix) * self.tail[0] + self.tail[1]
 
     def first(self, layers: int) -> EncoderMACs:
-        """The same encoder cut behind some of its layers, where its head is not run."""
+        """The same encoder cut after its first `layers` layers, without its head."""
         if layers == len(self.attention):
             return self
         attention, width, mlp = self.attention[:layers], self.width[:layers], self.mlp[:layers]
@@ -61,7 +62,7 @@ class EncoderMACs:
 
 def linear_weights(module: nn.Module | None) -> int:
     """How many weights of `module` multiply a token: those of its Linear layers and fused attention projections.
-    Counted from what layers say of their shapes: the weights may be packed (quantized)."""
+    Counted from the layers' declared shapes, since the weights may be packed (quantized)."""
     if module is None:
         return 0
     count = 0
@@ -69,17 +70,17 @@ def linear_weights(module: nn.Module | None) -> int:
         if isinstance(m, nn.MultiheadAttention) and m.in_proj_weight is not None:
             count += m.in_proj_weight.numel()
         sizes = getattr(m, "in_features", None), getattr(m, "out_features", None)
-        wraps = any(hasattr(part, "in_features") for part in m.children())  # LoRA: its parts are counted
+        wraps = any(hasattr(part, "in_features") for part in m.children())  # LoRA wrapper: its parts are counted
         if isinstance(sizes[0], int) and isinstance(sizes[1], int) and not wraps:
             count += sizes[0] * sizes[1]
     return count
 
 
 def decoder_macs(decoder: Any, tokens: int | Sequence[int]) -> int:
-    """Multiply-adds of a decoder's layers on a prompt of `tokens`, one number or one for each layer; from the
-    weights alone: every linear weight once per token, of stacked experts as many as a token is sent to, and `width N^2`
-    for the two products with the causal half of the attention map. Layers without a map (convolutions, linear
-    attention, state spaces) have no such term; what they keep from token to token is not counted."""
+    """Multiply-adds of a decoder's layers on a prompt of `tokens`, one number or one per layer. Computed from the
+    weights alone: every linear weight once per token (of stacked experts, as many as a token is sent to), and
+    `width N^2` for the two products with the causal half of the attention map. Layers without a map (convolutions,
+    linear attention, state spaces) have no such term; their recurrent state is not counted."""
     total = 0
     counts = [tokens] * len(decoder.layers) if isinstance(tokens, int) else tokens
     for block, count in zip(decoder.layers, counts, strict=True):
@@ -89,7 +90,7 @@ def decoder_macs(decoder: Any, tokens: int | Sequence[int]) -> int:
 
 
 def attention(block: nn.Module) -> Any:
-    """The module of a decoder layer that goes through transformers' attention interface; None = it has none."""
+    """The module of a decoder layer that uses transformers' attention interface; None = it has none."""
     attends = (m for m in block.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "is_causal"))
     return next(attends, None)
 

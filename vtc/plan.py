@@ -1,4 +1,4 @@
-"""explain: what a method would reduce in a model, and why not where it would not."""
+"""`explain`: what a method would reduce in a model, and what not and why."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vtc.methods import Method, make
 
 
 def explain(model: nn.Module, method: str | Method | None = None, **options: Any) -> Explanation:
-    """What `compress` would do to `model`: which encoders, which layers, what is left out and why. Changes nothing.
+    """What `compress` would do to `model`: which encoders, which layers, what is left out, and why. Changes nothing.
 
     `method` may be a name without a budget.
     """
@@ -51,13 +51,13 @@ def explain(model: nn.Module, method: str | Method | None = None, **options: Any
 
 
 def _find(model: nn.Module) -> Iterator[tuple[str, EncoderSite | MultimodalSite | Refusal]]:
-    """Everything that can be reduced, or why not. The tower of a multimodal LLM is a part of it."""
+    """Everything that can be reduced, or why not. The tower of a multimodal LLM belongs to the LLM."""
     llms = list(find_llms(model))
     for llm in llms:
         yield (llm.family.name if isinstance(llm, MultimodalSite) else "multimodal"), llm
     for adapter, item in find_encoders(model):
         if llms and not item.path:
-            continue  # the whole model is what the LLM in it is judged as
+            continue  # a model that contains an LLM is judged as that LLM
         if not any(f"{item.path}.".startswith(f"{llm.path}." if llm.path else "") for llm in llms):
             yield adapter, item
 

@@ -1,4 +1,5 @@
-"""TokenMap: which input token went to which output token, with what weight. The only data that flows between parts."""
+"""TokenMap: which input token went to which output token, with what weight. It is the only data passed between the
+parts."""
 
 from __future__ import annotations
 
@@ -12,14 +13,14 @@ from vtc import ops
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenMap:
-    """N input tokens of each of B images to M output tokens ("slots"), which keep the input's order.
+    """Maps the N input tokens of each of B images to M output tokens ("slots"), which keep the input's order.
 
     Attributes:
         group: [B, N] long, the slot of each input token; -1 = dropped or padding.
         anchor: [B, M] long, ascending, the input token that represents each slot; -1 = padding of a ragged batch.
-        size: [B, M] float32, how much every slot stands for; merges conserve the total; 0 on padding.
+        size: [B, M] float32, how many tokens every slot stands for; merges preserve the total; 0 on padding.
         order: [B, K] long, the order in which a selector picked its tokens, -1-padded; None for merges.
-        weight: [B, N] float32, the sizes the input tokens came with; None = all 1.
+        weight: [B, N] float32, the sizes of the input tokens; None = all 1.
         closeness: [B, N] float32, how near each token is to its anchor (only the order matters); None = unknown.
     """
 
@@ -29,8 +30,8 @@ class TokenMap:
     order: Tensor | None = None
     weight: Tensor | None = None
     closeness: Tensor | None = None
-    _parts: tuple[TokenMap, TokenMap] | None = None  # what it was composed from, for the ranks
-    _whole: tuple[TokenMap, int] | None = None  # the map that this one is, less a prefix, likewise
+    _parts: tuple[TokenMap, TokenMap] | None = None  # the maps it was composed from, to compute ranks
+    _whole: tuple[TokenMap, int] | None = None  # the map and the prefix that `drop_prefix` made this from, likewise
 
     # -- making one ---------------------------------------------------------------------------------------------
 
@@ -56,7 +57,7 @@ class TokenMap:
             kept: [B, N] bool, the tokens that get a slot.
             group_of: (source, target, score), each [B, R]: source tokens (not kept) join the slots of their targets
                 (kept); -1 = no pair. Tokens that are neither kept nor a source are dropped.
-            slots: M where it is known without looking at the data (it must be, inside compiled graphs).
+            slots: M, if it is known without looking at the data (required inside compiled graphs).
             weight: [B, N] sizes of the input tokens.
         """
         batch, tokens = kept.shape
@@ -69,7 +70,7 @@ class TokenMap:
         closeness = None
         if group_of is not None:
             source, target, score = group_of
-            column = torch.where(source < 0, tokens, source)  # pairs that do not exist write to a spare column
+            column = torch.where(source < 0, tokens, source)  # missing pairs write to a spare column
             joined = _index(slot, target)
             group = torch.nn.functional.pad(group, (0, 1)).scatter(1, column, joined)[:, :tokens]
             closeness = score.new_full((batch, tokens + 1), float("inf")).scatter(1, column, score)[:, :tokens]
@@ -99,8 +100,8 @@ class TokenMap:
     # -- using it -----------------------------------------------------------------------------------------------
 
     def merge(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
-        """[B, N, C] -> [B, M, C]: mean of each slot's members, weighted by `weights` [B, N] (default: the sizes the
-        tokens came with). Differentiable in x; padding slots are 0."""
+        """[B, N, C] -> [B, M, C]: mean of each slot's members, weighted by `weights` [B, N] (default: the sizes of the
+        input tokens). Differentiable in x; padding slots are 0."""
         return ops.merge(x, self.group, self.anchor.shape[1], self.weight if weights is None else weights)
 
     def gather(self, x: Tensor) -> Tensor:
@@ -160,8 +161,8 @@ class TokenMap:
 
     @property
     def rank(self) -> Tensor:
-        """[B, N] long: each token's place inside its slot, nearest to the anchor first, the anchor 0; -1 = dropped.
-        In a composed map the members of the merged slots take turns (round-robin)."""
+        """[B, N] long: each token's place inside its slot, nearest to the anchor first, the anchor itself 0; -1 =
+        dropped. In a composed map the members of the merged slots take turns (round-robin)."""
         if self._whole is not None:
             whole, prefix = self._whole
             return whole.rank[:, prefix:]

@@ -1,4 +1,4 @@
-"""What a method sees at the place where it decides, and which place gives what."""
+"""What a method is given at the place where it decides, and which place provides what."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLACES = {
     "input": "the input of a multimodal LLM's decoder",
     "decoder": "a layer of a multimodal LLM's decoder",
 }
-# What they are called in messages.
+# Their names in messages.
 FIELDS = {
     "attention": "the attention that each token received near the end of the vision tower",
     "middle": "the attention that each token received in the middle of the vision tower",
@@ -38,43 +38,45 @@ FIELDS = {
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a method sees at the place where it decides.
+    """What a method is given at the place where it decides.
 
     Attributes:
         features: [B, N, C], the tokens themselves.
-        size: [B, N] float32, what each token already stands for; None = all 1.
+        size: [B, N] float32, how many tokens each token already stands for; None = all 1.
         mask: [B, N] bool, True = real; None = all real.
-        prefix: how many leading tokens (CLS, distillation, registers) are kept alone.
-        grid: (rows, columns) of each image's patches, B of them, None where they fill no rectangle; None = unknown.
-        layer, depth: the layer that decides, of how many.
-        said: takes a sentence for all that `decide` did in place of what its options ask for; None = nobody asks.
+        prefix: how many leading tokens (CLS, distillation, registers) are kept unmerged.
+        grid: (rows, columns) of each image's patches, one per image, None for an image whose patches do not fill a
+            rectangle; None = unknown.
+        layer, depth: the layer at which the method decides, and the number of layers.
+        said: a list that receives a sentence for everything that `decide` did differently from its options; None = not
+            collected.
 
-    All others only where the method's `needs` name them. In a layer of a vision encoder:
+    All other fields are set only if the method's `needs` name them. In a layer of a vision encoder:
 
     Attributes:
-        layer_keys: [B, N, D] that layer's attention keys, the mean over heads; None where it has no attention.
+        layer_keys: [B, N, D] that layer's attention keys, mean over heads; None if it has no attention.
 
     At the input of a multimodal LLM's decoder, where `features` are the projected image tokens:
 
     Attributes:
-        attention: [B, N] float32, what each token received in the vision tower, near its end: from the CLS token where
-            there is one, else summed over all queries. The mean over heads.
+        attention: [B, N] float32, the attention that each token received near the end of the vision tower: from the CLS
+            token if there is one, else summed over all queries. Mean over heads.
         middle: [B, N] float32, the same in the middle of the tower.
         keys: [B, N, D] attention keys of the tower, near its end, the mean over heads.
-        inputs: [B, N, P, V] float32, what the projector made each token from: P patches of width V.
-        hidden: [B, N, H], what the projector's first linear map gave; None = not at hand.
+        inputs: [B, N, P, V] float32, the projector's input for each token: P patches of width V.
+        hidden: [B, N, H], output of the projector's first linear map; None = not available.
         projector: [B, N, P, V] -> [B, N, C], the model's projector in float32.
         text: [B, T, C] embeddings of the prompt's text tokens; text_mask: [B, T] bool, True = real.
         rotary: [B, N, 2] float32, the mean cosine and the mean sine of the decoder's rotary table at each token; only
-            where the method is `turned`.
+            if the method is `turned`.
 
     Between the decoder's layers, where `features` are hidden states:
 
     Attributes:
-        prompt_attention: [B, N] float32, what each image token receives from the prompt's last word.
+        prompt_attention: [B, N] float32, the attention that each image token receives from the prompt's last word.
         decoder_keys: [B, N, heads * width], attention keys, all heads side by side.
-        decoder_text: [B, T, H] hidden states of the prompt's text tokens, by falling L1 norm of their keys; which are
-            real is `text_mask`.
+        decoder_text: [B, T, H] hidden states of the prompt's text tokens, by falling L1 norm of their keys; `text_mask`
+            says which are real.
     """
 
     features: Tensor

@@ -1,1 +1,1 @@
-"""What places a method in a model: vision encoders, and multimodal LLMs."""
+"""Adapters: they apply a method in a model, for vision encoders and for multimodal LLMs."""

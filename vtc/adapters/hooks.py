@@ -1,4 +1,4 @@
-"""What vtc hangs on modules, told from other people's by its class, and how it comes off."""
+"""The hooks that vtc registers on modules, recognisable by their class, and how they are removed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Hook:
-    """A forward (pre-)hook of ours."""
+    """A forward (pre-)hook of vtc."""
 
     def __init__(self, act: str, target: Any, extra: dict | None = None) -> None:
         self.act, self.target, self.extra = act, target, extra or {}
@@ -18,14 +18,14 @@ class Hook:
 
 
 class Scope(Hook):
-    """One that is told which module begins or ends."""
+    """A hook that is passed the module that begins or ends."""
 
     def __call__(self, module: nn.Module, args: tuple, *rest: Any) -> Any:
         return getattr(self.target, self.act)(module, *rest)
 
 
 def unhook(module: nn.Module, target: Any = None) -> None:
-    """Take our hooks off a module: all of them, or those of `target`."""
+    """Remove our hooks from a module: all of them, or those of `target`."""
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for key in [k for k, hook in hooks.items() if isinstance(hook, Hook) and target in (None, hook.target)]:
             del hooks[key]

@@ -1,5 +1,5 @@
-"""What takes the place of a model's own parts, and how all of it comes off. Objects, not closures, so that deep copies
-refer to their own model."""
+"""Replacements for a model's own parts, and how they are removed. Objects, not closures, so that deep copies refer to
+their own model."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import nn
 from vtc.adapters.hooks import unhook
 from vtc.adapters.tracing import SCRIPT, Unscriptable
 
-# where a forward of a module's own may be: accelerate's wrapper calls the second, and takes it back when it goes
+# where a module's own forward may be: accelerate's wrapper calls the second, and restores it when removed
 FORWARDS = ("forward", "_old_forward")
 
 
 class Patch:
-    """Takes the place of one attribute of a module. `name` is the attribute; `replaced` what an instance had there."""
+    """Replaces one attribute of a module. `name` is the attribute; `replaced` is what the instance had there."""
 
     installed = False
 
@@ -24,14 +24,14 @@ class Patch:
         self.module, self.name = module, name
         self.replaced = module.__dict__.get(name)
         method = getattr(type(module), name, None)
-        if callable(method):  # `generate` looks at the arguments of what it calls
+        if callable(method):  # `generate` inspects the signature of what it calls
             self.__signature__ = inspect.signature(method.__get__(module))
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """What was there before."""
         if self.replaced is not None:
             return self.replaced(*args, **kwargs)
-        name = "forward" if self.name == "_old_forward" else self.name  # accelerate's name for it
+        name = "forward" if self.name == "_old_forward" else self.name  # accelerate's name for the forward
         return getattr(type(self.module), name)(self.module, *args, **kwargs)
 
     def install(self) -> None:
@@ -39,7 +39,7 @@ class Patch:
         self.installed = True
 
     def remove(self) -> None:
-        """Take it off, also where accelerate has put a wrapper around a forward since, which calls `_old_forward`."""
+        """Remove the patch, also if accelerate has since wrapped the forward; its wrapper calls `_old_forward`."""
         self.installed = False
         held = self.module.__dict__
         for name in FORWARDS if self.name in FORWARDS else (self.name,):
@@ -54,13 +54,13 @@ class Patch:
 
 
 def forward_name(module: nn.Module) -> str:
-    """The attribute that holds a module's own forward: accelerate's wrapper calls it by another name."""
+    """The attribute that holds a module's own forward: accelerate's wrapper keeps it under another name."""
     return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
 
 
 def strip(module: nn.Module) -> None:
-    """Take all that is ours off one module: patches, and those that hooks of ours know of, which somebody may have
-    wrapped; hooks; and the refusal to be scripted."""
+    """Remove everything of vtc from one module: patches, including those that only our hooks still refer to because
+    other code wrapped them; hooks; and the block on scripting."""
     for held in list(module.__dict__.values()):
         if isinstance(held, Patch):
             held.remove()

@@ -1,4 +1,4 @@
-"""What is told of a model: what would be reduced in it, and what a call did."""
+"""What the user is told about a model: what would be reduced in it, and what a call did."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Encoder:
-    """One encoder that was found: where, what, how deep, where tokens would go; or why not."""
+    """One encoder that was found: where, what, how deep, where tokens would be removed; or why not."""
 
     path: str
     kind: str
@@ -34,13 +34,14 @@ class Report:
     """What happened in the last call.
 
     Attributes:
-        tokens: per layer (tokens into attention, tokens into the MLP), prefix included; per image if they differ.
+        tokens: per layer (tokens into attention, tokens into the MLP), prefix included; per image if the images differ.
         before, after: image tokens at the encoder's entry and end, one per image.
         macs_before, macs_after: multiply-adds of the encoder for the whole call; in a multimodal LLM those of the
             decoder's prefill, without the language head.
-        notes: what the method chose by itself; which call or encoder this is of, where that is not plain.
-        prompts: in a multimodal LLM, the length of every prompt as it came, without padding; `tokens` tells the rest.
-        layers: where the decoder's layers differ, the fraction of the image tokens that each of them sees.
+        notes: what the method chose by itself; which call or encoder this describes, if that is not obvious.
+        prompts: in a multimodal LLM, the original length of every prompt, without padding; `tokens` has the reduced
+            lengths.
+        layers: if the decoder's layers differ, the fraction of the image tokens that each of them sees.
     """
 
     method: str
@@ -57,8 +58,8 @@ class Report:
 
     @property
     def kept(self) -> float:
-        """The fraction of the image tokens that stayed; where tokens go between a decoder's layers, the mean over the
-        layers."""
+        """The fraction of the image tokens that stayed; if tokens are removed between a decoder's layers, the mean over
+        the layers."""
         if self.layers:
             return sum(self.layers) / len(self.layers)
         return sum(self.after) / sum(self.before) if any(self.before) else 1.0

@@ -1,4 +1,4 @@
-"""Ways of running a model in which its tensors are not what they seem."""
+"""Ways of running a model on stand-ins for tensors: tracing, scripting, torch.func."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch._C import _functorch
 
 from vtc.errors import UnsupportedModelError
 
-SCRIPT = "__prepare_scriptable__"  # what torch.jit.script asks a module for first
+SCRIPT = "__prepare_scriptable__"  # the attribute that torch.jit.script looks up first on a module
 
 
 class Unscriptable:
-    """Stands in for that."""
+    """Set as that attribute, to refuse scripting."""
 
     def __call__(self) -> None:
         raise UnsupportedModelError(unrecorded("torch.jit.script"))
 
 
 def tracer(x: Any) -> str:
-    """What records this call as fixed steps, in which no method could look at the tokens; "" = nothing."""
+    """The tracer that records this call as fixed steps, where no method could look at the tokens; "" = none."""
     if isinstance(x, torch.fx.Proxy):
         return "torch.fx"
     return "torch.jit.trace, or torch.onnx.export(dynamo=False)," if torch.jit.is_tracing() else ""
@@ -35,7 +35,7 @@ def unrecorded(what: str) -> str:
 
 
 def refuse_traced(x: Any) -> None:
-    """Raise where the call is being recorded, or the batch hidden from the method (torch.func.vmap)."""
+    """Raise if the call is being recorded, or the batch is hidden from the method (torch.func.vmap)."""
     if torch.compiler.is_compiling():
         return
     what = tracer(x)
@@ -50,6 +50,6 @@ def refuse_traced(x: Any) -> None:
 
 
 def rides(x: Tensor) -> bool:
-    """Whether a note may ride on the memory of x, for a backward pass to find: not where x only stands for a tensor
-    (torch.func), nor where no backward pass can come."""
+    """Whether state may be attached to the storage of x, for a backward pass to find: not if x only stands for a tensor
+    (torch.func), nor if there can be no backward pass."""
     return not (torch.compiler.is_compiling() or _functorch.is_functorch_wrapped_tensor(x) or x.is_inference())

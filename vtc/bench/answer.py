@@ -1,4 +1,4 @@
-"""One question about some images to a multimodal LLM, as it is and with fewer visual tokens."""
+"""One question about some images, answered by a multimodal LLM unmodified and with fewer visual tokens."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two answers and what it took.
+    """One of the two answers and what it cost.
 
     Attributes:
-        visual, prompt: image tokens and tokens in all that the decoder was given.
-        first_seconds: from the pixels on the device to the first token of the answer, median.
-        decode_rate: tokens per second after the first; None = the answer is too short to tell.
-        kv_bytes: of the cache when the first token is there.
+        visual, prompt: numbers of image tokens and of all tokens that the decoder received.
+        first_seconds: from pixels on the device to the first token of the answer, median.
+        decode_rate: tokens per second after the first; None = the answer is too short to measure.
+        kv_bytes: size of the cache at the first token.
     """
 
     answer: str
@@ -48,9 +48,10 @@ class Side:
 
 @dataclass(frozen=True)
 class AnswerComparison:
-    """Dense against compressed. `faster`: to the first token, the median of the rounds' ratios. `method_seconds`: what
-    vtc itself takes of `first_seconds`; None where the method works inside the tower. `groups`, `grids`, `slots`: the
-    token map, the rows and columns of its images, and how many members' positions a merged token carries."""
+    """Dense against compressed. `faster`: speed-up to the first token, the median of the rounds' ratios.
+    `method_seconds`: vtc's own part of `first_seconds`; None if the method works inside the tower. `groups`, `grids`,
+    `slots`: the token map, the rows and columns of its images, and how many members' positions a merged token
+    carries."""
 
     method: Method
     report: Report
@@ -84,7 +85,7 @@ def compare(
     *,
     tick: Tick | None = None,
 ) -> AnswerComparison:
-    """Both answers, greedy, and what they took. The model stays as it was."""
+    """Both answers, decoded greedily, and what they cost. The model stays as it was."""
     ready, small = prepared(model, inputs), shared_copy(model)
     with install(small, method) as handle, watched(handle) as watch, quiet():
         sides = {"dense": model, "less": small}
@@ -118,8 +119,9 @@ def compare(
 
 
 def remains(image: Image.Image, found: AnswerComparison, height: int) -> tuple[int, Image.Image, Image.Image] | None:
-    """The row of the token map that is drawn, what the model is shown, and what is left of it: groups, dropped tokens
-    dark, and with PPE the places that merged tokens carry. None if the image's tokens fill no rectangle."""
+    """The row of the token map that is drawn, the picture that the model sees, and what is left of it: groups, dropped
+    tokens dark, and with PPE the positions that merged tokens carry. None if the image's tokens do not fill a
+    rectangle."""
     from vtc.viz import carried, overlay
 
     item = next((i for i, grid in enumerate(found.grids) if grid is not None), None)
@@ -133,7 +135,7 @@ def remains(image: Image.Image, found: AnswerComparison, height: int) -> tuple[i
 
 
 def picture(image: Image.Image, found: AnswerComparison) -> Figure:
-    """`remains` side by side, with a note.
+    """The pictures of `remains` side by side, with a note.
 
     Raises:
         ChatError: the image's tokens fill no rectangle (any-resolution models cut it to its shape).
@@ -153,7 +155,7 @@ def picture(image: Image.Image, found: AnswerComparison) -> Figure:
 
 
 class Stamps:
-    """When each token of an answer came; what `generate` calls a streamer."""
+    """Records when each token of an answer came; a streamer for `generate`."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

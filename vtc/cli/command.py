@@ -1,4 +1,4 @@
-"""The command `vtc`. Nothing heavy is imported before the arguments are understood."""
+"""The command `vtc`. Nothing heavy is imported before the arguments are parsed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's). Returns the exit code: 1 = not supported, 2 = bad input."""
     try:
         args = parser(_COMMANDS).parse_args(argv)
-    except SystemExit as end:  # --help, --version, and arguments that make no sense
+    except SystemExit as end:  # --help, --version, and invalid arguments
         return end.code if isinstance(end.code, int) else 2
     try:
         if getattr(args, "threads", None) is not None:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             torch.set_num_threads(args.threads)
         code = args.run(args)
-        sys.stdout.flush()  # a closed pipe shows here, not when Python ends
+        sys.stdout.flush()  # a closed pipe raises here, not when Python exits
         return code
     except KeyboardInterrupt:
         return 130
@@ -81,7 +81,7 @@ def _explain(args: argparse.Namespace) -> int:
 
     positions = positions_given(args)
     if args.method is not None:
-        make(args.method, keep=1.0, **positions)  # what no model can do needs no model
+        make(args.method, keep=1.0, **positions)  # what fails for every model is reported without loading one
     elif positions:
         raise OptionError(f"--positions {args.positions} is an option of a method: add --method NAME")
     config = find_config(args.model, download=args.download)
@@ -110,11 +110,11 @@ def _explain_llm(args: argparse.Namespace, config: Any, positions: dict[str, Any
     return 0 if plan.ok else 1
 
 
-# The options that each measurement takes beside --out.
+# The options that each measurement takes besides --out.
 _MEASURES = {
     "elpv": ("images", "levels", "dtype"),
     "photos": ("images", "levels", "dtype"),
-    "spectral": ("images", "levels"),  # always in float32 or better, as the next
+    "spectral": ("images", "levels"),  # always in float32 or better, like the next one
     "positions": ("images", "levels"),
     "scenes": (
         "model",

@@ -1,4 +1,4 @@
-"""What several commands share."""
+"""Code shared by several commands."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def positions_given(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def split_names(given: list[str] | None, default: list[str]) -> list[str]:
-    """Names given with spaces or commas between them."""
+    """Names separated by spaces or commas."""
     return [name.strip() for part in given or default for name in part.split(",") if name.strip()]
 
 
 def not_here(args: argparse.Namespace, *options: str, what: str) -> None:
-    """Raise OptionError if one of `options` was given: they are for `what`."""
+    """Raise OptionError if one of `options`, which apply only to `what`, was given."""
     from vtc.errors import OptionError
 
     for option in options:
@@ -43,7 +43,7 @@ def progress_bar(args: argparse.Namespace, total: int, what: str) -> Any:
 
 def print_json(args: argparse.Namespace, data: dict[str, Any]) -> int:
     if args.json:
-        # JSON knows neither NaN nor infinity: they become null
+        # JSON has neither NaN nor infinity: they become null
         text = json.dumps(
             json.loads(json.dumps(data, default=asdict), parse_constant=lambda name: None), indent=2, ensure_ascii=False
         )

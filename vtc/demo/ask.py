@@ -1,4 +1,4 @@
-"""The tab *Ask*: one question to a multimodal LLM, as it is and with fewer visual tokens."""
+"""The tab *Ask*: one question to a multimodal LLM, unmodified and with fewer visual tokens."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from vtc.models import llms
 
 LEVELS = (0.05, 0.1, 0.25, 0.5, 1.0)
 NEW_TOKENS, REPEATS = 48, 3
-LONGEST = 2000  # characters of a question
+LONGEST = 2000  # maximum characters of a question
 
 
-@lru_cache(maxsize=1)  # the last one only: it may be large
+@lru_cache(maxsize=1)  # only the last one: it may be large
 def model(name: str) -> tuple[Any, Any]:
     """The processor and the model of this name, as `vtc.models.llms.load` finds them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,7 +36,8 @@ def model(name: str) -> tuple[Any, Any]:
 
 
 def budget(name: str, keep: float, positions: str = "original", sized: bool = False) -> Method:
-    """A method from what the controls say. For methods that merge: `positions`, and whether tokens weigh by their size.
+    """A method from the values of the controls. For methods that merge: `positions`, and whether tokens are weighted by
+    size.
 
     Raises:
         OptionError: an unknown method, or a value out of range.
@@ -48,11 +49,11 @@ def budget(name: str, keep: float, positions: str = "original", sized: bool = Fa
 def run(
     name: str, image: Image.Image, prompt: str, method: Method, repeats: int = REPEATS, *, tick: Tick | None = None
 ) -> answer.AnswerComparison:
-    """Both answers and what they took.
+    """Both answers and what they cost.
 
     Raises:
-        OptionError: no model, no question, or one above LONGEST.
-        ChatError, CheckpointError, ModelError: there is no such model, or it cannot be asked.
+        OptionError: no model, no question, or one longer than LONGEST.
+        ChatError, CheckpointError, ModelError: there is no such model, or it cannot answer questions.
         UnsupportedModelError: the method does not fit it.
     """
     name, prompt = name.strip(), prompt.strip()
@@ -105,7 +106,7 @@ def sweep(
 
 
 def sweep_html(rows: Sequence[tuple[float, answer.AnswerComparison]]) -> tuple[str, str]:
-    """Time over keep as a chart, and the answers as a table."""
+    """A chart of time against keep, and a table of the answers, as HTML."""
     dense = rows[0][1].dense
     usual = median(found.dense.first_seconds for _, found in rows)
     points = [{"keep": q, "ms": 1e3 * usual, "by": "as it is"} for q, _ in rows]
@@ -268,6 +269,6 @@ def _truth(scene: scenes.Scene) -> dict[str, str]:
 
 
 def _questions(scene: scenes.Scene) -> list[str]:
-    """One of every kind, then others: at most six."""
+    """One question of every kind, then others: at most six."""
     by_kind = {q.kind: q.text for q in reversed(scene.questions)}
     return list(dict.fromkeys([*by_kind.values(), *_truth(scene)]))[:6]

@@ -21,7 +21,7 @@ from vtc.viz import curve
 from vtc.viz.figures import FAINT, INK
 
 SIDE = 1024  # pixels; larger pictures are made smaller
-PROGRESS = gr.Progress()  # as the default of an argument: Gradio then hands in its own
+PROGRESS = gr.Progress()  # as an argument's default, it makes Gradio pass its own
 
 HEADER = """
 <header class="vtc-head"><h1>vtc</h1>
@@ -87,7 +87,8 @@ def theme() -> Any:
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Around what a reader starts: what vtc refuses is said on the page; the rest is a bug, and goes to the log."""
+    """Wraps actions that the user starts: vtc's own errors are shown on the page; others are bugs, and go to the
+    log."""
     try:
         yield
     except VTCError as error:
@@ -95,7 +96,7 @@ def plainly() -> Iterator[None]:
 
 
 def ticks(progress: gr.Progress, total: int) -> Tick:
-    """What moves the bar by one of `total` runs."""
+    """A function that advances the bar by one of `total` runs."""
     count = itertools.count(1)
     return lambda: progress((next(count), total), "dense and compressed in turns", unit="runs")
 
@@ -104,7 +105,7 @@ def picture(path: str) -> Image.Image:
     """An uploaded picture, at most SIDE pixels wide and high.
 
     Raises:
-        ImageError: as `vtc.models.images.load_image`; names the file as its owner does.
+        ImageError: as `vtc.models.images.load_image`; the message has the user's file name.
     """
     try:
         image = load_image(path)
@@ -124,7 +125,7 @@ def tiles(values: Iterable[tuple[str, str, str]]) -> str:
 
 
 def chart(title: str, rows: Sequence[Mapping[str, Any]], x: str, y: str, by: str, labels: Mapping[str, str]) -> str:
-    """`vtc.viz.curve` as part of the page: its ink is that of the page, light or dark."""
+    """`vtc.viz.curve` as part of the page, in the page's text colour, light or dark."""
     figure = curve(rows, x, y, by, labels=labels)
     figure.set_size_inches(4.6, 2.9)
     figure.patch.set_visible(False)
@@ -139,7 +140,7 @@ def chart(title: str, rows: Sequence[Mapping[str, Any]], x: str, y: str, by: str
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in a card; the second column is the wide one, and shows three lines of a long text."""
+    """A table in a card; the second column is wide, and shows three lines of a long text."""
 
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}><p>{escape(cell)}</p></{tag}>" for cell in cells) + "</tr>"

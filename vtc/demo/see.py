@@ -24,20 +24,20 @@ from vtc.models.images import example_photo, load_image, preprocess
 from vtc.token_map import TokenMap
 from vtc.viz import heatmap, overlay
 
-GRID = 16  # patches, both ways
+GRID = 16  # patches per side
 REPEATS = 3
 SCHEDULES = {  # name: (option, label, what the slider takes)
     "Each layer": ("keep", "Kept by each layer", (0.5, 1.0, 0.9, 0.01)),
     "Tokens": ("tokens", "Image tokens at the end", (8, GRID * GRID, 64, 1)),
     "Arithmetic": ("flops", "Arithmetic that remains", (0.1, 1.0, 0.5, 0.01)),
 }
-HEATS = ("Energy", "Norm")  # of every patch, in the dense encoder
+HEATS = ("Energy", "Norm")  # computed for every patch, in the dense encoder
 
 
 @dataclass(frozen=True, eq=False)
 class PlacedTokens:
-    """What a photograph became, on the CPU. `maps[l]`: image tokens to those after l layers; `heats[name][l]`: [rows,
-    columns] of the dense encoder's there."""
+    """The results for one photograph, on the CPU. `maps[l]`: from image tokens to those after l layers;
+    `heats[name][l]`: heat map [rows, columns] of the dense encoder there."""
 
     crop: Image.Image
     found: photo.PhotoComparison
@@ -52,12 +52,12 @@ def encoder() -> SaliencyModel:
 
 @cache
 def methods() -> tuple[str, ...]:
-    """The methods that `vtc.explain` finds fit for the encoder."""
+    """The methods that work in the encoder according to `vtc.explain`."""
     return tuple(name for name in vtc.list_methods() if vtc.explain(encoder(), name).ok)
 
 
 def budget(name: str, schedule: str, value: float) -> Method:
-    """A method from what the controls say.
+    """A method from the values of the controls.
 
     Raises:
         OptionError: an unknown method or schedule, or a value that fits neither.
@@ -147,7 +147,7 @@ def _cpu(token_map: TokenMap) -> TokenMap:
 
 
 def build(gpu: Callable[..., Any]) -> dict[str, Any]:
-    """Put the tab on the page; returns what to do when the page is opened."""
+    """Put the tab on the page; returns what to run when the page is opened."""
     example, about = load_image(example_photo()), look.summaries()
     image, kept = gr.State(example, time_to_live=3600), gr.State(time_to_live=3600)
     with gr.Row(equal_height=False):

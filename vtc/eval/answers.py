@@ -1,9 +1,9 @@
-"""`vtc eval scenes`: does a multimodal LLM still answer right with fewer visual tokens?
+"""`vtc eval scenes`: does a multimodal LLM still answer correctly with fewer visual tokens?
 
 Every question about `vtc.eval.scenes` is asked of the dense model and of every method at every budget, over several
-seeds, each with its own pictures of the test split. Accuracy is the share of right answers, fidelity that of answers
-that are the dense model's. Work is split into cells (method, budget, seed); those that are done lie in the output
-folder, so that a run that was stopped goes on, and several processes of `accelerate launch` share them.
+seeds, each with its own pictures of the test split. Accuracy is the share of correct answers, fidelity the share of
+answers that agree with the dense model's. Work is split into cells (method, budget, seed); finished cells are stored in
+the output folder, so that a stopped run can continue, and several processes of `accelerate launch` share the work.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ ALWAYS = ("random", "downsample")  # what every method has to beat
 
 @dataclass(frozen=True)
 class Cell:
-    """What one process does at a time. `label`: the method as tables name it, with options that differ."""
+    """One piece of work for a process. `label`: the method's name in tables, with options that differ from the
+    defaults."""
 
     label: str
     name: str
@@ -83,20 +84,21 @@ def run(
 
     Args:
         model: tiny_qwen, tiny_llava, or the folder or id of any multimodal LLM.
-        methods: names, with +ppe for PPE's positions or +proportional for attention by size; or "all" that the model
-            takes; random and downsample always.
-        keep: fractions of the image tokens that stay; dense, 1, is always there.
-        limit: scenes per seed. seeds: how many sets of scenes, each also the seed of methods that draw.
-        out: folder of the results, and of what is done of them: the same call goes on where it was stopped.
-        balances: IDPruner at these balances too (importance against diversity).
-        scorer: the path of IDPruner's trained scorer (`vtc.train`), which is asked too; tiny models bring their own.
+        methods: names, with +ppe for PPE's positions or +proportional for size-weighted attention; or "all" that the
+            model supports; random and downsample are always included.
+        keep: fractions of the image tokens that stay; dense (1) is always included.
+        limit: scenes per seed. seeds: how many sets of scenes, each also the seed of methods that draw random numbers.
+        out: folder of the results and of finished cells: the same call continues where it stopped.
+        balances: also run IDPruner at these balances (importance against diversity).
+        scorer: path of a trained scorer (`vtc.train`) to run IDPruner with, too; tiny models have their own.
         frames: 1 = pictures; 2 to 8 = clips, with the question when something is there.
-        split: "validation" to choose by, "test" to report.
-        size: width and height of what is drawn, in pixels. canvas: of what it is letterboxed on. pictures: in a
-            prompt, with the question about one of them. full: with numbers to read and photographs behind, too.
+        split: "validation" for choosing, "test" for reporting.
+        size: width and height of the drawn picture, in pixels. canvas: size of the canvas it is letterboxed on.
+            pictures: how many per prompt, with the question about one of them. full: also with numbers to read and
+            photographs as backgrounds.
 
     Raises:
-        OptionError: an option out of range; a folder that holds another run.
+        OptionError: an option out of range; a folder that contains another run.
     """
     keep = sorted({k for k in common.check_levels(keep) if k < 1}, reverse=True)
     for name, number in (("limit", limit), ("seeds", seeds), ("batch", batch)):
@@ -118,7 +120,7 @@ def run(
     done = _done(folder)
     mine = [c for i, c in enumerate(cells) if i % world == rank and c.key not in done]
     shared = bool(mine) and shares(network, processor, questions(0, 1, view, split))
-    drawn: dict[int, list[Asked]] = {}  # of one seed at a time: its pictures stay until the next
+    drawn: dict[int, list[Asked]] = {}  # for one seed at a time: its pictures are kept until the next seed
     with common.bar(len(mine), "cells", progress and lead) as bar:
         for cell in mine:
             if cell.seed not in drawn:
@@ -163,13 +165,13 @@ def _chosen(
         except OptionError:
             if label in names:
                 raise
-            continue  # a method that merges nothing has no positions to carry, and no sizes
+            continue  # a method that does not merge has no positions to carry, and no sizes
         if not plan.ok and label in names:
             raise OptionError(f"{label} cannot reduce this model: {plan}")
         if plan.ok:
             out.append((label, name, options))
     for balance in balances:
-        make("idpruner", keep=0.5, balance=balance)  # refuses what is none
+        make("idpruner", keep=0.5, balance=balance)  # refuses invalid values
         out.append((f"idpruner {balance:g}", "idpruner", (("balance", float(balance)),)))
     return out
 
@@ -182,10 +184,10 @@ def _ask(
     before: list[float] = []
     after: list[float] = []
     method = cell.make()
-    says = cell.label != "dense" and (method.in_decoder or "text" in method.needs)  # the question, in what stays
+    says = cell.label != "dense" and (method.in_decoder or "text" in method.needs)  # does the question matter?
     ask, step = (
         (replies, batch) if says or not shared else (shared_replies, 4 * batch)
-    )  # four or five questions to a picture
+    )  # four or five questions per picture
     with nullcontext() if cell.label == "dense" else vtc.compress(model, method) as handle:
         for first in range(0, len(asked), step):
             said += ask(model, processor, asked[first : first + step], batch)
@@ -197,7 +199,7 @@ def _ask(
     return {"said": said, "seconds": seconds, **counts}
 
 
-# -- what is done ---------------------------------------------------------------------------------------------------
+# -- finished cells -------------------------------------------------------------------------------------------------
 
 
 def _processes() -> tuple[bool, int, int]:
@@ -225,13 +227,13 @@ def _digest(path: str) -> str:
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """Of the weights, so that results of two models are never mixed."""
+    """A fingerprint of the weights, so that results of two models are never mixed."""
     total = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
     return f"{total:.6e}"
 
 
 def _folder(folder: Path, setting: dict[str, Any]) -> Path:
-    """The folder, if what it holds was made with the same setting; nothing of another run is touched."""
+    """The folder, if its contents were made with the same setting; files of another run are not touched."""
     path, text = folder / "run.json", json.dumps(setting, indent=1)
     if path.exists():
         try:
@@ -249,7 +251,7 @@ def _folder(folder: Path, setting: dict[str, Any]) -> Path:
 
 
 def _done(folder: Path) -> dict[str, dict[str, Any]]:
-    """The cells that are done. A last line that was cut off by a kill does not count."""
+    """The finished cells. An incomplete last line, of a killed process, is ignored."""
     out = {}
     for path in sorted(folder.glob("cells-*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -271,7 +273,7 @@ def _results(
     for cell in cells:
         found, dense, those = done[cell.key], done[f"dense|1|{cell.seed}"]["said"], asked[cell.seed]
         pruned = (done[c.key] for c in cells if c.seed == cell.seed)
-        whole = next((found["before"] for found in pruned if "before" in found), math.nan)  # dense alone: not counted
+        whole = next((found["before"] for found in pruned if "before" in found), math.nan)  # only dense: not counted
         for kind in [*dict.fromkeys(q.kind for q in those), "all"]:
             at = [i for i, q in enumerate(those) if kind in (q.kind, "all")]
             row = {"method": cell.label, "keep": cell.keep, "tokens": found.get("tokens", whole), "kind": kind}
@@ -289,7 +291,7 @@ def _results(
 
 
 def _shown(setting: dict[str, Any]) -> str:
-    """How pictures differ from the usual ones, in brackets."""
+    """How pictures differ from the default ones, in brackets."""
     said = [
         f"{name} {'x'.join(map(str, n)) if isinstance(n, list) else n}"
         for name, n in setting.items()
@@ -332,7 +334,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> Summary:
 
 
 def draw(rows: Sequence[dict[str, Any]]) -> Any:
-    """Accuracy against the tokens that stay, a line per method, the dense model's as a level."""
+    """Accuracy against the tokens that stay, a line per method, and a horizontal line for the dense model."""
     with common.needs("matplotlib"):
         from matplotlib.figure import Figure
 
@@ -346,7 +348,7 @@ def draw(rows: Sequence[dict[str, Any]]) -> Any:
 
 
 def plot(axis: Any, summary: Summary, labels: Iterable[str]) -> None:
-    """These methods' lines and the dense level of what `summarise` returns."""
+    """Plot these methods' lines and the dense level from what `summarise` returns."""
     ticks = sorted({keep for _, keep in summary if keep < 1})
     flat: list[dict[str, Any]] = [
         {"method": method, "keep": keep, "accuracy": summary[method, keep]["all"]["accuracy"][0]}

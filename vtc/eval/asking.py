@@ -1,5 +1,5 @@
-"""What multimodal LLMs are asked about `vtc.eval.scenes`, and how: prompts through a model's own processor, replies by
-its own `generate`."""
+"""Asks multimodal LLMs about `vtc.eval.scenes`: prompts through a model's own processor, replies from its own
+`generate`."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ USUAL = (scenes.SIDE, scenes.SIDE)
 
 @dataclass(frozen=True)
 class View:
-    """How pictures are shown, without a change to what is in them.
+    """How pictures are shown, without changing their contents.
 
     Args:
         sizes: width and height in pixels of every picture in a prompt.
-        canvas: of what a single picture is letterboxed on.
-        resized: to what a single picture is resized, whatever its aspect was.
-        frames: 1 = pictures; 2 to 8 = a clip of so many, of the first size.
-        level: how hard scenes are.
+        canvas: size of the canvas that a single picture is letterboxed on.
+        resized: size to which a single picture is resized, regardless of its aspect ratio.
+        frames: 1 = pictures; 2 to 8 = a clip of that many frames, of the first size.
+        level: how difficult the scenes are.
 
     Raises:
-        OptionError: several pictures with a canvas, resized or as a clip.
+        OptionError: several pictures together with a canvas, resizing or a clip.
     """
 
     sizes: tuple[scenes.Size, ...] = (USUAL,)
@@ -49,14 +49,14 @@ class View:
 
     @property
     def unusual(self) -> dict[str, Any]:
-        """What differs from the usual picture, as JSON has it."""
+        """What differs from the default view, as plain JSON data."""
         out: dict[str, Any] = {"size": list(self.sizes[0])} if self.sizes[0] != USUAL else {}
         out |= {"canvas": list(self.canvas)} if self.canvas else {}
         out |= {"pictures": len(self.sizes)} if len(self.sizes) > 1 else {}
         return out | ({"full": True} if self.level == scenes.FULL else {})
 
     def draw(self, split: str, number: int) -> scenes.Scene | scenes.Album | scenes.Clip:
-        """Number `number` of a split, drawn when it is first looked at.
+        """Scene, album or clip `number` of a split; its image is drawn on first access.
 
         Raises:
             OptionError: as `scenes.scene`.
@@ -68,7 +68,7 @@ class View:
         return scenes.scene(split, number, self.level, self.sizes[0], self.canvas)
 
     def images(self, about: scenes.Scene | scenes.Album) -> list[Image.Image]:
-        """What the model is given."""
+        """The pictures that the model receives."""
         if self.resized is None:
             return about.images
         return [image.resize(self.resized, Image.Resampling.BICUBIC) for image in about.images]
@@ -76,7 +76,7 @@ class View:
 
 @dataclass(frozen=True)
 class Asked:
-    """One question and what it is about. Nothing is drawn before it is asked."""
+    """One question and what it is about. Pictures are drawn only when the question is asked."""
 
     kind: str
     text: str
@@ -86,7 +86,7 @@ class Asked:
 
 
 def questions(seed: int, limit: int, view: View | None = None, split: str = "test") -> list[Asked]:
-    """What seed `seed` asks: of `limit` scenes, albums or clips one question of every kind that they have."""
+    """The questions of seed `seed`: for each of `limit` scenes, albums or clips, one question of every kind it has."""
     rng, view = np.random.default_rng(seed), view or View()
     out = []
     for number in range(seed * limit, (seed + 1) * limit):
@@ -112,8 +112,9 @@ def replies(model: nn.Module, processor: Any, asked: Sequence[Asked], batch: int
 
 
 def shared_replies(model: Any, processor: Any, asked: Sequence[Asked], batch: int) -> Iterator[str]:
-    """The same answers from a fraction of the work, where what is kept of a picture does not depend on the question: a
-    picture is read once, and all its questions go on from there. batch: of pictures. See `shares`."""
+    """The same answers with a fraction of the work, if the kept tokens of a picture do not depend on the question: a
+    picture is processed once, and all its questions continue from its cache. batch: number of pictures. See
+    `shares`."""
     by: dict[int, list[int]] = {}
     for i, q in enumerate(asked):
         by.setdefault(id(q.about), []).append(i)
@@ -134,8 +135,8 @@ def shared_replies(model: Any, processor: Any, asked: Sequence[Asked], batch: in
 def _apart(
     model: Any, processor: Any, groups: list[list[Asked]]
 ) -> tuple[dict[str, Any], list[list[list[int]]]] | None:
-    """The inputs up to the last picture, one row a group, and the tokens behind it of every question; None where a
-    tokenizer joins words across pictures, or prompts have several lengths."""
+    """The inputs up to the last picture, one row per group, and the tokens after it for every question; None if the
+    tokenizer joins words across pictures, or the prompts differ in length."""
     weights, mark = next(model.parameters()), _mark(processor, groups[0][0])
     read = prompts(processor, [mine[0] for mine in groups]).to(weights.device, weights.dtype)
     texts = [[_words(processor, q, mark) for q in mine] for mine in groups]
@@ -150,7 +151,7 @@ def _apart(
 
 
 def _going_on(model: Any, processor: Any, before: dict[str, Any], texts: list[list[list[int]]]) -> list[list[str]]:
-    """Answers to the questions behind every row of `before`; those of one length side by side, so that nothing is
+    """Answers to the questions that follow every row of `before`; questions of one length run together, so nothing is
     padded."""
     inner, said = getattr(model, "model", model), [[""] * len(row) for row in texts]
     places = [(row, j) for row, words in enumerate(texts) for j in range(len(words))]
@@ -162,7 +163,7 @@ def _going_on(model: Any, processor: Any, before: dict[str, Any], texts: list[li
             rows = torch.tensor([row for row, _ in mine], device=before["input_ids"].device)
             on = copy.deepcopy(cache)
             on.batch_select_indices(rows)
-            if deltas is not None:  # Qwen models keep the last prompt's on themselves
+            if deltas is not None:  # Qwen models store those of the last prompt in the model
                 inner.rope_deltas = deltas[rows]
             behind = torch.tensor([texts[row][j] for row, j in mine], device=rows.device)
             given = torch.cat([before["input_ids"][rows], behind], 1)
@@ -174,11 +175,11 @@ def _going_on(model: Any, processor: Any, before: dict[str, Any], texts: list[li
 
 
 def shares(model: Any, processor: Any, asked: Sequence[Asked]) -> bool:
-    """Whether a model answers some questions by `shared_replies` as it does by `replies`: not one that counts positions
-    elsewhere than in its cache, or whose processor names no image token."""
+    """Whether `shared_replies` gives the same answers as `replies` on some questions: not if a model counts positions
+    outside its cache, or its processor names no image token."""
     try:
         return list(shared_replies(model, processor, asked, 2)) == list(replies(model, processor, asked, len(asked)))
-    except Exception:  # whatever a foreign model or processor may raise
+    except Exception:  # a foreign model or processor may raise anything
         return False
 
 
@@ -193,7 +194,7 @@ def _words(processor: Any, asked: Asked, mark: str) -> list[int]:
 
 
 def plain(answer: str) -> str:
-    """An answer as it is compared: numerals that are words of their own are one number."""
+    """An answer, normalised for comparison: digits that are separate words are joined into one number."""
     return re.sub(r"(?<=\d) (?=\d)", "", answer.strip().strip(".").lower())
 
 
@@ -203,7 +204,7 @@ def _turns(q: Asked) -> list[dict[str, Any]]:
 
 
 def prompts(processor: Any, asked: Sequence[Asked], closed: bool = False) -> Any:
-    """The inputs of a batch, padded on the left; closed: with the answers."""
+    """The inputs of a batch, padded on the left; closed: including the answers."""
     texts, images, clips = [], [], []
     for q in asked:
         if isinstance(q.about, scenes.Clip):

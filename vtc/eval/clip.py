@@ -1,7 +1,8 @@
-"""`vtc eval clip`: zero-shot classification by an open_clip model, dense and compressed, by clip_benchmark's own code.
+"""`vtc eval clip`: zero-shot classification by an open_clip model, dense and compressed, with clip_benchmark's own
+code.
 
-The text side is embedded once; then every method sees the same images. Nothing is downloaded but, if it is not here
-yet, the model that was asked for.
+The text is embedded once; then every method sees the same images. Nothing is downloaded except the requested model, if
+it is not available locally.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _needs = common.needs("clip-benchmark", "pip install 'vtc-torch[harness]'")
 
 
 class Batches:
-    """A loader, up to `most` images."""
+    """A data loader, cut after `most` images."""
 
     def __init__(self, loader: Any, most: int | None) -> None:
         self.loader, self.dataset, self.most = loader, loader.dataset, most
@@ -65,11 +66,11 @@ def run(
 
     Args:
         data: the folder of the data set.
-        model, pretrained: as open_clip names them (pretrained may be a file); "local-dir:FOLDER" has both.
-        dataset: as clip_benchmark names it, such as "cifar10"; by default the folder is a webdataset as its
-            `clip_benchmark_export_wds` writes them, with classnames.txt and zeroshot_classification_templates.txt.
+        model, pretrained: open_clip's names (pretrained may be a file); "local-dir:FOLDER" gives both.
+        dataset: clip_benchmark's name, such as "cifar10"; by default the folder is a webdataset as written by
+            `clip_benchmark_export_wds`, with classnames.txt and zeroshot_classification_templates.txt.
         levels: fractions of the vision tower's MACs that remain.
-        images: how many, the first ones; None = all.
+        images: how many, from the start; None = all.
         out: folder for clip.csv, .md and .png.
 
     Raises:
@@ -128,7 +129,7 @@ def _model(name: str, pretrained: str, device: str) -> Any:
         )
     try:
         net, transform, tokenizer = load_clip("open_clip", name, pretrained, None, device)  # type: ignore[arg-type]
-    except Exception as error:  # whatever open_clip or the Hub's client raises
+    except Exception as error:  # open_clip and the Hub's client may raise anything
         raise OptionError(
             f"model={name!r}, pretrained={pretrained!r}: open_clip cannot load it ({first_line(error)})"
         ) from error
@@ -142,7 +143,7 @@ def _loader(folder: str, name: str, split: str, transform: Any, batch: int) -> A
         found = build_dataset(name, folder, transform, split, download=False)
     except ModuleNotFoundError:
         raise
-    except Exception as error:  # each data set has its own
+    except Exception as error:  # each data set raises its own errors
         raise OptionError(
             f"{folder}: clip_benchmark finds no {split} split of {name} there ({first_line(error)})"
         ) from error
@@ -154,7 +155,7 @@ def _loader(folder: str, name: str, split: str, transform: Any, batch: int) -> A
 
 
 def score(logits: Tensor, target: Tensor) -> dict[str, float]:
-    """As clip_benchmark does, whose own top-k needs a numpy older than 2.4. Several labels per image: their mAP."""
+    """Scores as in clip_benchmark, whose own top-k needs a numpy older than 2.4. With several labels per image: mAP."""
     if target.ndim == 2:
         from clip_benchmark.metrics.zeroshot_classification import average_precision_per_class
 

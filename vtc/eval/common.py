@@ -1,4 +1,5 @@
-"""What the measurements share: the methods they compare, features of a model, and results as table, CSV and text."""
+"""Code shared by the measurements: the methods they compare, features of a model, and results as table, CSV and
+text."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from vtc.errors import OptionError, VTCError
 from vtc.methods import Method
 from vtc.methods.pitome import PRESETS
 
-LEVELS = (0.80, 0.70, 0.55, 0.40)  # what remains of the MACs: 20, 30, 45, 60 % saved
+LEVELS = (0.80, 0.70, 0.55, 0.40)  # fractions of the MACs that remain: 20, 30, 45, 60 % saved
 
 
 class MissingDataError(VTCError, ImportError):
@@ -60,7 +61,7 @@ def check_levels(levels: Sequence[float]) -> tuple[float, ...]:
 
 
 def check_images(images: Any, most: int) -> int:
-    """How many images to take: `images`, at most all; OptionError if it is no count."""
+    """How many images to take: `images`, at most `most`; OptionError if it is not a count."""
     if images is None:
         return most
     if isinstance(images, bool) or not isinstance(images, int) or images < 1:
@@ -97,7 +98,7 @@ def bar(total: int, what: str, progress: bool) -> Any:
 
 
 class needs:
-    """Around an import: what to install if it fails."""
+    """Wraps an import: says what to install if it fails."""
 
     def __init__(self, package: str, install: str = "pip install 'vtc-torch[eval]'") -> None:
         self.package, self.install = package, install
@@ -115,12 +116,12 @@ class needs:
 
 @dataclass
 class Results:
-    """What a measurement found: one dict per row, and how to show it.
+    """The results of a measurement: one dict per row, and how to show them.
 
     Attributes:
-        name: of the files it writes; columns: those of the printed table, with their headings.
-        about: what was measured on what, for the reader; digits: of the printed numbers.
-        notes: "draw" makes the figure of the rows.
+        name: of the files to write; columns: of the printed table, with their headings.
+        about: a sentence on what was measured; digits: of the printed numbers.
+        notes: "draw" makes the figure from the rows.
     """
 
     name: str
@@ -151,11 +152,11 @@ class Results:
         return paths
 
     def insert(self, page: str | Path) -> None:
-        """Put what was measured and the table into a Markdown page, between <!-- NAME --> and <!-- /NAME -->."""
+        """Put `about` and the table into a Markdown page, between <!-- NAME --> and <!-- /NAME -->."""
         put(page, self.name, f"{self.about}\n\n{self.table()}")
 
     def figure(self) -> Any:
-        """A matplotlib figure of the rows; None where there is nothing to draw."""
+        """A matplotlib figure of the rows; None if there is nothing to draw."""
         draw = self.notes.get("draw")
         return None if draw is None else draw(self.rows)
 
@@ -209,7 +210,8 @@ cosine = partial(torch.nn.functional.cosine_similarity, dim=-1)
 
 
 def agreement(dense: Tensor, reduced: Tensor) -> tuple[Tensor, Tensor]:
-    """Per image: cosine of the CLS token to dense, and mean cosine over the patches (each gets its slot's token)."""
+    """Per image: cosine of the CLS token to the dense one, and mean cosine over the patches (each gets its slot's
+    token)."""
     return cosine(dense[:, 0], reduced[:, 0]), cosine(dense[:, 1:], reduced[:, 1:]).mean(1)
 
 
@@ -229,7 +231,7 @@ def _quantile(degrees: int) -> float:
 
 
 def interval(values: Tensor, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean, for hundreds of images; of a few seeds `spread` says more."""
+    """95 % bootstrap interval of the mean, for hundreds of images; for a few seeds use `spread`."""
     generator = torch.Generator().manual_seed(seed)
     pick = torch.randint(len(values), (draws, len(values)), generator=generator)
     means = values.double()[pick].mean(1).sort().values
@@ -238,7 +240,7 @@ def interval(values: Tensor, draws: int = 2000, seed: int = 0) -> tuple[float, f
 
 # -- figures --------------------------------------------------------------------------------------------------------
 
-# One fixed colour and marker per method, told apart without colour too. ToMe and the baselines are drawn in greys.
+# One fixed colour and marker per method, distinguishable without colour too. ToMe and the baselines are drawn in greys.
 _STYLES = {
     "ToMe": ("#000000", "s", "-"),
     "random": ("#777777", "x", ":"),

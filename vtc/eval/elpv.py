@@ -1,6 +1,6 @@
 """ELPV: does a classifier trained on dense features still work on reduced ones? Real images of solar cells.
 
-The images are Deitsch et al.'s elpv-dataset (CC BY-NC-SA 4.0), which vtc measures on and never ships.
+The images are Deitsch et al.'s elpv-dataset (CC BY-NC-SA 4.0), used for measurement and not shipped with vtc.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def folds(labels: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 class Judge:
-    """A linear probe and a nearest-neighbour classifier per fold, made from dense features alone."""
+    """A linear probe and a nearest-neighbour classifier per fold, fitted on dense features only."""
 
     def __init__(self, dense: np.ndarray, labels: np.ndarray) -> None:
         from sklearn.linear_model import LogisticRegression
@@ -81,14 +81,14 @@ class Judge:
         ]
 
     def probe(self, features: np.ndarray) -> np.ndarray:
-        """Per image: was the probe, which never saw it, right?"""
+        """Per image: whether the probe, not trained on it, was right."""
         right = np.zeros(len(self.labels), dtype=bool)
         for (_, test), probe in zip(self.folds, self.probes, strict=True):
             right[test] = probe.predict(features[test]) == self.labels[test]
         return right
 
     def neighbours(self, features: np.ndarray) -> np.ndarray:
-        """Per image: were most of its five nearest dense training images (cosine) of its class?"""
+        """Per image: whether most of its five nearest dense training images (cosine) have its class."""
         right = np.zeros(len(self.labels), dtype=bool)
         for train, test in self.folds:
             near = (-(unit(features[test]) @ self.dense[train].T)).argsort(1, kind="stable")[:, :NEIGHBOURS]
@@ -125,7 +125,7 @@ def run(
 
     Args:
         images: how many, evenly spaced; None = all of the split (1312). 200 take about 15 minutes on two cores.
-        out: folder for elpv.csv, .md, .png, and for the features, from which an interrupted run goes on.
+        out: folder for elpv.csv, .md, .png, and for the features, from which an interrupted run continues.
         levels: fractions of the MACs that remain.
         split: "held-out" (no preset was chosen on it), "search" or "all".
     """
@@ -144,7 +144,7 @@ def run(
     base = _rights(judge, dense)
     rows = [_row("dense", 1.0, dense, dense, {"dense": base}, base)]
     for level in levels:
-        others = {"dense": base}  # what each method is compared with; ToMe where it comes first
+        others = {"dense": base}  # what each method is compared with; also ToMe, if it comes first
         for method in chosen_methods:
             found = step(method.label, method, level)
             rights = _rights(judge, found)
@@ -178,7 +178,7 @@ def _features(
 ) -> dict[str, Any]:
     """CLS and mean patch features of all images, from the cache if it has them."""
     name = "".join(c if c.isalnum() else "-" for c in label) + ("" if level is None else f"-{level:g}") + ".npz"
-    what = f"vtc {vtc.__version__} {None if method is None else method.make(level)!r}"  # what the file must hold
+    what = f"vtc {vtc.__version__} {None if method is None else method.make(level)!r}"  # what the file must contain
     if cache is not None and (cache / name).is_file():
         with np.load(cache / name, allow_pickle=False) as file:
             if str(file["what"]) == what:

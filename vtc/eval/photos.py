@@ -1,4 +1,5 @@
-"""Label-free: how near a reduced encoder's features are to the dense ones, on photographs that ship inside wheels."""
+"""Without labels: how close a reduced encoder's features are to the dense ones, on photographs that come with
+wheels."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from vtc.eval import common
 from vtc.eval.common import Candidate, Results
 from vtc.models.images import load_image, preprocess
 
-# Package and file of every photograph. All lie in the wheels; nothing is downloaded. Two disjoint splits: presets were
-# searched on "search" alone.
+# Package and file of every photograph. All are inside installed packages; nothing is downloaded. Two disjoint splits:
+# presets were searched only on "search".
 PHOTOS: dict[str, tuple[tuple[str, str], ...]] = {
     "search": (
         ("skimage", "data/astronaut.png"),
@@ -78,7 +79,7 @@ def load(split: str, per_photo: int = 8) -> tuple[Tensor, list[str]]:
 
 
 def per_photo(values: Tensor, names: Sequence[str]) -> Tensor:
-    """Mean over the crops of each photograph: crops of one are not independent."""
+    """Mean over the crops of each photograph: crops of one photograph are not independent."""
     return torch.stack([values[[n == name for n in names]].mean() for name in dict.fromkeys(names)])
 
 
@@ -90,8 +91,8 @@ def measure(
     levels: Sequence[float],
     progress: bool = False,
 ) -> list[dict[str, Any]]:
-    """One row per method and level: cosine of CLS and patches to dense, and the difference to ToMe (where it comes
-    first) with its paired 95 % interval over photographs."""
+    """One row per method and level: cosine of CLS and patches to dense, and the difference to ToMe (if it comes first)
+    with its paired 95 % interval over photographs."""
     bar = common.bar(len(pixels) * (1 + len(methods) * len(levels)), "photos", progress)
     dense = common.features(model, pixels, bar=bar)
     rows = []
@@ -129,7 +130,7 @@ def run(
         images: how many crops, at most 8 per photograph; None = all.
         out: folder for photos.csv, .md and .png; None = write nothing.
         levels: fractions of the MACs that remain.
-        split: "held-out", or "search" (which presets were chosen on).
+        split: "held-out", or "search" (on which presets were chosen).
     """
     levels = common.check_levels(levels)
     pixels, names = load(split)

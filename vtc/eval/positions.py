@@ -1,16 +1,16 @@
-"""Does a merged token that carries its members' positions (PPE) say better where things are than one at its anchor's?
+"""Does a merged token show better where things are if it carries its members' positions (PPE), not only its anchor's?
 
-The question: which part of the picture did this crop come from? A frozen DINOv2-S encodes a photograph, and apart from
-it another view of the same, shifted, larger or smaller, from which the crop is taken. What is asked of is a window of
-the photograph's patches; where it lies on the encoder's own grid is drawn at random, so that the encoder's position
-table gives nothing away. A rotary attention layer reads it: for every part c of the picture a query asks "is this crop
+The question: which part of the picture did this crop come from? A frozen DINOv2-S encodes a photograph and, separately,
+another view of it, shifted, larger or smaller, from which the crop is taken. The layer sees a window of the
+photograph's patches, placed at random on the encoder's own grid, so that the encoder's position table does not give the
+answer away. A rotary attention layer reads the window: for every part c of the picture a query asks "is this crop
 there?", and the answer is how much it finds,
 
     logit_c = sum_h a_h log sum_i size_i softmax_i(t_h cos(x, y_i)) exp(u_hc . R(p_i) b_h / sqrt(d)),
 
-x the crop's feature, y_i the patches, R the rotation by their places: rows turn the first 16 of 32 pairs, columns the
-others. So a key has a part that says what and is not turned, and a part that is turned and says where. a, t, u, b are
-learned from all patches, per seed; then the layer is asked of merged patches, without training again.
+x the crop's feature, y_i the patches, R the rotation by their places: rows rotate the first 16 of 32 pairs, columns the
+others. So a key has an unrotated part for the content and a rotated part for the place. a, t, u, b are learned on all
+patches, per seed; then the layer gets merged patches, without further training.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ METHODS = ("dpc_knn", "tome", "downsample")
 KEEP = (0.5, 0.25, 0.1, 0.05)
 PARTS = (2, 4)  # quadrants, and sixteen parts
 SLOTS = (2, 4, 8, 16)
-_WINDOW = 12  # patches along a side, of the encoder's 16
+_WINDOW = 12  # patches per side, out of the encoder's 16
 _HEADS, _PAIRS, _BASE = 8, 16, 20.0  # pairs per axis; frequencies from 1 to 1 / 20 radian per patch
-_QUESTIONS, _CROP = 8, 3  # of every window; patches along a side
+_QUESTIONS, _CROP = 8, 3  # per window; patches per side
 
 
 class Reader(nn.Module):
-    """The attention layer that answers. The turned part of a head is 64 wide."""
+    """The attention layer that answers. The rotated part of a head is 64 wide."""
 
     def __init__(self, parts: int) -> None:
         super().__init__()
@@ -66,14 +66,14 @@ class Reader(nn.Module):
 
 
 def rotation(places: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., 64] at places [2, ...]: 16 pairs turn by the row, 16 by the column."""
+    """cos and sin [..., 64] at places [2, ...]: 16 pairs rotate by the row, 16 by the column."""
     frequency = _BASE ** (-torch.arange(_PAIRS) / _PAIRS)
     angle = torch.cat([places[0, ..., None] * frequency, places[1, ..., None] * frequency] * 2, -1)
     return angle.cos(), angle.sin()
 
 
 def carried(token_map: TokenMap, slots: int) -> tuple[Tensor, Tensor]:
-    """The table of merged tokens; slots = 1 is the anchor's place."""
+    """The rotary table of merged tokens; slots = 1 uses the anchor's place."""
     places = torch.stack(torch.meshgrid(torch.arange(_WINDOW), torch.arange(_WINDOW), indexing="ij")).flatten(1).float()
     slot = slot_of_pair(torch.tensor([0] * _PAIRS + [1] * _PAIRS), slots).repeat(2)
     every = [rotation(places[:, index.clamp(min=0)]) for index in members(token_map, slots)]
@@ -103,7 +103,7 @@ def examples(model: nn.Module, split: str, per_photo: int, seed: int, bar: Any) 
         for _ in range(per_photo):
             side = min(photo.size) * draw(0.5, 1.0)
             corner = [draw(0, full - side) for full in photo.size]
-            # another view of about the same: larger or smaller, and moved by up to a patch and a half
+            # another view of about the same area: larger or smaller, and shifted by up to a patch and a half
             other = min(side * draw(0.85, 1.15), *photo.size)
             moved = [at + (side - other) / 2 + draw(-0.1, 0.1) * side for at in corner]
             moved = [min(max(0.0, at), full - other) for at, full in zip(moved, photo.size, strict=True)]
@@ -187,10 +187,10 @@ def run(
     seeds: int = 5,
     steps: int = 1000,
 ) -> Results:
-    """Train a reader for every seed and number of parts, and ask it of merged windows.
+    """Train a reader for every seed and number of parts, and test it on merged windows.
 
     Args:
-        images: windows per photograph, for training and for asking; None = 20.
+        images: windows per photograph, for training and for testing; None = 20.
         out: folder for positions.csv and .md; None = write nothing.
         levels: fractions of the 144 tokens that stay.
         seeds: of the weights and of the windows.
@@ -218,7 +218,7 @@ def run(
                     values.setdefault((parts, method, keep, slots), []).append(right)
     encoding.close()
     training.close()
-    # as many as there are: downsample rounds a fraction up, the others to the nearest
+    # the actual counts: downsample rounds a fraction up, the others to the nearest
     counts = {key: token_map.anchor.shape[1] for key, token_map in found.items()}
     rows = [_row(key, scores, values, counts.get(key[1:3], _WINDOW**2)) for key, scores in values.items()]
     columns = {"parts": "parts", "method": "method", "keep": "keep", "tokens": "tokens", "slots": "slots"}

@@ -1,7 +1,8 @@
 """Pictures whose contents are known, and questions about them: what, where, how many, and reading.
 
-Every scene is drawn from its number alone: coloured shapes and digits of several sizes at free places, on a plain, a
-textured or a photographic background. What is in a scene decides its split, so that no picture is in two of them.
+Every scene is drawn from its number alone: coloured shapes and digits of several sizes at random free places, on a
+plain, textured or photographic background. The contents of a scene decide its split, so that no picture is in two
+splits.
 
     scene = vtc.eval.scenes.scene("test", 7)
     scene.image, scene.questions[0].text, scene.questions[0].answer
@@ -37,19 +38,19 @@ DIGITS = tuple("0123456789")
 PLACES = tuple(" ".join(filter(None, (v, h))) or "middle" for v in ("top", "", "bottom") for h in ("left", "", "right"))
 TIMES = ("first", "second", "third", "last")
 KINDS = ("colour", "shape", "position", "count", "digit", "relation")
-EVERY = (*KINDS, "reading", "when")  # of scenes with numbers too, and of clips
+EVERY = (*KINDS, "reading", "when")  # also for scenes with numbers, and for clips
 SPLITS = {"train": range(8), "validation": range(8, 9), "test": range(9, 10)}
 BACKGROUNDS = ("plain", "texture", "photo")
 SIDE = 256  # pixels
-NARROW = 0.8  # a numeral's width in parts of its height
-PARTS = {2: 2, 3: 3, 4: 4, 5: 4, 6: 3, 7: 4, 8: 4}  # of a clip, by its frames
+NARROW = 0.8  # width of a digit relative to its height
+PARTS = {2: 2, 3: 3, 4: 4, 5: 4, 6: 3, 7: 4, 8: 4}  # parts of a clip, by its number of frames
 Size = tuple[int, int]  # width and height in pixels
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A shape, a digit or a number: its centre in parts of the picture's width and height, its side (a number's width)
-    in parts of the shorter of these."""
+    """A shape, a digit or a number: its centre as fractions of the picture's width and height, its side (a number's
+    width) as a fraction of the shorter."""
 
     name: str
     colour: str
@@ -83,8 +84,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Level:
-    """How hard scenes are: how many things, how many of them digits and numbers (at most), their sides, how high the
-    numerals of a number are, and what is behind."""
+    """How difficult scenes are: how many things, how many of them digits and numbers (at most), their sides, the height
+    of a number's digits, and the backgrounds."""
 
     things: tuple[int, int] = (2, 5)
     digits: int = 2
@@ -103,13 +104,13 @@ class Level:
                 raise OptionError(f"{name}={given!r}: choose from {', '.join(known)}")
 
 
-FULL = Level(numbers=2, backgrounds=BACKGROUNDS, kinds=EVERY)  # all that there is
+FULL = Level(numbers=2, backgrounds=BACKGROUNDS, kinds=EVERY)  # everything available
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Things on a background. `image` is drawn when first asked for, RGB: of `size`, which changes neither things nor
-    questions; or so letterboxed on a `canvas`, which the questions do not mind."""
+    """Things on a background. `image` (RGB) is drawn on first access, in `size`, which changes neither things nor
+    questions; or letterboxed on a `canvas`, which does not change them either."""
 
     split: str
     number: int
@@ -136,9 +137,9 @@ class Scene:
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """Where on the canvas the picture is: left, top, right, bottom."""
+        """The picture's box on the canvas: left, top, right, bottom."""
         free = [whole - part for whole, part in zip(self.canvas or self.size, self.size, strict=True)]
-        if self.seed // 3 % 2:  # centred; else in a corner
+        if self.seed // 3 % 2:  # centred; otherwise in a corner
             left, top = (n // 2 for n in free)
         else:
             left, top = (n * (self.seed // turn % 2) for n, turn in zip(free, (6, 12), strict=True))
@@ -151,7 +152,7 @@ def scene(
     """Scene `number` of a split; always the same one, with the same questions at every size.
 
     Args:
-        size: width and height in pixels. canvas: of what it is letterboxed or padded to, at least as large.
+        size: width and height in pixels. canvas: size of the canvas it is letterboxed or padded to, at least as large.
 
     Raises:
         OptionError: an unknown split, a number below 0, a size below 32 pixels, a canvas smaller than the picture.
@@ -180,7 +181,7 @@ def scenes(split: str, count: int, level: Level | None = None, start: int = 0) -
 
 
 def _bucket(things: Sequence[Thing]) -> int:
-    """One of ten, by what is where."""
+    """One of ten buckets, by the things and their places."""
     content = sorted((t.name, t.colour, round(16 * t.x), round(16 * t.y)) for t in things)
     return hashlib.sha256(repr(content).encode()).digest()[0] % 10
 
@@ -189,7 +190,7 @@ def _bucket(things: Sequence[Thing]) -> int:
 
 
 def _things(rng: np.random.Generator, level: Level) -> tuple[Thing, ...]:
-    """So many things that do not touch one another, the picture's border, or the border of two places."""
+    """Things that do not touch one another, the picture's border, or the border between two places."""
     count = int(rng.integers(level.things[0], level.things[1] + 1))
     digits = int(rng.integers(0, min(level.digits, count) + 1))
     numbers = int(rng.integers(0, min(level.numbers, count - digits) + 1)) if level.numbers else 0
@@ -213,7 +214,7 @@ def _things(rng: np.random.Generator, level: Level) -> tuple[Thing, ...]:
 
 
 def ask(things: Sequence[Thing], rng: np.random.Generator) -> list[Question]:
-    """Every question that has one answer, in a random order."""
+    """Every question with exactly one answer, in random order."""
     found = []
 
     def only(**what: str) -> bool:
@@ -252,8 +253,8 @@ def ask(things: Sequence[Thing], rng: np.random.Generator) -> list[Question]:
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames in which things come and go, and the questions when they are there. `parts`: the half or quarter in which
-    each thing is there; None = in all of them."""
+    """Frames in which things appear and disappear, and questions about when. `parts`: the part (half, third or quarter)
+    in which each thing is visible; None = in all."""
 
     frames: tuple[Image.Image, ...]
     things: tuple[Thing, ...]
@@ -262,16 +263,17 @@ class Clip:
 
 
 def clip(split: str, number: int, frames: int = 8, level: Level | None = None, size: Size = (SIDE, SIDE)) -> Clip:
-    """Clip `number` of a split: 2 to 8 frames, in halves, thirds or quarters. Most things are there in one of these.
+    """Clip `number` of a split: 2 to 8 frames, in halves, thirds or quarters. Most things are visible in only one of
+    these.
 
     Raises:
-        OptionError: as `scene`; another number of frames.
+        OptionError: as for `scene`; a number of frames outside 2 to 8.
     """
     if frames not in PARTS:
         raise OptionError(f"frames={frames!r}: clips have 2 to 8")
     still = scene(split, number, replace(level or Level(), things=(2, 4)), size)
     rng = np.random.default_rng([still.seed, frames])
-    things = tuple({(t.colour, t.noun): t for t in still.things}.values())  # of what looks alike, the last one
+    things = tuple({(t.colour, t.noun): t for t in still.things}.values())  # of things that look alike, only the last
     count = PARTS[frames]
     parts = tuple(None if i and rng.random() < 0.25 else int(rng.integers(count)) for i in range(len(things)))
     back = _background(still.background, np.random.default_rng(still.seed), size)
@@ -290,7 +292,7 @@ def clip(split: str, number: int, frames: int = 8, level: Level | None = None, s
 
 @dataclass(frozen=True)
 class Album:
-    """Scenes that stand in one prompt, and questions that are each about one of them."""
+    """Scenes in one prompt, and questions that are each about one of them."""
 
     scenes: tuple[Scene, ...]
 
@@ -309,10 +311,11 @@ class Album:
 
 
 def album(split: str, number: int, sizes: Sequence[Size], level: Level | None = None) -> Album:
-    """Album `number` of a split: a scene of each of these sizes, which are no other album's of as many pictures.
+    """Album `number` of a split: one scene of each of these sizes; no other album with as many pictures has the same
+    scenes.
 
     Raises:
-        OptionError: as `scene`; fewer than two pictures or more than nine.
+        OptionError: as for `scene`; fewer than two pictures or more than nine.
     """
     count = len(sizes)
     if not 2 <= count <= 9:
@@ -324,7 +327,7 @@ def album(split: str, number: int, sizes: Sequence[Size], level: Level | None = 
 
 
 def draw(things: Sequence[Thing], background: Image.Image) -> Image.Image:
-    """The things on a background, edges smoothed."""
+    """Draw the things on a background, with smooth edges."""
     width, height = background.size
     large = background.resize((2 * width, 2 * height), Image.Resampling.BILINEAR)
     pen = ImageDraw.Draw(large)
@@ -371,7 +374,7 @@ def _photo() -> Image.Image:
 
 
 def _background(kind: str, rng: np.random.Generator, size: Size = (SIDE, SIDE)) -> Image.Image:
-    """Between dark and light, so that every colour stands out; never quite even."""
+    """A background of medium brightness, so that every colour stands out; never perfectly uniform."""
     base = rng.uniform(90, 165) + rng.uniform(-12, 12, 3)
     if kind == "photo":
         photo, longer = _photo(), max(size)

@@ -2,9 +2,9 @@
 
 The graph of a layer's n patch tokens is complete, with weights W_uv = max(0, cosine of the keys), W_uu = 1. Merging the
 tokens of each group gives a coarse graph, lifted back to n nodes (Loukas 2019, Jin et al. 2020, PiToMe's appendix):
-W'_uv = W_c(group u, group v) / (|group u| |group v|), W_c = the sum over both groups. The spectral distance is
-sum_i |lambda_i - lambda'_i| over the ascending eigenvalues of the two normalised Laplacians I - D^-1/2 W D^-1/2.
-All methods decide on the same keys (those of the dense encoder) with the same r, so that only the decisions differ.
+W'_uv = W_c(group u, group v) / (|group u| |group v|), W_c = the sum over both groups. The spectral distance is sum_i
+|lambda_i - lambda'_i| over the ascending eigenvalues of the two normalised Laplacians I - D^-1/2 W D^-1/2. All methods
+decide on the same keys (of the dense encoder) with the same r, so only the decisions differ.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def judge(weights: Tensor, before: Tensor, keys: Tensor, token_map: TokenMap) ->
 
 
 def methods(level: float) -> dict[str, Method]:
-    """What is compared: ToMe, every preset, what is published without its protection, and random pairs."""
+    """What is compared: ToMe, every preset, the published method without its protection, and random pairs."""
     found: dict[str, Method] = {"ToMe": vtc.ToMe(flops=level)}
     found |= {f"PiToMe {preset}": vtc.PiToMe(flops=level, preset=preset) for preset in PRESETS}
     found["PiToMe paper, unprotected"] = vtc.PiToMe(flops=level, preset="paper", protect=False)
@@ -137,7 +137,7 @@ def run(
     Args:
         images: how many, half crops of photographs and half ELPV images (photographs alone where ELPV is missing).
         out: folder for spectral.csv, .md, .png; None = write nothing.
-        levels: fractions of the MACs that remain; they set r (the first layer's, of 256 tokens) for all layers.
+        levels: fractions of the MACs that remain; they set r (that of the first layer, with 256 tokens) for all layers.
     """
     levels = common.check_levels(levels)
     pixels, what = _images(common.check_images(images, 128))

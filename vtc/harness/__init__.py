@@ -1,1 +1,1 @@
-"""vtc in the evaluation harnesses of others."""
+"""vtc in other projects' evaluation harnesses."""

@@ -1,10 +1,10 @@
-"""The model `vtc` of lmms-eval: any multimodal LLM that vtc supports, as it is or with fewer visual tokens.
+"""The model `vtc` of lmms-eval: any multimodal LLM that vtc supports, unmodified or with fewer visual tokens.
 
     lmms-eval --model vtc --model_args pretrained=FOLDER_OR_ID,method=idpruner,keep=0.25 --tasks mme --batch_size 4
 
-lmms-eval finds it by the entry point `lmms_eval.models`. Without a method the model stays dense. Further options go to
-the method. Questions are put by the processor's own chat template; answers are generated, so tasks that ask for
-likelihoods are refused, as by most models there.
+lmms-eval finds it through the entry point `lmms_eval.models`. Without a method the model stays dense. Further options
+go to the method. Questions are formatted with the processor's own chat template; answers are generated, so tasks that
+need likelihoods are refused, as by most models of lmms-eval.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from vtc.models.llms import load
 
 try:
     from lmms_eval.api.model import lmms as Base
-except ModuleNotFoundError:  # then nothing here can be used, and only a look at the package imports it
+except ModuleNotFoundError:  # then nothing here is usable; this import only happens when the package is scanned
     Base = object
 
-_TAKEN = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams")  # of a task's generation_kwargs
+_TAKEN = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams")  # accepted from a task's generation_kwargs
 
 
 def manifest() -> Any:
@@ -39,12 +39,12 @@ def manifest() -> Any:
 
 
 class Chat(Base):
-    """One model. Made by lmms-eval from `--model_args`, `--batch_size` and `--device`.
+    """One model, created by lmms-eval from `--model_args`, `--batch_size` and `--device`.
 
     Args:
         pretrained: a folder, an id on the Hub, or tiny_qwen, tiny_llava.
         method: of `vtc.list_methods()`; None = dense. options: the method's, such as keep=0.25 or balance=0.3.
-        num_frames: of a video, evenly spaced.
+        num_frames: frames of a video, evenly spaced.
 
     Raises:
         OptionError: unknown method or option, a value out of range. UnsupportedModelError, ChatError: of the model.
@@ -106,14 +106,14 @@ class Chat(Base):
         return answers
 
     def _batches(self, arguments: Iterable[tuple]) -> Iterator[tuple[dict[str, Any], list[tuple]]]:
-        """Neighbours that are to be answered in the same way, at most `batch_size`."""
+        """Consecutive requests with the same generation options, at most `batch_size`."""
         for _, group in groupby(arguments, key=lambda a: repr(a[2])):
             same = list(group)
             for first in range(0, len(same), self.batch_size):
                 yield same[0][2], same[first : first + self.batch_size]
 
     def _answer(self, asked: list[Any], options: dict[str, Any]) -> Iterator[tuple[str, int]]:
-        """The answers and their tokens. `options`: the task's; greedy unless its temperature is above 0."""
+        """The answers and their numbers of tokens. `options`: the task's; greedy unless its temperature is above 0."""
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"
         more = self._read([part for turn in asked for message in turn for part in message["content"]])
@@ -138,7 +138,7 @@ class Chat(Base):
             yield text, int((row != tokenizer.pad_token_id).sum())
 
     def _read(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
-        """Videos that are files become frames (PyAV, which lmms-eval brings); returns what the processor must know."""
+        """Replace video files by their frames (PyAV, installed with lmms-eval); returns arguments for the processor."""
         from transformers.video_utils import load_video
 
         times = []
@@ -149,7 +149,7 @@ class Chat(Base):
         return {"video_metadata": times, "do_sample_frames": False} if times else {}
 
     def clean(self) -> None:
-        self.handle = None  # it holds the model, whose memory is wanted back
+        self.handle = None  # it refers to the model, whose memory should be freed
         super().clean()
 
     def loglikelihood(self, requests: list[Any]) -> Any:

@@ -2,7 +2,7 @@
 
     timm.create_model("vtc", vtc_model="deit_small_patch16_224", vtc_method="pitome", vtc_keep=0.9, pretrained=True)
 
-after `import vtc.harness.timm`. What begins with `vtc_` is for vtc, the rest for the model itself. timm's scripts
+after `import vtc.harness.timm`. Options that begin with `vtc_` go to vtc, the rest to the model itself. timm's scripts
 import no plugins, so run them through this module:
 
     python -m vtc.harness.timm validate.py DATA --model vtc \\
@@ -39,14 +39,14 @@ def vtc(pretrained: bool = False, **options: Any) -> nn.Module:
     name = own.pop("model", None)
     if not isinstance(name, str):
         raise OptionError(f'vtc_model={name!r}: name the model of timm, such as vtc_model="deit_small_patch16_224"')
-    method = make(own.pop("method", None), **own)  # before the weights are loaded, which takes long
+    method = make(own.pop("method", None), **own)  # checked before the weights are loaded, which takes long
     model = timm.create_model(name, pretrained, **options)
     install(model, method)
     return model
 
 
 def main() -> int:
-    """Run a script of timm, where "vtc" is a model."""
+    """Run one of timm's scripts, with "vtc" registered as a model."""
     if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
         sys.stderr.write(
             "usage: python -m vtc.harness.timm SCRIPT ..., where SCRIPT is timm's validate.py or another\n"

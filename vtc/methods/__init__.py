@@ -36,21 +36,21 @@ METHODS: dict[str, type[Method]] = {
     cls.name: cls for cls in (*_MATCHING, *_AT_THE_INPUT, *_IN_THE_DECODER, *_BASELINES)
 }
 
-# What may follow a name and a +: options of methods that merge, and one of those that select.
+# What may follow a name and a +: options of methods that merge, and one of methods that select.
 PLUS: dict[str, dict[str, Any]] = {
     "ppe": {"positions": "ppe"},
     "proportional": {"proportional": True},
     "frame": {"frame": USUAL},
 }
 
-# Options of other libraries that mean the opposite, or something else.
+# Option names of other libraries that mean the opposite, or something else.
 _ALIASES = ("ratio", "compression_ratio", "pruning_ratio", "prune_ratio", "rate", "keep_ratio", "reduction")
 
 
 def make(method: str | Method, **options: Any) -> Method:
     """A method from its name and options; a ready one is returned as it is. "tome+ppe" is "tome" with positions="ppe",
-    "tome+proportional" with proportional=True, "divprune+frame=0.25" with frame=0.25. Raises OptionError with the way
-    out."""
+    "tome+proportional" with proportional=True, "divprune+frame=0.25" with frame=0.25. Raises OptionError, with a
+    message that says what to do."""
     if isinstance(method, Method):
         if options:
             raise OptionError(

@@ -1,4 +1,4 @@
-"""What every method shares: its budget, what it says of itself, and what it decides."""
+"""The base of every method: its budget, its properties, and its decision."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from vtc.tokens import FIELDS, GIVEN, PLACES, Tokens
 
 @dataclass(frozen=True)
 class Method:
-    """A way to make tokens fewer. Subclasses are frozen dataclasses of options and override `decide`.
+    """A way to reduce the number of tokens. Subclasses are frozen dataclasses of options and override `decide`.
 
-    The budget is one of (all say what stays, except `r`, which is ToMe's own count of tokens to remove):
+    The budget is one of keep, r and flops (what stays, except `r`, which is ToMe's number of tokens to remove):
 
     Args:
         keep: float in (0, 1], the fraction of the visual tokens that stays (inside a ViT: per layer, at least 0.5);
             int, the number of tokens left at the end.
         r: tokens to remove per layer of a ViT, or a list with one number per layer.
         flops: float in (0, 1], the fraction of the encoder's multiply-adds that remains.
-        where: in a multimodal LLM: "llm" (default), once, where the decoder takes the image tokens in; or "tower",
-            layer by layer inside the vision tower, as in a ViT alone.
+        where: in a multimodal LLM: "llm" (default), once, at the decoder's input; or "tower", layer by layer inside the
+            vision tower, as in a plain ViT.
         pooled: in a multimodal LLM: one budget for all images of a prompt instead of one for each.
-        positions: what a merged token carries where positions are rotary: "original", its anchor's; "ppe", those of
+        positions: the positions of a merged token, if positions are rotary: "original", its anchor's; "ppe", those of
             several members, or vtc.PPE(slots=K).
         cascade: in a multimodal LLM: merge again before decoder layers, {layer: fraction of the tokens there that
-            stays}; keep= is what happens at the decoder's input, 1.0 = nothing.
-        proportional: in a multimodal LLM: merged tokens weigh in attention by their size, as in ToMe.
+            stays}; keep= applies at the decoder's input, 1.0 = no merging there.
+        proportional: in a multimodal LLM: merged tokens are weighted by their size in attention, as in ToMe.
     """
 
     keep: float | int | None = None
@@ -50,20 +50,20 @@ class Method:
     summary: ClassVar[str] = ""
     merges: ClassVar[bool] = True  # False: tokens are dropped
     halves: ClassVar[bool] = True  # at most half of the tokens can go in one round (pairwise matching)
-    one_shot: ClassVar[bool] = False  # inside a ViT: all at the first layer instead of some at every layer
-    in_decoder: ClassVar[bool] = False  # drops tokens behind a layer of the decoder
-    encoder: ClassVar[bool] = True  # works inside a vision encoder; False: only where a multimodal LLM takes its tokens
+    one_shot: ClassVar[bool] = False  # inside a ViT: removes all at the first layer instead of some at every layer
+    in_decoder: ClassVar[bool] = False  # drops tokens after a layer of the decoder
+    encoder: ClassVar[bool] = True  # works inside a vision encoder; False: only in a multimodal LLM
     turned: ClassVar[bool] = False  # reads `Tokens.rotary`
-    resizes: ClassVar[bool] = False  # shrinks the image itself; a property where it depends on options, as the next
-    groups_frames: ClassVar[bool] = False  # merges once more what is alike in a video's frames: `events_of`
-    # Fields of Tokens beyond the features that `decide` reads. A property where it depends on options.
+    resizes: ClassVar[bool] = False  # shrinks the image itself; a property if it depends on options, like the next
+    groups_frames: ClassVar[bool] = False  # merges similar frames of a video once more: `events_of`
+    # Fields of Tokens, beyond the features, that `decide` reads. A property if it depends on options.
     needs: ClassVar[frozenset[str]] = frozenset()
-    optional: ClassVar[frozenset[str]] = frozenset()  # of those, what `decide` can do without where it is not given
+    optional: ClassVar[frozenset[str]] = frozenset()  # of those, the fields that `decide` can do without
 
     def __post_init__(self) -> None:
         if isinstance(self.r, list):
             object.__setattr__(self, "r", tuple(self.r))
-        _ = self.budget  # which checks them
+        _ = self.budget  # accessing it checks the options
         for name in ("pooled", "proportional"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r}: it takes True or False")
@@ -77,7 +77,7 @@ class Method:
         self._check_merging()
 
     def _check_merging(self) -> None:
-        """Raise OptionError where an option for methods that merge, in a decoder, does not fit this one."""
+        """Raise OptionError if an option for methods that merge, in a decoder, does not fit this method."""
         if self.ppe and not self.merges:
             raise OptionError(f"positions={self.positions!r}: {self.name} drops tokens, so none has members to carry")
         if self.cascade or self.proportional:
@@ -96,7 +96,7 @@ class Method:
         return Budget(self.keep, self.r, self.flops)
 
     def lacks(self, place: str) -> str:
-        """What it reads that `place`, one of `vtc.tokens.GIVEN`, does not give, in words; "" = nothing."""
+        """What the method reads that `place`, one of `vtc.tokens.GIVEN`, does not provide, in words; "" = nothing."""
         missing = [FIELDS.get(field, field) for field in sorted(self.needs - self.optional - GIVEN[place])]
         return f"{self.name} reads {' and '.join(missing)}, which {PLACES[place]} does not give" if missing else ""
 
@@ -115,14 +115,14 @@ class Method:
         raise NotImplementedError
 
     def events_of(self, means: Tensor) -> list[list[int]]:
-        """Of a method that groups frames: the frames of every event, in order, from the frames' means [F, C]."""
+        """For a method that groups frames: the frames of every event, in order, from the frames' means [F, C]."""
         raise NotImplementedError
 
     def check(self, width: int) -> None:
         """Raise OptionError if the options do not fit tokens of `width` channels. Called before anything is patched."""
 
     def notes(self, tokens: Tokens) -> str:
-        """What a report should say of how `tokens` will be decided on, where the options leave it open."""
+        """What a report should say about how the method decides on `tokens`, if the options leave it open."""
         return ""
 
     def options(self) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class Method:
 
 
 def _read_cascade(value: Any) -> tuple[tuple[int, float], ...]:
-    """{layer: keep}, or pairs as a file has them, by layer."""
+    """{layer: keep}, or pairs as read from a file; returns pairs sorted by layer."""
     try:
         pairs = sorted((layer, keep) for layer, keep in (value.items() if isinstance(value, Mapping) else value))
     except (TypeError, ValueError):

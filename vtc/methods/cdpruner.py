@@ -21,13 +21,14 @@ class CDPruner(Ranked, Selector):
 
     r is the relevance to the prompt, the cosine of a visual token to the prompt's text tokens (as
     `vtc.scores.relevance` takes it), per image `(r - min + 1e-6) / (max - min + 1e-6)`: 1 for the most relevant token,
-    nearly 0 for the least, 1 for all where all are alike (then the prompt decides nothing).
+    nearly 0 for the least, and 1 for all if all are equally relevant (then the prompt has no influence).
 
     Higher cosine = more relevant, as the paper says. Implementations in circulation take the negative cosine, between
-    CLIP's patches and CLIP's caption; here it is between what the LLM takes in, so results differ from theirs.
+    CLIP's patches and CLIP's caption; here it is between the LLM's image and text inputs, so results differ from
+    theirs.
 
     Args:
-        importance: r; the paper's is the default.
+        importance: the score that is r; the paper's is the default.
     """
 
     importance: str = "relevance"

@@ -18,20 +18,20 @@ from vtc.tokens import Tokens
 
 @dataclass(frozen=True)
 class DART(Selector):
-    """Inside the LLM: keeps the image tokens that are least like a few pivots.
+    """Inside the LLM: keeps the image tokens that are least similar to a few pivots.
 
-    Pivots are the `min(pivots, K)` image tokens and up to `pivots` text tokens whose keys (all heads side by side)
-    have the largest L1 norm. Image pivots stay. Then each pivot, image before text, by falling norm, keeps the
+    Pivots are the `min(pivots, K)` image tokens and up to `pivots` text tokens whose keys (all heads side by side) have
+    the largest L1 norm. Image pivots stay. Then each pivot, image pivots first, by falling norm, keeps the
     `ceil((K - kept) / all pivots)` tokens not kept yet whose hidden states have the lowest cosine to its own, until K
     are kept.
 
-    The adapter gives, of the decoder after `layer` layers: hidden states of the image tokens as `Tokens.features`,
+    The adapter provides, from the decoder after `layer` layers: hidden states of the image tokens as `Tokens.features`,
     their keys [B, N, heads x width] as `decoder_keys`, and the hidden states of the prompt's text tokens as
     `decoder_text`, **by falling L1 norm of their keys**, real ones first (`text_mask`).
 
     Args:
         layer: how many decoder layers see all tokens.
-        pivots: how many of each kind.
+        pivots: maximum number of pivots of each kind (image, text).
     """
 
     layer: int = 2

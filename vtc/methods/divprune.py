@@ -15,7 +15,7 @@ from vtc.tokens import Tokens
 @dataclass(frozen=True)
 class DivPrune(Selector):
     """Max-min diversity: picks, one after the other, the token farthest from those picked before,
-    `argmax_j min_(i picked) 1 - cos(v_i, v_j)`. The first is the token whose nearest other one is farthest."""
+    `argmax_j min_(i picked) 1 - cos(v_i, v_j)`. The first is the token whose nearest other token is farthest away."""
 
     name: ClassVar[str] = "divprune"
     summary: ClassVar[str] = "keeps tokens that are far from each other (max-min diversity)"

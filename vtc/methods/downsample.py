@@ -1,4 +1,4 @@
-"""Downsampling: the baseline that embarrasses papers (VTC-Bench, https://arxiv.org/abs/2510.07143)."""
+"""Downsampling: a strong baseline (VTC-Bench, https://arxiv.org/abs/2510.07143)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vtc.tokens import Tokens
 
 @dataclass(frozen=True)
 class Downsample(Method):
-    """Gives the model a coarser grid: as many rows and columns as the budget allows, near the image's aspect.
+    """Gives the model a coarser grid: as many rows and columns as the budget allows, close to the image's aspect ratio.
 
     Args:
         mode: "pool" averages neighbouring tokens once, in the first layer; "resize" shrinks the image itself.
@@ -51,9 +51,9 @@ class Downsample(Method):
 
 
 def coarse_grid(grid: tuple[int, int], budget: int) -> tuple[int, int]:
-    """The grid of at most `budget` cells, within `grid`, whose aspect is nearest to it at the largest count.
+    """The best grid of at most `budget` cells within `grid`: many cells, and an aspect ratio close to that of `grid`.
 
-    Among all grids it maximises cells x aspect agreement (ratio of the two aspects, at most 1); fewer rows win ties.
+    It maximises cells x agreement of the aspect ratios (their quotient, at most 1); fewer rows win ties.
     """
     rows, columns = grid
     best, score = (1, 1), -1.0
@@ -67,7 +67,7 @@ def coarse_grid(grid: tuple[int, int], budget: int) -> tuple[int, int]:
 
 
 def cells(grid: tuple[int, int], coarse: tuple[int, int], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """For every patch of `grid` (row by row) its cell of `coarse`, and for every cell the patch nearest its middle."""
+    """The cell of `coarse` for every patch of `grid` (row by row), and the patch nearest the centre of every cell."""
     spans = []
     for fine, few in zip(grid, coarse, strict=True):
         index = torch.arange(fine, device=device)
@@ -109,5 +109,5 @@ def pool_map(
         near_column = (index % grid[1] - (target[b, span] - prefix) % grid[1]).float()
         score[b, span] = -(near_row**2 + near_column**2)
     source = torch.arange(tokens, device=device).expand_as(target).masked_fill(kept | (target < 0), -1)
-    slots = prefix + max([0, *(h * w for h, w in coarse)])  # no image, no slots
+    slots = prefix + max([0, *(h * w for h, w in coarse)])  # no slots if there is no image
     return TokenMap.from_anchors(kept, (source, target, score), slots=slots, weight=size)

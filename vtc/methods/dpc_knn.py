@@ -20,16 +20,17 @@ from vtc.tokens import Tokens
 
 @dataclass(frozen=True)
 class DPCKNN(Method):
-    """Clusters the tokens: K density peaks are centres, every token joins the nearest centre and the mean is taken.
+    """Clusters the tokens: K density peaks become centres, every token joins the nearest centre, and each cluster
+    becomes its mean.
 
     With d the Euclidean distance / sqrt(width), `rho_i = exp(-mean of the k smallest d_i^2)` and
     `delta_i = min d_ij over j with rho_j > rho_i`, the centres are the K tokens of highest rho delta.
     `vtc.ops.dpc_knn` has the details.
 
     Args:
-        neighbors: k, a token itself included.
-        events: for videos: the frames, merged one by one, are clustered by their means into this fraction of events,
-            and the tokens of an event are merged once more, to `keep` of them.
+        neighbors: k, the number of nearest neighbours, including the token itself.
+        events: for videos: after each frame is merged, the frames are clustered by their means into events, as many as
+            this fraction of the frames, and the tokens of each event are merged once more, to `keep` of them.
     """
 
     neighbors: int = 5

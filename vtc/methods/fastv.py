@@ -19,12 +19,12 @@ from vtc.tokens import Tokens
 class FastV(Ranked, Selector):
     """Inside the LLM: keeps the K image tokens to which the prompt's last token attends the most after `layer` layers.
 
-    The adapter gives that attention as `Tokens.prompt_attention`: the query of the last token that is no image token,
-    softmax over the image's keys, mean over the heads. (The paper's softmax is over all keys.)
+    The adapter provides that attention as `Tokens.prompt_attention`: query of the last token that is not an image
+    token, softmax over the image's keys, mean over the heads. (The paper's softmax is over all keys.)
 
     Args:
         layer: how many decoder layers see all tokens.
-        importance: in the place of that attention, a score that can be had inside the decoder.
+        importance: a score to use instead of that attention; it must be available inside the decoder.
     """
 
     importance: str = "prompt_attention"

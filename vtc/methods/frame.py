@@ -1,9 +1,9 @@
-"""A frame for what a selection keeps: part of its budget goes to tokens that stand where they stand for their place
-alone, so that what is left still shows where in the picture it is.
+"""A frame for a selection: part of its budget goes to tokens that are kept for their place alone, so that the kept
+tokens still show where in the picture they are.
 
-Selections spread over a picture as its content does. A decoder whose tokens do not know their place reads it off how
-the kept ones lie among the others, and answers worse where things are; a few tokens at known places bring that back.
-docs/frame.md has what it is good for, what it is not, and who came before.
+Selected tokens are spread over a picture as its content is. If tokens carry no position information, the decoder infers
+a token's place from how it lies among the others, and after a selection answers worse where things are; a few tokens at
+known places restore this. docs/frame.md says when to use it, and lists related work.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from vtc.tokens import Tokens
 
 Frame = float | str
 KINDS = ("grid", "corners", "rotary")
-USUAL = 0.5  # the share behind a name and +frame
-_ROTARY = 0.4  # of what stays: IVC-Prune keeps half of the tokens, a fifth of all for their place
+USUAL = 0.5  # the share that +frame after a name means
+_ROTARY = 0.4  # share of the kept tokens: IVC-Prune keeps half of all tokens, and a fifth of all for their place
 
 
 def read(frame: Any) -> tuple[str, float]:
@@ -45,9 +45,9 @@ def read(frame: Any) -> tuple[str, float]:
 
 
 def framed(order: Tensor, tokens: Tokens, counts: list[int], frame: Frame) -> Tensor:
-    """`order` [B, K] with the frame's tokens in front, of every image as many as before, none twice.
+    """`order` [B, K] with the frame's tokens first; as many tokens per image as before, none twice.
 
-    What is left of the budget goes to the others in the order in which the method picked them.
+    The rest of the budget goes to the other tokens in the order in which the method picked them.
     """
     total = tokens.features.shape[1]
     first = places(tokens, counts, *read(frame))
@@ -59,11 +59,11 @@ def framed(order: Tensor, tokens: Tokens, counts: list[int], frame: Frame) -> Te
 
 
 def places(tokens: Tokens, counts: list[int], kind: str, share: float) -> Tensor:
-    """The tokens of a frame [B, F], -1-padded, where `counts[b]` of every image's tokens stay: at most `share` of them.
+    """The tokens of a frame [B, F], -1-padded, if `counts[b]` tokens of image b stay: at most `share` of them.
 
-    "grid": the middles of as many equal cells, as rows and columns near the picture's aspect; without a known grid, at
-    even steps along the tokens. "corners": the four of them, or four at even steps. "rotary": half of them where the
-    mean cosine of the decoder's rotary table is highest, half where the mean sine is (arXiv 2602.03060).
+    "grid": the centres of that many equal cells, in rows and columns that match the picture's aspect ratio; without a
+    known grid, at even steps along the tokens. "corners": the four corners, or four at even steps. "rotary": half of
+    them where the mean cosine of the decoder's rotary table is highest, half where the mean sine is (arXiv 2602.03060).
     """
     device, batch = tokens.features.device, len(counts)
     if kind == "rotary":
@@ -86,7 +86,7 @@ def places(tokens: Tokens, counts: list[int], kind: str, share: float) -> Tensor
     out = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in chosen], True, -1).to(device)
     if tokens.mask is None:
         return out
-    token = (~tokens.mask).long().argsort(dim=1, stable=True)  # of the real ones, counted
+    token = (~tokens.mask).long().argsort(dim=1, stable=True)  # the real tokens, by number
     return token.gather(1, out.clamp(min=0)).masked_fill(out < 0, -1)
 
 

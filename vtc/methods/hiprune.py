@@ -18,17 +18,17 @@ from vtc.tokens import Tokens
 
 @dataclass(frozen=True)
 class HiPrune(Ranked, Selector):
-    """Anchors, their neighbours, and the rest by attention: the `round(K alpha / 5)` tokens (at least 1 from K = 5 on)
-    that received the most attention in the middle of the vision tower, the four around each, then those that received
-    the most near its end, until K.
+    """Keeps anchors, their neighbours, and the rest by attention: the `round(K alpha / 5)` tokens (at least 1 from K =
+    5 on) that received the most attention in the middle of the vision tower, the four neighbours of each, then those
+    that received the most near its end, until there are K.
 
-    The neighbours of token i are i - 1, i + 1, i - width and i + width in raster order, clamped to the image, as
-    released: at the edge of a row they lie on the next one. The released code may keep more than K; here anchors come
-    first, by falling attention, then their neighbours in that order, and what is beyond K does not stay.
+    The neighbours of token i are i - 1, i + 1, i - width and i + width in raster order, clamped to the image, as in the
+    released code: at the edge of a row they lie in the adjacent row. The released code may keep more than K; here
+    anchors come first, by falling attention, then their neighbours in that order, and tokens beyond K are dropped.
 
     Args:
         alpha: the share of K that goes to anchors and their neighbours.
-        importance: of the rest, in the place of the attention near the tower's end.
+        importance: a score for the rest, instead of the attention near the tower's end.
     """
 
     importance: str = "attention"
@@ -54,7 +54,7 @@ class HiPrune(Ranked, Selector):
         counts = [self.anchors(k) for k in each(count, batch)]
         anchors = ops.top_select(middle, torch.tensor(counts, device=device), mask)
 
-        place = mask.long().cumsum(1) - 1  # of a token among the real ones, and back
+        place = mask.long().cumsum(1) - 1  # a token's index among the real ones, and back
         token = (~mask).long().argsort(dim=1, stable=True)
         width = torch.tensor([columns for _, columns in grid], device=device)
         ones = torch.ones_like(width)
@@ -63,7 +63,7 @@ class HiPrune(Ranked, Selector):
         around = torch.minimum(around.clamp(min=0), (real - 1)[:, None, None]).clamp(min=0).flatten(1)
         around = token.gather(1, around).masked_fill((anchors < 0).repeat_interleave(4, 1), -1)
 
-        # a token's priority is the first place it has in the list of all wishes
+        # a token's priority is its first place in the list of all wishes
         wishes = torch.cat([anchors, around, ops.top_select(importance, total, mask)], 1)
         at = torch.arange(wishes.shape[1], device=device).expand_as(wishes)
         first = at.new_full((batch, total + 1), wishes.shape[1])

@@ -24,13 +24,13 @@ class IDPruner(Ranked, Selector):
     `argmax_j balance I_j - (1 - balance) max_(i picked) cos(v_i, v_j)`, the most important one first.
 
     I is the importance in [0, 1]: `(w - min w) / (max w - min w + 1e-6)` per image. The paper's w comes from a trained
-    scorer of visual tokens (`scorer=`); the formula takes any importance. Where cosines are negative, the second term
-    rewards; the paper met none.
+    scorer of visual tokens (`scorer=`); the formula works with any importance. If cosines are negative, the second term
+    becomes a bonus; in the paper none were.
 
     Args:
         balance: lambda; 1 = importance alone, 0 = diversity alone.
-        normalize: "minmax" as in the paper, "rank" (one outlier does not press all others together) or "none".
-        step: tokens picked per round without seeing each other.
+        normalize: "minmax" as in the paper, "rank" (robust to outliers) or "none".
+        step: tokens picked per round, without comparing them with each other.
     """
 
     balance: float = 0.5

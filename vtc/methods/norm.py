@@ -1,4 +1,4 @@
-"""The baseline of everything that scores tokens: how long they are."""
+"""The baseline for everything that scores tokens: their length."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from vtc.tokens import Tokens
 
 @dataclass(frozen=True)
 class Norm(Ranked, Selector):
-    """Keeps the K tokens of largest L2 norm, `|v_i|`. Costs nothing and agrees with dearer scores more than one would
-    think, so a score has to be compared with it.
+    """Keeps the K tokens of largest L2 norm, `|v_i|`. Costs nothing and agrees with more expensive scores more than one
+    would expect, so scores should be compared with it.
 
     Args:
-        importance: another score to rank by, alone, without regard to what the tokens have in common.
+        importance: another score to rank by, on its own, without regard to similarities between tokens.
     """
 
     importance: str = "norm"

@@ -1,4 +1,4 @@
-"""Orders of picks: [B, K] long, the tokens that an image keeps in the order in which they were picked, -1 behind."""
+"""Orders of picks: [B, K] long, the tokens that an image keeps, in the order in which they were picked, then -1."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ def packed(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def joined(*orders: Tensor) -> Tensor:
-    """One order after the other, every image's own tokens at the front, -1 behind."""
+    """One order after the other, every image's tokens at the front, then -1."""
     order = torch.cat(orders, 1)
     return order.gather(1, (order < 0).long().argsort(dim=1, stable=True))

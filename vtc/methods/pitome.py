@@ -16,34 +16,35 @@ from vtc.ops.definitions import ENERGIES
 from vtc.token_map import TokenMap
 from vtc.tokens import Tokens
 
-# What each name stands for. `margin` runs linearly from the first value (first layer) to the second (one past the
-# last); `protect` is the span of the depth, as fractions, in which informative tokens are protected.
+# The options that each name stands for. `margin` runs linearly from the first value (first layer) to the second (one
+# past the last); `protect` is the span of the depth, as fractions, in which informative tokens are protected.
 PRESETS: dict[str, dict[str, Any]] = {
-    # As printed: Eq. 4, Algorithm 1 in every layer.
+    # As in the paper: Eq. 4, Algorithm 1 in every layer.
     "paper": {"energy": "paper", "split": "alternate", "margin": (0.9, 0.0), "protect": (0.0, 1.0), "metric": "keys"},
     # As released for DeiT and ViT since 2024-11: ELU energy, protection in the second half of the layers.
     "head": {"energy": "elu", "split": "alternate", "margin": (0.75, 0.0), "protect": (0.5, 1.0), "metric": "keys"},
     # As released for BERT: Gaussian energy, high-energy half against low-energy half.
     "text": {"energy": "gaussian", "split": "half", "margin": (0.9, 0.25), "protect": (0.0, 1.0), "metric": "keys"},
-    # Ours: energy = similarity to the nearest other token, nobody protected. Mutual nearest neighbours get neighbouring
-    # ranks, hence face each other, so the best pairs are always among those that can merge. Chosen without labels on
-    # crops of photographs and half of the ELPV images, confirmed on other ones: docs/results.md, benchmarks/results.
+    # Ours: energy = similarity to the nearest other token, no token protected. Mutual nearest neighbours get
+    # neighbouring ranks, hence are on opposite sides of the split, so the best pairs can always merge. Chosen without
+    # labels on crops of photographs and half of the ELPV images, confirmed on others: docs/results.md,
+    # benchmarks/results.
     "nearest": {"energy": "nearest", "split": "alternate", "margin": (0.0, 0.0), "protect": False, "metric": "keys"},
 }
-DEFAULT_PRESET = "nearest"  # level with ToMe on the held-out sets, as no published preset is: docs/results.md
+DEFAULT_PRESET = "nearest"  # level with ToMe on the held-out sets, unlike the published presets: docs/results.md
 
 
 @dataclass(frozen=True)
 class PiToMe(Method):
-    """Tokens with many similar neighbours (high energy) merge; tokens without (informative) are protected.
+    """Tokens with many similar neighbours (high energy) merge; tokens without them (informative) are protected.
 
     Args:
-        preset: one of `PRESETS`; every other option left at None comes from it. None = "nearest", or "paper" where a
-            margin or an energy that has one is given.
-        margin: similarity above which a neighbour counts as near: a pair (first layer, last layer), linear in
-            between, or one number m for the paper's m - m l/L.
+        preset: one of `PRESETS`; every other option left at None comes from it. None = "nearest", or "paper" if a
+            margin is given, or an energy that has one.
+        margin: similarity above which a neighbour counts as close: a pair (first layer, last layer), linear in between,
+            or one number m for the paper's m - m l/L.
         energy: "elu", "paper" (Eq. 4), "gaussian", or "nearest" (similarity to the nearest other token; no margin).
-        split: "alternate" (neighbouring energy ranks face each other) or "half".
+        split: "alternate" (neighbouring energy ranks go to opposite sides) or "half".
         protect: True, False, or the span of the depth in which protection applies, e.g. (0.5, 1.0).
         alpha: weight of the tokens below the margin.
         metric: "keys" (attention keys, mean over heads) or "hidden" (the tokens after attention).
@@ -81,7 +82,8 @@ class PiToMe(Method):
         check_pitome(end, self.alpha, self.option("energy"), self.option("split"))
 
     def option(self, name: str) -> Any:
-        """The option in force: what was given, else what the preset says. Margins and spans come as pairs."""
+        """The effective value of an option: the one given, else the preset's. Margins and spans are returned as
+        pairs."""
         preset = self.preset
         if preset is None:
             plain = self.margin is None and self.alpha == 1.0 and self.energy in (None, "nearest")
@@ -149,8 +151,8 @@ def pitome_round(
     """One round: sort by energy, match redundant tokens among themselves, merge r of them. metric [B, N, D]; r is [B]
     exactly when there is a mask.
 
-    With protection only the 2r tokens of highest energy take part, and every source merges (Algorithm 1); without,
-    all do and the r most similar pairs merge.
+    With protection only the 2r tokens of highest energy take part, and every source merges (Algorithm 1); without it,
+    all take part and the r most similar pairs merge.
     """
     unit = ops.normalize(metric)
     a_valid: Tensor | None = None

@@ -17,8 +17,8 @@ from vtc.tokens import Tokens
 
 @dataclass(frozen=True)
 class Random(Method):
-    """Drops tokens at random. Every image draws from a generator of its own that starts at `seed`, so an image gets
-    the same tokens alone and in a batch, padded or not."""
+    """Drops tokens at random. Every image has its own random generator that starts at `seed`, so an image keeps the
+    same tokens alone and in a batch, padded or not."""
 
     seed: int = 0
 

@@ -1,4 +1,4 @@
-"""What the methods that rank tokens share: where the importance comes from."""
+"""The base of methods that rank tokens: the source of their importance."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _AUTO = ("attention", "sensitivity", "norm")
 
 @dataclass(frozen=True)
 class Ranked(Method):
-    """A method that ranks tokens by their importance, which any registered score can be. Subclasses read `weight`.
+    """A method that ranks tokens by importance, which may be any registered score. Subclasses read `weight`.
 
     Args:
         importance: the name of a score, of `vtc.scores.SCORES`: "attention" (received in the vision tower, near its
             end), "middle_attention" (in its middle), "sensitivity" (of the projector's output), "relevance" (cosine to
             the prompt's text), "norm" (L2), inside the decoder "prompt_attention" (from the prompt's last word);
-            "scorer", a trained one; or "auto": attention where it is given, else sensitivity where what it reads is,
-            else norm.
+            "scorer", a trained one; or "auto": attention if it is available, else sensitivity if its inputs are, else
+            norm.
         scorer: path of a trained scorer's weights (safetensors); means importance="scorer".
     """
 
     importance: str = "auto"
     scorer: str | None = None
 
-    reads: ClassVar[frozenset[str]] = frozenset()  # fields of Tokens, whatever the importance
+    reads: ClassVar[frozenset[str]] = frozenset()  # fields of Tokens that are read with any importance
 
     def __post_init__(self) -> None:
         if self.importance == "selector":
@@ -73,8 +73,8 @@ class Ranked(Method):
         return next(s for s in given if all(getattr(tokens, field) is not None for field in s.needs))
 
     def weight(self, tokens: Tokens) -> Tensor:
-        """The importance of every token: [B, N] float32, finite, 0 on padding. Raises OptionError where what it is
-        made from is missing."""
+        """The importance of every token: [B, N] float32, finite, 0 on padding. Raises OptionError if an input of the
+        score is missing."""
         score = self.score(tokens)
         for field in sorted(score.needs):
             require(tokens, field, f"{self.name} by {score.name}")
@@ -110,7 +110,7 @@ def require(tokens: Tokens, field: str, method: str) -> Any:
 
 
 def checked(scores: Tensor, what: str, tokens: Tokens) -> Tensor:
-    """`scores` as float32, once they are [B, N] and finite; 0 on padding."""
+    """`scores` as float32, checked to be [B, N] and finite; 0 on padding."""
     if scores.shape != tokens.features.shape[:2]:
         raise InputError(f"{what} must be {tuple(tokens.features.shape[:2])}, not {tuple(scores.shape)}")
     scores = scores.float() if tokens.mask is None else scores.float().masked_fill(~tokens.mask, 0.0)
@@ -120,7 +120,7 @@ def checked(scores: Tensor, what: str, tokens: Tokens) -> Tensor:
 
 def _load(path: str) -> Any:
     try:
-        return _read(path, Path(path).stat().st_mtime_ns)  # a file that is written anew is read anew
+        return _read(path, Path(path).stat().st_mtime_ns)  # a changed file is read again
     except OSError as error:
         raise OptionError(f"scorer={path!r} cannot be read: {error.strerror}") from None
 

@@ -17,12 +17,13 @@ from vtc.tokens import Tokens
 @dataclass(frozen=True)
 class SCOPE(Ranked, Selector):
     """Picks, one after the other, the token that covers the most of what is not covered yet, and is salient:
-    `argmax_j a_j^alpha sum_i max(0, cos(v_i, v_j) - c_i)`, c_i the highest cosine of token i to a picked one, at
-    first 0; a is the attention that a token received in the vision tower.
+    `argmax_j a_j^alpha sum_i max(0, cos(v_i, v_j) - c_i)`, c_i the highest cosine of token i to a picked one, initially
+    0; a is the attention that a token received in the vision tower.
 
     Args:
         alpha: how much saliency counts; 0 = coverage alone.
-        importance: in the place of that attention; where it falls below 0, what it is above its lowest.
+        importance: a score to use instead of that attention; if it has negative values, it is shifted so that its
+            lowest value is 0.
     """
 
     importance: str = "attention"

@@ -1,4 +1,4 @@
-"""What the methods that pick tokens share: their place, their budget, their frame."""
+"""The base of methods that pick tokens: where they work, their budget, their frame."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Selector(Method):
     """A method that picks the tokens that stay. Subclasses override `pick`.
 
     Args:
-        frame: which part of the budget goes to tokens that stay for their place: a share of it, to an even grid;
-            "corners"; or "rotary", where the decoder's rotary table is near 1 or a quarter turn ("rotary:0.25": so much
-            of the budget). See docs/frame.md.
+        frame: part of the budget for tokens kept for their place alone: a share, for an even grid; "corners"; or
+            "rotary", where the decoder's rotary table is near 1 or a quarter turn ("rotary:0.25": with that share). See
+            docs/frame.md.
     """
 
     frame: frames.Frame = 0.0
@@ -58,7 +58,7 @@ class Selector(Method):
 
 
 def stays(tokens: Tokens, r: int | Tensor) -> int | Tensor:
-    """How many tokens remain when `r` go."""
+    """How many tokens remain when `r` are removed."""
     assert not tokens.prefix, "there is no prefix where a multimodal LLM takes its image tokens"
     if tokens.mask is None:
         assert isinstance(r, int)
@@ -67,5 +67,5 @@ def stays(tokens: Tokens, r: int | Tensor) -> int | Tensor:
 
 
 def each(count: int | Tensor, batch: int) -> list[int]:
-    """`count` of every image, on the host."""
+    """`count` per image, on the host."""
     return [count] * batch if isinstance(count, int) else count.tolist()

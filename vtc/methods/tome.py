@@ -16,7 +16,7 @@ from vtc.tokens import Tokens
 
 @dataclass(frozen=True)
 class ToMe(Method):
-    """Every second token looks for its most similar partner among the others; the r most similar pairs merge."""
+    """Every second token is paired with its most similar partner among the others; the r most similar pairs merge."""
 
     name: ClassVar[str] = "tome"
     summary: ClassVar[str] = "merges the most similar pairs of an alternating split"
@@ -31,7 +31,8 @@ class ToMe(Method):
 def tome_round(
     metric: Tensor, r: int | Tensor, prefix: int = 0, mask: Tensor | None = None, size: Tensor | None = None
 ) -> TokenMap:
-    """One round of bipartite soft matching: even real tokens to odd ones, the prefix in neither set. [B, N, D]."""
+    """One round of bipartite soft matching: even real tokens merge into odd ones; the prefix is in neither set. [B, N,
+    D]."""
     batch, count, _ = metric.shape
     if mask is None:
         index = torch.arange(count, device=metric.device)

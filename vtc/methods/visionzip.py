@@ -15,20 +15,20 @@ from vtc.methods.selector import each, stays
 from vtc.token_map import TokenMap
 from vtc.tokens import Tokens
 
-_TARGETS = 10 / 64  # the part of K that others merge into: 10 of the paper's 64 tokens
+_TARGETS = 10 / 64  # the share of K that are merge targets: 10 of the paper's 64 tokens
 
 
 @dataclass(frozen=True)
 class VisionZip(Ranked):
-    """Dominant tokens stay alone, the others merge into a few of them at regular distances.
+    """Dominant tokens stay unmerged; the others merge into a few of their own number at regular distances.
 
     Of K tokens, `K_t = max(1, round(10 K / 64))` are targets and the other K - K_t dominant: those that received the
     most attention in the vision tower. Of the tokens that are not dominant, in raster order, every
-    `(their number // K_t)`-th is a target, K_t of them; each of the others joins the target whose attention key has
-    the highest cosine to its own. A row is the plain mean of its members.
+    `(their number // K_t)`-th is a target, K_t of them; each of the others joins the target whose attention key has the
+    highest cosine to its own. A merged token is the unweighted mean of its members.
 
     Args:
-        importance: of the dominant tokens; the paper's is the default.
+        importance: the score that decides the dominant tokens; the paper's is the default.
     """
 
     importance: str = "attention"
@@ -55,7 +55,7 @@ class VisionZip(Ranked):
         dominant = marked(ops.top_select(importance, keep - aims, mask), total)
 
         others = mask & ~dominant
-        place = others.long().cumsum(1) - 1  # among the others
+        place = others.long().cumsum(1) - 1  # index among the others
         stride = (others.sum(1) // aims.clamp(min=1)).clamp(min=1)[:, None]
         target = others & (place % stride == 0) & (place // stride < aims[:, None])
 

@@ -17,21 +17,21 @@ from vtc.methods.selector import Selector, each
 from vtc.ops import definitions, selection
 from vtc.tokens import Tokens
 
-_PER_ROUND = 8  # duplicates that go at a time
+_PER_ROUND = 8  # duplicates dropped at a time
 
 
 @dataclass(frozen=True)
 class VisPruner(Ranked, Selector):
     """Important tokens first, then different ones: the `round(K fraction)` tokens that received the most attention in
-    the vision tower, and of the rest what remains when duplicates go.
+    the vision tower, and of the rest those that remain after duplicates are dropped.
 
-    The rest, n tokens in raster order, is split into every second one and the others; of the first half the
-    `min(8, n // 2, too many)` with the highest cosine to one of the second half go; again until K are left. The
-    cosine is between the tokens that the LLM would take in.
+    The rest, n tokens in raster order, is split into every second one and the others; of the first half, the
+    `min(8, n // 2, too many)` with the highest cosine to one of the second half are dropped; this repeats until K are
+    left. The cosine is between the tokens at the LLM's input.
 
     Args:
         fraction: the share of K that attention decides on.
-        importance: in the place of that attention.
+        importance: a score to use instead of that attention.
     """
 
     importance: str = "attention"
@@ -61,14 +61,14 @@ class VisPruner(Ranked, Selector):
 
 
 def distinct(unit: Tensor, chosen: Tensor, counts: list[int]) -> Tensor:
-    """Which `counts[b]` of the chosen tokens [B, N] stay when duplicates go: [B, K], ascending, -1-padded."""
+    """Which `counts[b]` of the chosen tokens [B, N] stay after duplicates are dropped: [B, K], ascending, -1-padded."""
     left = chosen.sum(1).tolist()
     partner = _looked_up(unit) if selection.fits(unit) else None
     while True:
         rest, real = packed(chosen)
         drop = [min(_PER_ROUND, n // 2, n - k) for n, k in zip(left, counts, strict=True)]
         if not any(drop):
-            wanted = torch.tensor(counts, device=rest.device)[:, None]  # 0 beside the last one, which has no partner
+            wanted = torch.tensor(counts, device=rest.device)[:, None]  # if 0, one token without a partner is left over
             return rest.masked_fill(~real | (wanted == 0), -1)
         removed = torch.tensor(drop, device=rest.device)
         sides = rest[:, ::2], rest[:, 1::2], removed, real[:, ::2], real[:, 1::2]

@@ -18,7 +18,7 @@ from vtc.scores.registry import Score
 from vtc.scores.simple import minmax
 from vtc.tokens import Tokens
 
-# A projector that is linear is equally sensitive everywhere; what differs then is rounding.
+# A linear projector is equally sensitive everywhere; any differences are rounding.
 _FLAT = 1e-3
 
 
@@ -28,14 +28,14 @@ class ZOOPrune(Ranked, Selector):
     before: `argmax_i S_i (1 - max_(j picked) cos(z_i, z_j))`, the most sensitive one first, z = M(x).
 
     `S_i = mean_u |M(x_i + h u) - M(x_i - h u)| / 2h` over random unit directions u, then min-max normalised per image.
-    Where S hardly differs (less than 1e-3 of its size, a linear projector) it is 1 everywhere: diversity alone.
+    If S hardly varies (less than 1e-3 of its size, as for a linear projector), it is set to 1: diversity alone decides.
 
     Args:
-        probes: how many directions u.
-        step: h. Not used where the closed form is.
+        probes: number of directions u.
+        step: h. Not used with the closed form.
         exact: the limit h -> 0 in closed form: "auto" where the projector allows it, True = required, False = never.
         seed: of the directions.
-        importance: in the place of S; the four options before are of the sensitivity.
+        importance: a score to use instead of S; the options probes, step, exact and seed concern the sensitivity only.
     """
 
     importance: str = "sensitivity"
@@ -73,7 +73,7 @@ class ZOOPrune(Ranked, Selector):
 
 
 def normalized(sensitivity: Tensor, mask: Tensor | None) -> Tensor:
-    """S in [0, 1] per image, 1 everywhere where it is flat. [B, N]"""
+    """S in [0, 1] per image; 1 everywhere if it is flat. [B, N]"""
     if not sensitivity.shape[1]:
         return sensitivity
     sensitivity = sensitivity.float()

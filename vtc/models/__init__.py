@@ -1,3 +1,3 @@
-"""From a name to a model."""
+"""Models by name."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Multimodal LLMs from a configuration: those of a folder or the Hub, and two of real sizes that fit into a laptop."""
+"""Multimodal LLMs from a configuration: from a folder or the Hub, and two presets of real size that fit on a laptop."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _QWEN2_05B = {  # Qwen2-0.5B
 
 
 def find_config(name: str, *, download: bool = False, trust_remote_code: bool = False) -> Any:
-    """The configuration of a multimodal LLM: a preset's, a folder's or the Hub's; None if it is of something else.
+    """The configuration of a multimodal LLM: of a preset, from a folder or from the Hub; None if it is not one.
 
     Raises:
-        ModelError: it looks like one, but there is nothing of that name.
+        ModelError: the name looks like one, but nothing with that name exists.
     """
     if name in PRESETS:
         return preset(name)
@@ -50,7 +50,7 @@ def find_config(name: str, *, download: bool = False, trust_remote_code: bool = 
 
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=not download, trust_remote_code=trust_remote_code)
-    except Exception as error:  # OSError, ValueError, or whatever the Hub's client raises
+    except Exception as error:  # OSError, ValueError, or any error of the Hub's client
         way = "check the name and the network" if download else "give a folder with a config.json, or add --download"
         if "trust_remote_code" in str(error):
             way = "it brings code of its own; --trust-remote-code runs that, if you trust it"
@@ -59,14 +59,14 @@ def find_config(name: str, *, download: bool = False, trust_remote_code: bool = 
 
 
 def is_multimodal(config: Any) -> bool:
-    """True if transformers knows a model that takes images and gives text for it, or if it brings one of its own."""
+    """True if transformers has an image-text-to-text model for it, or if it comes with its own code."""
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as KNOWN
 
     return type(config) in KNOWN or "AutoModelForImageTextToText" in (getattr(config, "auto_map", None) or {})
 
 
 def sketch(config: Any) -> Any:
-    """The model without weights ("meta"): its structure can be looked at."""
+    """The model without weights (on "meta"), to inspect its structure."""
     with torch.device("meta"):
         return _make(config)
 
@@ -97,7 +97,7 @@ def _make(config: Any) -> nn.Module:
 
 
 def sample(config: Any, side: int | None = None) -> Picture:
-    """A typical image for a model that is to be run."""
+    """A typical image for running a model."""
     if side is None:
         side = 896 if config.model_type.startswith("qwen") else 672  # 1,024 tokens in the presets
     found = picture(config, side)

@@ -1,4 +1,4 @@
-"""Models by name, for `vtc explain` and `vtc bench`: with random weights, without the network."""
+"""Models by name, for `vtc explain` and `vtc bench`: with random weights, without a network."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from vtc.errors import OptionError, VTCError, first_line
 
 FORMS = "dinov2-small, timm:NAME, open_clip:NAME or hf:FOLDER_OR_ID"
-_LARGE = 1_000_000_000  # parameters above which a model is looked at, but not filled with numbers
+_LARGE = 1_000_000_000  # parameters above which a model is inspected, but gets no weights
 
 
 class ModelError(VTCError, ValueError):
-    """No model of that name can be made."""
+    """No model with that name can be made."""
 
 
 @dataclass(frozen=True)
 class Named:
-    """A model, the side of the images it takes, and how to give it a batch of them."""
+    """A model, the side of the images it takes, and how to run it on a batch of them."""
 
     model: nn.Module
     size: int
@@ -42,9 +42,9 @@ def named(name: str, size: int | None = None, *, download: bool = False, weights
 
     Args:
         name: dinov2-small (with its real weights), timm:NAME, open_clip:NAME or hf:FOLDER_OR_ID (random weights).
-        size: side of the images, where the model can be made for another than its own.
-        download: let Hugging Face fetch the configuration of a model that is not here.
-        weights: the trained ones, not random ones: of a folder, or with `download` of the Hub.
+        size: side of the images, if the model can be made for another size than its default.
+        download: let Hugging Face download the configuration of a model that is not available locally.
+        weights: use the trained weights, not random ones: from a folder, or with `download` from the Hub.
     """
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise OptionError(f"size={size!r}: it takes a positive number of pixels")
@@ -64,7 +64,7 @@ def named(name: str, size: int | None = None, *, download: bool = False, weights
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings in the log: that weights are random is meant."""
+    """No warnings in the log: random weights are intended."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -102,7 +102,7 @@ def _hf(name: str, size: int | None, download: bool) -> Named:
         from transformers import AutoConfig, AutoModel
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=not download)
-    except Exception as error:  # OSError, ValueError, or whatever the Hub's client raises
+    except Exception as error:  # OSError, ValueError, or any error of the Hub's client
         way = "check the name" if download else "give a folder with a config.json, or add --download"
         raise ModelError(f"hf:{name}: no configuration found ({first_line(error)}); {way}") from error
     vision = getattr(config, "vision_config", None) or config
@@ -134,7 +134,7 @@ def _trained(library: str, name: str, size: int | None, download: bool) -> Named
 
 
 def _hf_call(model: Any, pixels: Tensor) -> Any:
-    inner = getattr(model, "vision_model", model)  # CLIP and SigLIP want text too
+    inner = getattr(model, "vision_model", model)  # CLIP and SigLIP also require text
     return inner(pixel_values=pixels)
 
 
@@ -147,13 +147,13 @@ def _plain(model: nn.Module, pixels: Tensor) -> Any:
 
 
 def _make(make: Callable[[], nn.Module], name: str, size: int | None) -> nn.Module:
-    """The model with random weights; one too large for that without any ("meta": it can be explained, not run)."""
+    """The model with random weights; one too large for that has none ("meta": it can be explained, not run)."""
     try:
         try:
             with torch.device("meta"):
                 sketch = make()
             large = sum(p.numel() for p in sketch.parameters()) > _LARGE
-        except Exception:  # not every library can
+        except Exception:  # not every library supports this
             large = False
         return (sketch if large else make()).eval()
     except Exception as error:

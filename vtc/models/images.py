@@ -1,4 +1,4 @@
-"""From an image file to what a vision encoder takes. Needs Pillow, and neither numpy nor torchvision."""
+"""From an image file to a vision encoder's input. Needs Pillow, but neither numpy nor torchvision."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_PIXELS = 64_000_000
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet
 STD = (0.229, 0.224, 0.225)
 
-# plain pictures alone: some of Pillow's other readers start programs (EPS) or parse far more than a picture
+# plain picture formats only: some of Pillow's other readers start programs (EPS) or parse far more than a picture
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.ASCII)
 
@@ -36,11 +36,11 @@ def example_photo() -> Path:
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Read a picture as RGB, turned upright as its EXIF orientation says; the first frame of a moving one.
+    """Read a picture as RGB, turned upright as its EXIF orientation says; the first frame of an animated one.
 
-    Transparency is dropped. Grey of 16 bits is scaled to 8, and so is what cameras store with 12 bits or 10 in 16: the
-    range is taken for the smallest of 8, 10, 12 and 16 bits that holds the brightest pixel. Nothing is decoded before
-    the header's size is checked, and nothing is fetched.
+    Transparency is dropped. 16-bit grey is scaled to 8 bits, also if a camera stored 10 or 12 bits in 16: the range is
+    assumed to be the smallest of 8, 10, 12 and 16 bits that holds the brightest pixel. Nothing is decoded before the
+    header's size is checked, and nothing is fetched.
 
     Raises:
         ImageError: no such file, an address, not a regular file, not a picture, damaged, or above 64 megapixels.
@@ -50,7 +50,7 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
             raise ImageError("this is an address, and vtc fetches nothing; save the picture and give its path")
         return _load(Path(path))
     except ImageError as error:
-        name = os.fsdecode(path)  # of a data: address, enough to know it by
+        name = os.fsdecode(path)  # of a data: address, enough to recognise it
         raise ImageError(f"{name if len(name) <= 400 else name[:60] + '...'!r}: {error}") from error.__cause__
 
 
@@ -83,7 +83,7 @@ def preprocess(image: Image.Image, size: int | tuple[int, int] = 224) -> Tensor:
 
 
 def _load(path: Path) -> Image.Image:
-    """As `load_image`; the messages lack the file's name."""
+    """As `load_image`, but error messages lack the file's name."""
     try:
         if not path.exists():
             raise ImageError("no such file; check the path")
@@ -103,12 +103,12 @@ def _load(path: Path) -> Image.Image:
         raise ImageError(too_large) from error
     except PermissionError as error:
         raise ImageError("no permission to read it; change that first") from error
-    except Exception as error:  # readers of broken headers raise whatever they stumble over
+    except Exception as error:  # for broken headers, readers may raise anything
         raise ImageError(f"not a picture, or of an unknown format; use one of {', '.join(formats)}") from error
     with image, warnings.catch_warnings():
         if image.width * image.height > MAX_PIXELS:
             raise ImageError(too_large)
-        warnings.simplefilter("ignore")  # of odd metadata, which say nothing about the pixels
+        warnings.simplefilter("ignore")  # about odd metadata, which does not affect the pixels
         try:
             image.load()
             return _rgb(ImageOps.exif_transpose(image), image.format)
@@ -125,7 +125,7 @@ def _rgb(image: Image.Image, form: str | None) -> Image.Image:
     if image.mode == "F":
         raise ImageError("pixels of 32 bits have no known range; save the picture with 8 bits per channel")
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # straight to RGB Pillow warns of it
+        image = image.convert("RGBA")  # a direct conversion to RGB makes Pillow warn
     try:
         return image.convert("RGB")
     except ValueError as error:
@@ -133,7 +133,7 @@ def _rgb(image: Image.Image, form: str | None) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image, named: bool) -> Image.Image:
-    """Grey of 16 bits, or of 32 whose values fit into 16, as 8 bits. `named`: the file said what its range is."""
+    """Convert 16-bit grey, or 32-bit whose values fit into 16 bits, to 8 bits. `named`: the file states its range."""
     whole: Any = image.convert("I")
     least, most = whole.getextrema()
     if least < 0 or most >= 1 << 16:

@@ -1,4 +1,4 @@
-"""Multimodal LLMs by name, and what they are called with."""
+"""Multimodal LLMs by name, and their inputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vtc.plan import explain
 
 
 class ChatError(VTCError, ValueError):
-    """A model that cannot be asked, or a question that it cannot be given."""
+    """A model that cannot answer questions, or a question that it does not accept."""
 
 
 def load(
@@ -30,8 +30,8 @@ def load(
     (which takes long).
 
     Raises:
-        UnsupportedModelError: `method` cannot reduce this model, as far as its configuration tells.
-        ChatError: there is no such model, it is no multimodal LLM, or something of it is missing.
+        UnsupportedModelError: `method` cannot reduce this model, according to its configuration.
+        ChatError: there is no such model, it is not a multimodal LLM, or part of it is missing.
     """
     place = _device(device)
     config = find_config(name, download=True, trust_remote_code=trust_remote_code)
@@ -40,7 +40,7 @@ def load(
             f"{name}: no multimodal LLM, so it answers no prompt; give the folder or the id of one, such as LLaVA or "
             "Qwen2.5-VL"
         )
-    if not trust_remote_code:  # else only its own code knows
+    if not trust_remote_code:  # otherwise only its own code knows
         plan = explain(sketch(config), method)
         if not plan.ok:
             raise UnsupportedModelError(f"{name}: {plan}")
@@ -71,16 +71,16 @@ def load(
 
 
 def build_inputs(processor: Any, images: Sequence[Image.Image], prompt: str) -> dict[str, Tensor]:
-    """The model's inputs for a prompt about images, as the processor wants them: by its chat template, if it has one,
-    else with a placeholder for every image in front.
+    """The model's inputs for a prompt about images, in the processor's format: by its chat template if it has one,
+    otherwise with a placeholder for every image at the start.
 
     Raises:
-        ChatError: placeholders in the prompt that do not match the images, or a processor that cannot do it.
+        ChatError: the placeholders in the prompt do not match the images, or the processor fails.
     """
     token = next((t for name in ("boi_token", "image_token") if (t := getattr(processor, name, None))), None)
     token = getattr(token, "content", token)
     marks = "" if token is None else token * len(images) + "\n"
-    if token is not None and token in prompt:  # the user has said where the images go
+    if token is not None and token in prompt:  # the user has placed the images
         marks = ""
     tokenizer = processor.tokenizer
     with _says("the processor's chat template fails"):
@@ -110,7 +110,7 @@ def build_inputs(processor: Any, images: Sequence[Image.Image], prompt: str) -> 
 
 
 def prepared(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs where the model is, pixels in its dtype."""
+    """The inputs on the model's device, pixels in its dtype."""
     weights = next(model.parameters())
     return {k: v.to(weights.device, weights.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
 
@@ -119,14 +119,14 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except Exception as error:  # unknown names, drivers that are not there
+    except Exception as error:  # unknown device names, missing drivers
         raise OptionError(f"device {name!r} cannot be used here ({first_line(error)}); cpu always can") from error
     return device
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Neither warnings nor the progress bars of transformers."""
+    """Silences warnings and the progress bars of transformers."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -141,7 +141,7 @@ def _silent() -> Iterator[None]:
 
 @contextmanager
 def _says(what: str) -> Iterator[None]:
-    """Other libraries' errors as one sentence."""
+    """Turns other libraries' errors into one sentence."""
     try:
         yield
     except (VTCError, KeyboardInterrupt):

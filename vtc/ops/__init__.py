@@ -1,7 +1,7 @@
-"""The few hot tensor operations. Callers import from here and never learn which backend ran.
+"""The few performance-critical tensor operations. Callers import from here and need not know which backend runs.
 
-What each does, and its rules, is said by its definition in plain torch (`definitions.py`, `selection.py`); kernels give
-the same for float32 (`kernels.py` says which there are).
+Each is specified by its definition in plain torch (`definitions.py`, `selection.py`); kernels give the same results for
+float32 (`kernels.py` lists them).
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def probe_norms(difference: Tensor, step: float) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Decisions are float32 whatever comes in."""
+    """Decisions are made in float32 for any input dtype."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 

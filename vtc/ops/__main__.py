@@ -1,4 +1,4 @@
-"""`python -m vtc.ops build`: the kernels, ahead of their first use; also where that failed before."""
+"""`python -m vtc.ops build`: build the kernels before their first use, also if a build failed before."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from vtc.ops import build, kernels
 
 
 def main(words: list[str] | None = None) -> int:
-    """Build what this machine can: C++, and CUDA where nvcc and a torch for CUDA are. 1 if something does not build."""
+    """Build what this machine can: C++, and CUDA if there are nvcc and a torch with CUDA. Returns 1 if something fails
+    to build."""
     parser = argparse.ArgumentParser(prog="python -m vtc.ops", description="Build the kernels of vtc ahead of use.")
     parser.add_argument("command", choices=["build"])
     parser.parse_args(words)

@@ -1,6 +1,7 @@
-"""Builds the kernels: when vtc is installed beside torch (setup.py), else at their first use, into the user's cache.
+"""Builds the kernels: when vtc is installed and torch is available (setup.py), otherwise at their first use, into the
+user's cache.
 
-At the top only the standard library is imported: setup.py runs this file where neither torch nor vtc is.
+Only the standard library is imported at the top: setup.py runs this file without torch and vtc.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from tempfile import TemporaryDirectory
 
 _logger = logging.getLogger(__name__)
 KINDS = {"cpp": "C++", "cuda": "CUDA"}
-# What each is made of, the file that is compiled first.
+# The sources of each kind, the file to compile first.
 SOURCES = {"cpp": ("cpu.cpp", "cpu/*.h"), "cuda": ("cuda.cu", "cuda/*.cuh")}
-# Where a wheel puts them, and in a checkout.
+# Where the sources are in a wheel, and in a checkout.
 PLACES = (Path(__file__).parent / "csrc", Path(__file__).parents[2] / "csrc")
 AHEAD = "python -m vtc.ops build"
-# The macro asks for torch's stable ABI: one library loads on 2.11 and newer.
+# The macro selects torch's stable ABI: one library works with 2.11 and newer.
 _BOTH = "-O3 -std=c++17 -shared -DTORCH_TARGET_VERSION=0x020a000000000000"
 _TARGETS = "-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=[sm_90,compute_90]"
 FLAGS = {
@@ -46,8 +47,8 @@ class BuildError(RuntimeError):
 
 
 def compile(kind: str, target: Path, source: Path | None = None) -> None:
-    """Call the compiler itself: torch's own builders want ninja and Python's headers, and none for CUDA beside a CPU
-    build of torch. source: another file than vtc's own."""
+    """Call the compiler directly: torch's own builders need ninja and Python's headers, and cannot build CUDA with a
+    CPU build of torch. source: a file other than vtc's own."""
     torch = find_spec("torch")
     if torch is None or torch.origin is None:
         raise BuildError("torch is not here, whose headers the kernels need")
@@ -73,7 +74,7 @@ def compile(kind: str, target: Path, source: Path | None = None) -> None:
 
 
 def compiler(kind: str) -> list[str]:
-    """The command that compiles: what CXX says, else g++ or clang++; nvcc for CUDA, of CUDA_HOME or on PATH.
+    """The compiler's command: the one in CXX, else g++ or clang++; for CUDA nvcc, from CUDA_HOME or PATH.
 
     Raises:
         BuildError: there is none.
@@ -92,10 +93,10 @@ def compiler(kind: str) -> list[str]:
 
 
 def sources(kind: str) -> list[Path]:
-    """The files the kernels are made of, the one to compile first.
+    """The source files of the kernels, the one to compile first.
 
     Raises:
-        BuildError: they are not here.
+        BuildError: they are not available.
     """
     for place in PLACES:
         if (place / SOURCES[kind][0]).is_file():
@@ -104,11 +105,11 @@ def sources(kind: str) -> list[Path]:
 
 
 def cached(kind: str) -> Path | None:
-    """What was built before in the user's cache, for these sources, this torch, this machine and this compiler (or any,
-    where none is left).
+    """The library built earlier in the user's cache, for these sources, this torch, this machine and this compiler (or
+    for any, if no compiler is left).
 
     Raises:
-        BuildError: the folder, or the library, is one that others may write.
+        BuildError: others may write to the folder or the library.
     """
     folder, found = cache_folder(), None
     try:
@@ -124,13 +125,13 @@ def cached(kind: str) -> Path | None:
 
 
 def library(kind: str, *, again: bool = False) -> Path:
-    """The kernels in the user's cache. Of all processes that want them, one builds; the others wait for it.
+    """The kernels in the user's cache. If several processes need them, one builds and the others wait.
 
     Args:
-        again: also where that failed before.
+        again: build again, even if that failed before.
 
     Raises:
-        BuildError: they cannot be built, or could not be the last time.
+        BuildError: they cannot be built, or the last build failed.
     """
     from filelock import FileLock, Timeout
 
@@ -162,7 +163,7 @@ def library(kind: str, *, again: bool = False) -> Path:
 
 
 def discard(path: Path, error: Exception) -> BuildError:
-    """Take a library that does not load out of the cache, and remember why."""
+    """Remove a library that does not load from the cache, and record why."""
     reason = f"what was built does not load ({' '.join(str(error).split())})"
     try:
         path.unlink(missing_ok=True)
@@ -173,7 +174,7 @@ def discard(path: Path, error: Exception) -> BuildError:
 
 
 def cache_folder() -> Path:
-    """In XDG_CACHE_HOME, or in ~/.cache."""
+    """The folder in XDG_CACHE_HOME, or in ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     try:
         return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "vtc" / "kernels"
@@ -200,8 +201,8 @@ def _build(kind: str, path: Path, note: Path) -> None:
 
 
 def _name(kind: str) -> str:
-    """Of the library in the cache. A compiler is known by its file and options, as to ccache: asking for its version
-    would start it at every import."""
+    """The library's name in the cache. The compiler is identified by its file and options, as in ccache: asking for its
+    version would start it at every import."""
     command = compiler(kind)
     about = os.stat(command[0])
     identity = f"{os.path.realpath(command[0])} {command[1:]} {about.st_size} {about.st_mtime_ns}"
@@ -209,7 +210,8 @@ def _name(kind: str) -> str:
 
 
 def _key(kind: str) -> str:
-    """All but the compiler: sources, flags, torch and its ABI, and the machine, since homes are shared by machines."""
+    """A hash of everything but the compiler: sources, flags, torch and its ABI, and the machine, since machines may
+    share a home."""
     import torch
 
     digest = hashlib.sha256()
@@ -222,7 +224,7 @@ def _key(kind: str) -> str:
 
 
 def _private(path: Path) -> None:
-    """A library is code: it is loaded only from where nobody else could have put it."""
+    """Raise unless only this user can write to `path`: a library is executable code."""
     about = path.lstat()
     mode = stat.filemode(about.st_mode)
     if hasattr(os, "geteuid") and (about.st_uid != os.geteuid() or mode[0] == "l" or about.st_mode & 0o022):

@@ -1,6 +1,6 @@
 """The CUDA kernels through CuPy: csrc/cuda/*.cuh compiled by NVRTC when first used and kept in CuPy's cache on disk.
 
-For machines with a GPU and no compiler. `install()` registers the operators for CUDA tensors; importing this module
+For machines with a GPU but no compiler. `install()` registers the operators for CUDA tensors; importing this module
 does not import CuPy. Launches go to torch's current stream.
 """
 
@@ -24,9 +24,9 @@ from vtc.ops.selection import SELECTIONS
 _SOURCES = [place / "cuda" for place in PLACES]
 _TYPES = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 _NEAREST, _MAX_MIN = ENERGIES.index("nearest"), SELECTIONS.index("max_min")
-_TABLE = 1 << 24  # up to so many values the cosines exist at once, as in definitions.py
+_TABLE = 1 << 24  # up to this many values, all cosines are stored at once, as in definitions.py
 _SHARED_TOKENS = 9600  # select.cuh
-# Every kernel: its file, and the template parameters beside the type of the tokens.
+# Every kernel: its file, and its template parameters besides the type of the tokens.
 _KERNELS = {
     "energy_kernel": ("energy", "1", "4"),
     "match_kernel": ("match", "1", "4"),
@@ -59,7 +59,7 @@ def folder() -> Path:
 
 
 def source(file: str) -> str:
-    """A header with those it includes written out: CuPy's cache knows a kernel by its text."""
+    """A header with its includes expanded: CuPy's cache identifies a kernel by its text."""
     place = folder()
     seen: set[str] = set()
 
@@ -74,7 +74,7 @@ def source(file: str) -> str:
 
 
 def _includes() -> list[str]:
-    """Where cuda_fp16.h is: with the toolkit, or in the packages that torch for CUDA brings."""
+    """Where cuda_fp16.h is: in the toolkit, or in the packages installed with torch for CUDA."""
     places = [Path("/usr/local").glob("cuda*/include"), *(Path(p).glob("nvidia/*/include") for p in sys.path)]
     return [str(path) for found in places for path in sorted(found) if (path / "cuda_fp16.h").exists()][:1]
 
@@ -93,7 +93,7 @@ def _names(file: str) -> list[str]:
 
 
 def ptx(file: str, arch: str = "compute_80") -> str:
-    """All kernels of a file as PTX, to see that they compile; needs NVRTC and no GPU."""
+    """All kernels of a file as PTX, to check that they compile; needs NVRTC but no GPU."""
     from cupy.cuda import nvrtc
 
     program = nvrtc.createProgram(source(file), f"{file}.cu", (), ())
@@ -144,13 +144,13 @@ def _launch(name: str, like: Tensor, grid: tuple[int, ...], threads: int, *argum
 
 
 def _tiles(rows: int, images: int) -> tuple[int, int]:
-    """How many tiles a launch has, and rows / 16 of one: as `many_tiles` in tile.cuh."""
+    """How many tiles a launch has, and the rows of a tile divided by 16, as `many_tiles` in tile.cuh."""
     variant = 4 if -(-rows // 64) * images >= 264 else 1
     return -(-rows // (16 * variant)), variant
 
 
 def _check(x: Tensor, *tables: Tensor | None) -> None:
-    """x [B, ...] float; tables of B rows on its device. The kernels read no further than these say."""
+    """Check x [B, ...] float, and tables of B rows on its device. The kernels read only within these shapes."""
     if x.dtype not in _TYPES:
         raise RuntimeError(f"the tokens must be float32, float16 or bfloat16, not {x.dtype}")
     for table in tables:
@@ -370,19 +370,19 @@ _library: torch.library.Library | None = None
 
 
 def install() -> None:
-    """Let these run `torch.ops.vtc` for CUDA tensors, those whose schemas vtc.ops.kernels defines."""
+    """Register these kernels as `torch.ops.vtc` for CUDA tensors; vtc.ops.kernels defines the schemas."""
     global _library
     if _library is None:
         _library = torch.library.Library("vtc", "IMPL", "CUDA")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # where compiled kernels are loaded too, these take their place
+            warnings.simplefilter("ignore")  # if compiled kernels are loaded too, these replace them
             for operator in OPERATORS:
                 if hasattr(torch.ops.vtc, operator.__name__):
                     _library.impl(operator.__name__, operator)
 
 
 def remove() -> None:
-    """Give the operators back to the compiled kernels, or to nobody."""
+    """Return the operators to the compiled kernels, if there are any."""
     global _library
     if _library is not None:
         _library._destroy()

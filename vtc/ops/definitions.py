@@ -1,7 +1,7 @@
 """The operators in plain torch: the definition that every faster backend must reproduce.
 
-Shapes: B images, N tokens, D metric width, C feature width, M output tokens. Decisions are float32 whatever comes in.
-Ties go to the lowest index.
+Shapes: B images, N tokens, D metric width, C feature width, M output tokens. Decisions are made in float32 for any
+input dtype. Ties go to the lowest index.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 ENERGIES = ("elu", "paper", "gaussian", "nearest")
-# Rows of the similarity matrix that exist at one time, as a number of float32 values (64 MiB).
+# Part of the similarity matrix in memory at one time, in float32 values (64 MiB).
 _TILE = 1 << 24
-# Values of an attention map that exist at a time: 8 MiB, since a map that leaves the processor's cache costs double.
+# Part of an attention map in memory at one time: 8 MiB, since a map larger than the processor's cache takes twice as
+# long.
 _MAP = 1 << 21
 
 
@@ -28,24 +29,24 @@ def energy(unit: Tensor, form: str, margin: float, alpha: float = 1.0, mask: Ten
 
     Args:
         unit: [B, N, D] unit vectors.
-        form: "paper" (Eq. 4: S if S >= m else alpha (exp(S-m)-1)), "elu" (continuous: d if d > 0 else
-            alpha (exp(d)-1), d = S-m), "gaussian" (exp(-((1-S)/sigma)^2/2) / (sigma sqrt(2 pi)), sigma = 1-m), or
-            ours, "nearest": no mean but the largest S_ij, j != i (no margin, no alpha).
+        form: "paper" (Eq. 4: S if S >= m else alpha (exp(S-m)-1)), "elu" (continuous: d if d > 0 else alpha (exp(d)-1),
+            d = S-m), "gaussian" (exp(-((1-S)/sigma)^2/2) / (sigma sqrt(2 pi)), sigma = 1-m), or ours, "nearest": not
+            the mean but the largest S_ij, j != i (no margin, no alpha).
         margin: m, below 1 for "gaussian".
         mask: [B, N], True = real token. Padding neither contributes nor counts in T; its energy is -inf.
 
     Returns:
-        [B, N] float32. The similarity matrix exists a tile of rows at a time.
+        [B, N] float32. Only a tile of rows of the similarity matrix is in memory at a time.
     """
     batch, tokens, _ = unit.shape
     step = max(1, min(tokens, _TILE // max(1, batch * tokens)))
-    # A token's similarity to itself is 1 (0 for a zero vector). As computed it is 1 but for rounding, which would order
-    # tokens that are equally redundant, such as the two of a pair, by chance.
+    # A token's similarity to itself is 1 (0 for a zero vector). The computed value differs from 1 by rounding, which
+    # would order equally redundant tokens, such as the two of a pair, at random.
     itself = unit.square().sum(-1).round()
     rows, columns = [unit.new_zeros(batch, 0)], unit.new_full((batch, tokens), -2.0)
     for start in range(0, tokens, step):
         similarity = unit[:, start : start + step] @ unit.mT
-        if form == "nearest":  # over rows and columns, so that mutual nearest neighbours tie exactly
+        if form == "nearest":  # maximum over rows and columns, so that mutual nearest neighbours tie exactly
             similarity.diagonal(start, 1, 2).fill_(-2.0)
             if mask is not None:
                 similarity = similarity.masked_fill(~(mask[:, start : start + step, None] & mask[:, None]), -2.0)
@@ -86,15 +87,15 @@ def bipartite_match(
 
     Args:
         unit: [B, N, D] unit vectors.
-        a, b: [B, Na], [B, Nb] token indices, each ascending (that is what sends ties to the lowest index).
+        a, b: [B, Na], [B, Nb] token indices, each ascending, so that ties go to the lowest index.
         r: how many pairs to return, best first; a tensor [B] for a ragged batch; None = every token of `a`.
         a_valid, b_valid: True where the entry of `a`, `b` is real.
-        partner, top: what finds the partners and the best pairs; None = `best_partner`, `top_pairs`.
+        partner, top: functions that find the partners and the best pairs; None = `best_partner`, `top_pairs`.
 
     Returns:
         source, target, score: [B, R]. Entries that do not exist (ragged) have source = target = -1, score = -inf.
     """
-    if not a.shape[1] or not b.shape[1]:  # nothing to match; max() over nothing has no answer
+    if not a.shape[1] or not b.shape[1]:  # nothing to match; max() fails on an empty dimension
         none = a[:, :0]
         return none, none, unit.new_zeros(none.shape)
     best, at = (partner or best_partner)(unit, a, b, b_valid)
@@ -109,7 +110,7 @@ def bipartite_match(
 def top_pairs(
     best: Tensor, at: Tensor, a: Tensor, b: Tensor, each: Tensor | None, most: int, a_valid: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The `most` best pairs of every image, in an image only `each` [B]: source, target, score as of
+    """The `most` best pairs of every image, or `each[b]` of image b: source, target, score as from
     `bipartite_match`."""
     if a_valid is not None:
         best = best.masked_fill(~a_valid, float("-inf"))
@@ -126,7 +127,7 @@ def _pairs(source: Tensor, target: Tensor, score: Tensor, absent: Tensor) -> tup
 
 
 def best_partner(unit: Tensor, a: Tensor, b: Tensor, b_valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """For every token of `a` its highest similarity to one of `b`, and that one's number in `b`: [B, Na] each."""
+    """For every token of `a` its highest similarity to a token of `b`, and that token's index in `b`: [B, Na] each."""
     width = unit.shape[-1]
     rows = unit.gather(1, a[..., None].expand(-1, -1, width))
     columns = unit.gather(1, b[..., None].expand(-1, -1, width))
@@ -175,13 +176,13 @@ def attention_received(
     asking: Tensor | None = None,
     tile: int = _MAP,
 ) -> Tensor:
-    """`a_j = mean_heads sum_i softmax_j(q_i . k_j scale)`: what every key receives from the queries that ask.
+    """`a_j = mean_heads sum_i softmax_j(q_i . k_j scale)`: what every key receives from the queries that count.
 
     Args:
         query: [B, H, M, D]; key: [B, Hk, N, D], H a multiple of Hk.
         mask: [B, N], True = a real key; others receive nothing.
-        asking: [B, M], whose softmax counts; None = the mask where there are as many queries as keys, else all.
-        tile: how many float32 values of the attention map exist at one time.
+        asking: [B, M], which queries count; None = the mask if there are as many queries as keys, else all.
+        tile: how many float32 values of the attention map are in memory at one time.
 
     Returns:
         [B, N] float32.

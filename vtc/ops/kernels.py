@@ -1,10 +1,10 @@
 """Which backend runs an operator: the torch definitions, or kernels in C++, CUDA or CuPy.
 
-Kernels come with the package (a wheel of `make wheel`, `make setup`), else from the user's cache, into which the first
-operator that wants them builds them (`build.py`). Importing vtc builds nothing.
+Kernels come with the package (a wheel of `make wheel`, or `make setup`), otherwise from the user's cache, into which
+the first operator that needs them builds them (`build.py`). Importing vtc builds nothing.
 
-The schemas of all kernels stand here once, each with the shapes it returns, so that `torch.compile` and `opcheck` know
-them. A backend registers itself for its device when its library is loaded.
+The schemas of all kernels are defined here, each with the shapes it returns, for `torch.compile` and `opcheck`. A
+backend registers itself for its device when its library is loaded.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from vtc.ops import build
 _logger = logging.getLogger(__name__)
 BACKENDS = ("torch", "cpp", "cuda", "cupy")
 _ON = {"cpu": ("cpp",), "cuda": ("cuda", "cupy")}  # the fastest first
-_chosen: str | None = None  # None: the fastest that is there
+_chosen: str | None = None  # None: the fastest available
 _loaded: dict[str, bool] = {}
 _missing: dict[str, str] = {}  # why a backend is not loaded
 _cupy = False  # whether CuPy's kernels are registered
 
 _library = torch.library.Library("vtc", "FRAGMENT")
-# `form` and `kind` are places in ENERGIES and SELECTIONS: of a str, torch's stable ABI (2.11 to 2.13 at least) leaks 48
-# bytes in every call.
+# `form` and `kind` are indices into ENERGIES and SELECTIONS: with a str, torch's stable ABI (2.11 to 2.13 at least)
+# leaks 48 bytes per call.
 for _schema in (
     "energy(Tensor unit, int form, float margin, float alpha, Tensor? mask) -> Tensor",
     "match(Tensor unit, Tensor a, Tensor b, Tensor? b_valid) -> (Tensor, Tensor)",
@@ -134,7 +134,7 @@ def _remember_rows(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _back_to_rows(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    (at,) = ctx.saved_tensors  # what a row gets is the sum over its copies: their mean, so many times
+    (at,) = ctx.saved_tensors  # a row's gradient is the sum over its copies: their mean times their number
     column = torch.where(at < 0, ctx.tokens, at)
     copies = torch.zeros(len(at), ctx.tokens + 1, device=at.device)
     copies = copies.scatter_add(1, column, torch.ones_like(at, dtype=torch.float32))[:, :-1, None]
@@ -148,7 +148,7 @@ _lock = threading.RLock()
 
 
 def _unlock() -> None:
-    """A forked process has one thread, and none that would open a lock which another one held."""
+    """Replace the lock in a forked process: no other thread exists there that would release it."""
     global _lock
     _lock = threading.RLock()
 
@@ -158,7 +158,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _load(name: str) -> bool:
-    """Load a backend, once: what is built, else what is built now. Where that cannot be, _missing says why."""
+    """Load a backend, once: from an existing build, else build it now. If that fails, _missing says why."""
     with _lock:
         if name not in _loaded:
             _loaded[name] = _find(name) or _first_use(name)
@@ -166,12 +166,12 @@ def _load(name: str) -> bool:
 
 
 def packed(name: str) -> Path | None:
-    """The library in the package itself: of a wheel of `make wheel`, or of `make setup`."""
+    """The library inside the package, from `make wheel` or `make setup`."""
     return min(Path(__file__).parent.parent.glob(f"_{name}.*so"), default=None)
 
 
 def _find(name: str) -> bool:
-    """Load what is built: in the package, else in the user's cache."""
+    """Load an existing build, from the package or from the user's cache."""
     if name not in build.KINDS or os.environ.get("VTC_NO_EXT"):
         return False
     if there := packed(name):
@@ -205,7 +205,7 @@ def _first_use(name: str) -> bool:
 
 
 def _opens(path: Path) -> bool:
-    """Load a library of the cache."""
+    """Load a library from the cache."""
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -214,11 +214,11 @@ def _opens(path: Path) -> bool:
 
 
 def set_backend(name: str | None) -> None:
-    """Let a backend run the operators: "torch" (the definitions), "cpp", "cuda" or "cupy"; None = the fastest there is.
-    Tensors on another device than the backend's are left to the definitions.
+    """Choose the backend of the operators: "torch" (the definitions), "cpp", "cuda" or "cupy"; None = the fastest
+    available. Tensors on other devices than the backend's use the definitions.
 
     Raises:
-        OptionError: an unknown backend, or one that is not there, and how to get it.
+        OptionError: an unknown backend, or one that is not available; the message says how to get it.
     """
     global _chosen
     if name is not None and name not in BACKENDS:
@@ -239,7 +239,7 @@ def backend(device: str | torch.device = "cpu") -> str:
     return _fastest(kind)
 
 
-@torch.compiler.assume_constant_result  # a graph cannot hold what builds, loads or registers: it is run when compiling
+@torch.compiler.assume_constant_result  # graphs cannot contain building, loading or registering: runs when compiling
 def _fastest(kind: str) -> str:
     names = _ON.get(kind, ())
     with _lock:
@@ -257,7 +257,7 @@ def _fastest(kind: str) -> str:
 
 
 def _use_cupy(yes: bool) -> None:
-    """CuPy's kernels and the compiled ones are registered under the same names: these or those."""
+    """Switch between CuPy's kernels and the compiled ones, which are registered under the same names."""
     global _cupy
     if yes != _cupy:
         from vtc.ops import cupy
@@ -267,7 +267,7 @@ def _use_cupy(yes: bool) -> None:
 
 
 def compiled(x: Tensor, *, differentiable: bool = False) -> bool:
-    """Whether kernels take `x`: float32 (merges: also halves), and no gradient is asked of a decision."""
+    """Whether kernels accept `x`: float32 (merges: also half types), and no gradient needed for a decision."""
     types = (torch.float32, torch.bfloat16, torch.float16) if differentiable else (torch.float32,)
     if x.dtype not in types or (not differentiable and x.requires_grad and torch.is_grad_enabled()):
         return False
@@ -276,7 +276,7 @@ def compiled(x: Tensor, *, differentiable: bool = False) -> bool:
     return backend(x.device) != "torch"
 
 
-# What is there is loaded now, so that a saved graph finds its operators. None of it touches a GPU.
+# Existing builds are loaded now, so that a saved graph finds its operators. This does not touch a GPU.
 for _name in build.KINDS:
     if (_name == "cpp" or torch.version.cuda is not None) and _find(_name):
         _loaded[_name] = True

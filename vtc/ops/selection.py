@@ -1,11 +1,11 @@
 """Which K of N tokens stay: the greedy selections and DPC-KNN in plain torch, the definition for faster backends.
 
 B images, N tokens, D width. Every selection takes `count`, an int or [B], and returns `order` [B, K] long, the tokens
-as they were picked: always min(count, real tokens) different ones, -1 behind them where another image has more.
-`mask` [B, N], True = real; padding is never picked. Decisions are float32, ties go to the lowest index, a NaN score
-counts as the lowest there is. The images of a batch go through the picks together, without asking the device per pick.
+as they were picked: always min(count, real tokens) different ones, then -1 if another image has more. `mask` [B, N],
+True = real; padding is never picked. Decisions are float32, ties go to the lowest index, a NaN score counts as the
+lowest. All images of a batch are processed together, without synchronising with the device at every pick.
 
-The N x N cosines exist at once where they fit a tile; else the rows of the picked tokens are computed as they come.
+All N x N cosines are stored if they fit a tile; otherwise the rows of picked tokens are computed as needed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 from vtc.ops import definitions
 
 SELECTIONS = ("mmr", "sads", "max_min")
-# Copies of a token have cosine 1 but for rounding, which would order them by chance: from here on it counts as 1.
+# Copies of a token have cosine 1 except for rounding, which would order them at random: cosines above this count as 1.
 _SAME = 1.0 - 1e-6
-# Part of a token's own kernel value that rounding leaves over when the picked tokens span it.
+# The fraction of a token's kernel value that may remain, due to rounding, when the picked tokens span it.
 _SPANNED = 1e-5
-# How many stale gains `coverage_select` brings up to date at a time.
+# How many outdated gains `coverage_select` updates at a time.
 _PANEL = 32
 _LOWEST = torch.finfo(torch.float32).min
 
@@ -51,7 +51,7 @@ def greedy_select(
         importance: [B, N]; None for "max_min".
         kind: "mmr" maximises `balance I - (1 - balance) m`, "sads" `I (1 - m)`; both begin with the highest I.
             "max_min" maximises `1 - m` and begins with the token whose nearest other token is farthest.
-        step: tokens per round; those of one round do not see each other.
+        step: tokens per round; those of one round are not compared with each other.
     """
     if kind not in SELECTIONS:
         raise ValueError(f"unknown selection {kind!r}; choose one of {', '.join(SELECTIONS)}")
@@ -75,23 +75,23 @@ def greedy_select(
         elif kind == "sads":
             score = importance * (1.0 - closest)
         else:
-            score = -closest  # orders like 1 - closest, which rounds more
+            score = -closest  # same order as 1 - closest, with less rounding
     return _trim(torch.cat(order, 1), each)
 
 
 @torch.no_grad()
 def dpp_select(unit: Tensor, relevance: Tensor, count: int | Tensor, mask: Tensor | None = None) -> Tensor:
     """Greedy MAP of a determinantal point process with the kernel `L_ij = r_i cos_ij r_j` (Chen et al., 2018,
-    https://arxiv.org/abs/1709.05135): each pick makes det L of the picked tokens grow the most.
+    https://arxiv.org/abs/1709.05135): each pick maximises det L of the picked tokens.
 
-    What is left of every L_ii beside the picked tokens is updated with one row of L's Cholesky factor per pick: K N
-    floats. A token that the picked ones span (less than 1e-5 of its L_ii is left) adds nothing; when only such tokens
-    remain they follow by index.
+    The remainder of every L_ii, given the picked tokens, is updated with one row of L's Cholesky factor per pick: K N
+    floats. A token spanned by the picked ones (less than 1e-5 of its L_ii remains) adds nothing; when only such tokens
+    remain, they follow by index.
     """
     most, each = budget(unit, count, mask)
     taken, rows = _taken(unit, mask), _rows(unit)
     relevance = relevance.float()
-    own = relevance.square() * unit.square().sum(-1).round()  # a zero vector has cosine 0 to itself too
+    own = relevance.square() * unit.square().sum(-1).round()  # a zero vector has cosine 0 even to itself
     left, factor = own, unit.new_zeros(len(unit), most, unit.shape[1])
     order = [taken.new_zeros(len(taken), 0, dtype=torch.long)]
     for place in range(most):
@@ -111,15 +111,15 @@ def dpp_select(unit: Tensor, relevance: Tensor, count: int | Tensor, mask: Tenso
 @torch.no_grad()
 def coverage_select(unit: Tensor, weight: Tensor, count: int | Tensor, mask: Tensor | None = None) -> Tensor:
     """Each pick j maximises `weight_j sum_i max(0, cos_ij - cover_i)`, cover_i = the highest cosine of token i to a
-    picked one, at first 0. weight: [B, N], not negative.
+    picked one, initially 0. weight: [B, N], not negative.
 
-    A gain only ever shrinks, so one that was computed earlier is an upper bound. The highest bounds are brought up to
-    date, a panel at a time, until the highest of all is a fresh one: the same picks as from all gains, for a fraction
-    of the work. A GPU computes all gains in less time than it takes to ask it whether they are needed.
+    A gain only shrinks, so an earlier value is an upper bound. The highest bounds are recomputed, a panel at a time,
+    until the highest of all is up to date: the same picks as from all gains, with a fraction of the work. On a GPU all
+    gains are computed, which is faster than synchronising to find out which are needed.
     """
     most, each = budget(unit, count, mask)
     if mask is not None:
-        unit = unit.masked_fill(~mask[..., None], 0.0)  # cosine 0: padding needs no cover
+        unit = unit.masked_fill(~mask[..., None], 0.0)  # cosine 0: padding need not be covered
     taken, rows, weight = _taken(unit, mask), _rows(unit), weight.float()
     tokens = unit.shape[1]
     panel = tokens if unit.is_cuda and fits(unit) else min(tokens, _PANEL)
@@ -149,13 +149,14 @@ def dpc_knn(
     With d = Euclidean distance / sqrt(D): density rho_i = exp(-mean of the `neighbors` smallest d_i^2, its own 0
     included), delta_i = distance to the nearest denser token (for the densest: the largest distance of the image), and
     the centres have the highest rho delta. Of equally dense tokens the one of lower index counts as denser, so that
-    copies of a token do not all become centres. Fewer centres than neighbors: min(3, max(centres // 2, 1)) neighbors.
+    copies of a token do not all become centres. If there are fewer centres than neighbors, min(3, max(centres // 2, 1))
+    neighbors are used.
 
     Args:
         x: [B, N, D], not normalized.
 
     Returns:
-        centres [B, K] in the order of rho delta, -1-padded; each token's centre [B, N], a centre's is itself, -1 for
+        centres [B, K] in the order of rho delta, -1-padded; each token's centre [B, N] (a centre's is itself), -1 for
         padding; each token's distance to it [B, N].
     """
     most, each = budget(x, count, mask)
@@ -170,8 +171,8 @@ def dpc_knn(
     starts = range(0, tokens, size)
 
     def distances(start: int, to: Tensor) -> Tensor:
-        # |a|^2 + |b|^2 - 2ab cancels for near neighbours, so in float64, where copies come out within 1e-12 of nothing;
-        # as a product it is still many times faster than differences in float32
+        # |a|^2 + |b|^2 - 2ab cancels for near neighbours, so it is computed in float64, where copies get a distance
+        # within 1e-12 of 0; as a product it is still many times faster than differences in float32
         rows, to = x[:, start : start + size].double(), to.double()
         total = rows.square().sum(-1)[..., None] + to.square().sum(-1)[:, None]
         squared = torch.baddbmm(total, rows, to.mT, alpha=-2.0)
@@ -211,14 +212,14 @@ def dpc_knn(
     distance = torch.cat([f.values for f in found], 1)
     target = centres.gather(1, torch.cat([f.indices for f in found], 1))
     spare = torch.nn.functional.pad(target, (0, 1))
-    target = spare.scatter(1, centres, centres)[:, :tokens]  # also a centre that lies on another one
+    target = spare.scatter(1, centres, centres)[:, :tokens]  # also for a centre that coincides with another one
     alone = torch.zeros_like(target, dtype=torch.bool) if each is None else (each <= 0)[:, None].expand_as(target)
     alone = alone if mask is None else alone | ~mask  # padding, and images that get no centre
     return order, target.masked_fill(alone, -1), distance.masked_fill(alone, float("inf"))
 
 
 def budget(x: Tensor, count: int | Tensor, mask: Tensor | None) -> tuple[int, Tensor | None]:
-    """The most picks of any image, and of every image [B] where they may differ. x: [B, N, ...]."""
+    """The largest number of picks of any image, and the number per image [B] if they may differ. x: [B, N, ...]."""
     batch, tokens = x.shape[:2]
     if mask is None and isinstance(count, int):
         return max(0, min(count, tokens)), None
@@ -233,7 +234,7 @@ def _taken(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _best(score: Tensor, taken: Tensor, count: int) -> Tensor:
-    """The `count` best that are not taken, best first. Whatever the scores hold, taken ones come behind all others."""
+    """The `count` best tokens that are not taken, best first. For any scores, taken ones come after all others."""
     score = score.nan_to_num(nan=_LOWEST, neginf=_LOWEST).masked_fill(taken, float("-inf"))
     if count == 1:
         return score.argmax(1, keepdim=True)
@@ -241,14 +242,14 @@ def _best(score: Tensor, taken: Tensor, count: int) -> Tensor:
 
 
 def _trim(order: Tensor, each: Tensor | None) -> Tensor:
-    """-1 behind every image's own number of picks."""
+    """Set entries after every image's own number of picks to -1."""
     if each is None:
         return order
     return order.masked_fill(torch.arange(order.shape[1], device=order.device) >= each[:, None], -1)
 
 
 def fits(unit: Tensor) -> bool:
-    """Whether all cosines of the batch may exist at once."""
+    """Whether all cosines of the batch may be in memory at once."""
     return unit.shape[0] * unit.shape[1] ** 2 <= definitions._TILE
 
 

@@ -1,13 +1,14 @@
 """PPE: Positional Preservation Embedding for merged tokens, https://arxiv.org/abs/2510.22936.
 
-A rotary embedding turns pair p of a query or key by `position * frequency_p`. A merged token has one position to give,
-but many pairs; so the pairs of every axis (one axis in a plain decoder; time, height and width in Qwen's) are cut into
-K runs, in the order of their frequencies, and run k turns by the position of the token's k-th member:
+A rotary embedding rotates pair p of a query or key by `position * frequency_p`. Normally all pairs use one position,
+but a merged token has several. So the pairs of every axis (one axis in a plain decoder; time, height and width in
+Qwen's) are cut into K runs, in the order of their frequencies, and run k rotates by the position of the token's k-th
+member:
 
     angle_p = id[slot_p, axis_p] * frequency_p,    slot_p = (number of p on its axis) K // (pairs of that axis)
 
-Members come nearest to the group's centre first (`TokenMap.rank`), over again where there are fewer than K. K equal
-positions are the model's own rotation.
+Members are ordered by distance to the group's centre, nearest first (`TokenMap.rank`), and repeat if there are fewer
+than K. With K equal positions this is the model's own rotation.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from vtc.errors import InputError, OptionError
 from vtc.token_map import TokenMap
 
-_MOST = 8  # slots, where the caller leaves it open: the paper's
+_MOST = 8  # maximum number of slots by default, as in the paper
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,12 @@ def read(value: Any) -> Positions:
 
 
 def sections(axis: Tensor) -> tuple[int, ...]:
-    """How many pairs turn by each axis, from `axis` [P] (-1 = a pair that does not turn)."""
+    """How many pairs rotate by each axis, from `axis` [P] (-1 = a pair that does not rotate)."""
     return tuple(n for n in torch.bincount(axis[axis >= 0]).tolist() if n) if axis.numel() else ()
 
 
 def slots_for(ppe: PPE, found: tuple[int, ...]) -> int:
-    """K for a model with these sections. Raises OptionError where it cannot be."""
+    """K for a model with these sections. Raises OptionError if the requested K does not fit."""
     common = math.gcd(*found) if found else 1
     if ppe.slots is None:
         return max(k for k in range(1, _MOST + 1) if common % k == 0)
@@ -75,7 +76,7 @@ def slots_for(ppe: PPE, found: tuple[int, ...]) -> int:
 
 
 def slot_of_pair(axis: Tensor, slots: int) -> Tensor:
-    """Which slot each pair reads: `axis` [P], the axis of every pair in the order of frequencies -> [P] long."""
+    """Which slot each pair reads: `axis` [P], the axis of every pair, in the order of frequencies -> [P] long."""
     slot = torch.zeros_like(axis)
     for number in axis.unique().tolist():
         mine = axis == number
@@ -101,11 +102,11 @@ def members(token_map: TokenMap, slots: int) -> Tensor:
 def ppe_positions(token_map: TokenMap, positions: Tensor, *, slots: int) -> Tensor:
     """The positions that merged tokens carry: [B, N] or [axes, B, N] -> [slots, B, M] or [slots, axes, B, M].
 
-    Slot k of a merged token holds the position of its k-th member, nearest to the anchor first; fewer members than
-    slots are gone through again. Padding of the map gets 0.
+    Slot k of a merged token holds the position of its k-th member, nearest to the anchor first; if there are fewer
+    members than slots, they repeat. Padding of the map gets 0.
 
     Raises:
-        InputError: positions that are not those of the map's inputs.
+        InputError: the positions do not match the map's inputs.
     """
     if positions.ndim not in (2, 3) or positions.shape[-2:] != token_map.group.shape:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Where importance comes from: pure functions on tensors, every score [B, N] float32."""
+"""Importance scores: pure functions on tensors, every score [B, N] float32."""
 
 from typing import Any
 

@@ -1,9 +1,9 @@
-"""Importance read off the attention of the vision tower or the LLM.
+"""Importance from the attention of the vision tower or the LLM.
 
-The caller hands over queries and keys (after rotary positions); the model itself keeps its SDPA or FlashAttention, and
-no map of all queries by all keys exists at any time. Everything is float32. Shapes: B images, H query heads, Hk key
-heads (H a multiple of Hk: grouped queries), N tokens, D width of a head. Images of different sizes are padded to a
-batch, with `mask` [B, N] True = real; padding neither attends nor is attended to, and scores 0.
+The caller passes queries and keys (after rotary positions); the model itself keeps its SDPA or FlashAttention, and the
+full attention map is never in memory. Everything is float32. Shapes: B images, H query heads, Hk key heads (H a
+multiple of Hk: grouped queries), N tokens, D width of a head. Images of different sizes are padded to a batch, with
+`mask` [B, N] True = real; padding neither attends nor is attended to, and scores 0.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ def attention_received(
     mask: Tensor | None = None,
     every: int = 1,
 ) -> Tensor:
-    """What every token receives from all tokens, for towers without CLS.
+    """The attention that every token receives from all tokens, for towers without CLS.
 
         a_j = mean_heads sum_i softmax_j(q_i . k_j * scale)
 
-    The scores of an image sum to its real tokens. Sum them over a merge unit to score the unit. This is the score of
-    the selectors that IDPruner (arXiv 2602.13315) compares with on Qwen models.
+    The scores of an image sum to its number of real tokens. To score a merged unit of patches, sum over them. IDPruner
+    (arXiv 2602.13315) compares with selectors that use this score on Qwen models.
 
     Args:
         query: [B, H, N, D]; key: [B, Hk, N, D].
         scale: None = 1 / sqrt(D).
-        every: ask only each so-many-th query, and scale up: a fraction of the cost. With one patch in 4 of DINOv2-S on
-            photographs (1,369 patches) that ranks as all do to Spearman 0.975 to 0.998, and 93 to 98 % of the best
-            quarter stay the same.
+        every: use only every `every`-th query, and scale up, for a fraction of the cost. With one patch in 4 of
+            DINOv2-S on photographs (1,369 patches) this ranking agrees with the full one to Spearman 0.975 to 0.998,
+            and 93 to 98 % of the best quarter stay the same.
 
     Returns:
-        [B, N] float32. O(N^2 D) time; a tile of the map exists at a time.
+        [B, N] float32. O(N^2 D) time; only a tile of the map is in memory at a time.
     """
     batch, _, tokens, width = query.shape
     if key.shape[2] != tokens:
@@ -60,7 +60,7 @@ def attention_received(
 def cls_attention(
     query: Tensor, key: Tensor, prefix: int = 1, *, scale: float | None = None, mask: Tensor | None = None
 ) -> Tensor:
-    """How the attention of CLS is spread over the patches: softmax over the patch keys alone, mean over heads.
+    """How the attention of CLS is distributed over the patches: softmax over the patch keys alone, mean over heads.
 
     Args:
         query: [B, H, N, D], of which only the first token, CLS, is read; key: [B, Hk, N, D].
@@ -81,10 +81,11 @@ def cls_attention(
 def last_query_attention(
     query: Tensor, key: Tensor, *, scale: float | None = None, mask: Tensor | None = None
 ) -> Tensor:
-    """How one query per image spreads over the visual keys (FastV, arXiv 2403.06764, with the last text token's query).
+    """How the attention of one query per image is distributed over the visual keys (FastV, arXiv 2403.06764, with the
+    last text token's query).
 
-    The softmax is over the visual keys alone, as AngelSlim does it; FastV's own is over all keys. The ranking of a
-    head is the same, the heads' weights in the mean are not.
+    The softmax is over the visual keys only, as in AngelSlim; FastV's own is over all keys. Within a head the ranking
+    is the same, but the heads have other weights in the mean.
 
     Args:
         query: [B, H, D]; key: [B, Hk, N, D] of the visual tokens.

@@ -1,13 +1,13 @@
 """Projectors of the form [norm] - Linear - activation - Linear, whose sensitivity has a formula.
 
-Every token is made from P patches of width V by
+Every token is computed from P patches of width V by
 
     y_g = (x_g - mean) / s_g                 over groups g: each patch (Qwen's mergers), all P V values, or no norm
     a   = sum_g W_g y_g + b                  [H]; the norm's gain and shift are folded into W and b
     z   = W2 act(a) + b2                     [C]
 
-and all its patches move by the same u, as ZOO-Prune moves them. With D = diag(act'(a)), alpha_g = 1 / s_g, w the
-width of a group and b_g = W_g y_g, the norm's own Jacobian alpha (I - 1 1^T / w - y y^T / w) gives
+and all its patches are shifted by the same u, as in ZOO-Prune. With D = diag(act'(a)), alpha_g = 1 / s_g, w the width
+of a group and b_g = W_g y_g, the norm's own Jacobian alpha (I - 1 1^T / w - y y^T / w) gives
 
     dz = W2 D v,   v = sum_g alpha_g (W_g u_g - b_g (y_g . u_g) / w).                                   (along)
 
@@ -16,8 +16,8 @@ For a single group, B = sum_p W_p ([H, V], the columns that u meets), r = sum_p 
     |J|_F^2 = alpha^2 (g^T Q g - (2 / w) m . n + (|r|^2 / w^2) |m|^2),
     Q = (W2^T W2) o (B B^T),   m = W2 (g o b),   n = W2 (g o B r)                                  (frobenius)
 
-and without a norm just g^T Q g. Q costs C H^2 + V H^2 once per model and H^2 per token; it is kept as long as the
-module lives and its weights do not change.
+and without a norm just g^T Q g. Q costs C H^2 + V H^2 once per model and H^2 per token; it is cached as long as the
+module exists and its weights do not change.
 
 With a norm on each of P > 1 patches, |J|_F^2 is sum_pq alpha_p alpha_q g^T Q_pq g but for the norms' own rank-one
 parts, with P (P + 1) / 2 such Q. Their sum is the one Q above, and how it is shared out among pairs of patches depends
@@ -25,8 +25,8 @@ on the token only through its slopes, so it is taken at those of the bias: F_pq 
 
     |J|_F^2 ~ g^T Q g * sum_pq alpha_p alpha_q F_pq / sum_pq F_pq                                   (frobenius, P > 1)
 
-exact, but for the rank-one parts, where the patches of a token have one scale. It ranks as 2,048 exact directions do
-(Spearman 0.995 and more on 18 random mergers, where 64 directions agree to 0.98 to 0.9999).
+which is exact, except for the rank-one parts, if the patches of a token have the same scale. It ranks as 2,048 exact
+directions do (Spearman 0.995 and more on 18 random mergers, where 64 directions agree to 0.98 to 0.9999).
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from vtc.scores.simple import TILE
 
 @dataclass(frozen=True)
 class LinearActLinear:
-    """The weights, in the type that everything is computed in. Tokens are rows: T of them, x [T, P, V].
+    """The weights, in the dtype of the computation. Tokens are rows: T of them, x [T, P, V].
 
     Attributes:
         first: [H, G, w] with the norm's gain folded in; bias: [H].
         second: [C, H]; shift: [C].
         eps: of the norm, None = no norm; centred: LayerNorm rather than RMSNorm.
-        memo: Q, and F, once they are known.
+        memo: Q and F, once computed.
     """
 
     first: Tensor
@@ -92,9 +92,9 @@ class LinearActLinear:
         return total / max(1, len(directions))
 
     def frobenius(self, x: Tensor, a: Tensor | None = None) -> Tensor:
-        """|J|_F / sqrt(V), the root mean square of |J u| over all unit u. x [T, P, V] -> [T]. Near it where `closed`
-        is False. `a` [T, H] if it is known."""
-        if a is None or (self.closed and self.eps is not None):  # which needs the parts that a is made of
+        """|J|_F / sqrt(V), the root mean square of |J u| over all unit u. x [T, P, V] -> [T]. An approximation if
+        `closed` is False. `a` [T, H] if it is known."""
+        if a is None or (self.closed and self.eps is not None):  # this needs the parts of a
             a, y, alpha, part = self.hidden(x, parts=self.closed)
         else:
             y, alpha = self.normed(x)
@@ -140,12 +140,12 @@ class LinearActLinear:
         """act'(a), from the activation's own gradient; also inside no_grad and inference mode."""
         with torch.inference_mode(False), torch.enable_grad():
             a = a.clone().requires_grad_()
-            return torch.autograd.grad(self.act(a.clone()).sum(), a)[0]  # the clone is for acts that work in place
+            return torch.autograd.grad(self.act(a.clone()).sum(), a)[0]  # cloned for in-place activations
 
 
 def quadratic(g: Tensor, matrix: Tensor, blocks: int = 4) -> Tensor:
-    """g^T Q g of every row of g [T, H] for a symmetric Q [H, H] -> [T]. What stands below the diagonal stands above it
-    too, so 5 of 8 products are made."""
+    """g^T Q g of every row of g [T, H] for a symmetric Q [H, H] -> [T]. Because of the symmetry only 5 of 8 block
+    products are computed."""
     width = -(-matrix.shape[0] // blocks) or 1
     total = g.new_zeros(len(g))
     for start in range(0, matrix.shape[0], width):

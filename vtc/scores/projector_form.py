@@ -1,4 +1,5 @@
-"""Which projectors have a formula for their sensitivity, read off the module and checked against it."""
+"""Finds projectors with a formula for their sensitivity, by inspecting the module and checking the formula against
+it."""
 
 from __future__ import annotations
 
@@ -16,21 +17,21 @@ from vtc.scores.projector import LinearActLinear
 from vtc.scores.weights import bare, loaded, put_away, unreadable
 
 _logger = logging.getLogger(__name__)
-# Per module: the state of its weights that was checked, and what was computed from them.
+# Per module: the checked state of its weights, and what was computed from them.
 _known: WeakKeyDictionary[nn.Module, tuple[Any, dict[str, Tensor]]] = WeakKeyDictionary()
 
 
 def recognize(projector: Any, patches: int | None = None, dtype: torch.dtype = torch.float32) -> LinearActLinear | None:
     """The projector's weights if it is [norm] - Linear - activation - Linear, else None.
 
-    The leaf modules in the order in which they were registered have to look so, and the formula has to give what the
-    projector itself gives on a few random tokens, when it is first seen and whenever its weights have changed: a hook
-    or a forward with more in it makes it unknown. That finds LLaVA's and LLaVA-NeXT's projector, InternVL's, the
+    The leaf modules, in the order of registration, must have this form, and the formula must give the projector's own
+    output on a few random tokens, when the projector is first seen and whenever its weights have changed: with a hook,
+    or a forward that does more, it is not recognised. This finds LLaVA's and LLaVA-NeXT's projector, InternVL's, the
     mergers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, and any such nn.Sequential.
 
     Args:
         projector: a module, or a callable that has one as `module`.
-        patches: P where it takes [B, N, P, V], None where it takes [B, N, V].
+        patches: P if it takes [B, N, P, V], None if it takes [B, N, V].
     """
     module = getattr(projector, "module", projector)
     if not isinstance(module, nn.Module):
@@ -52,7 +53,7 @@ def _recognize(module: nn.Module, projector: Any, patches: int | None, dtype: to
 
 
 def entrance(module: nn.Module) -> nn.Linear | None:
-    """The first of the two linear maps of a module that looks so: what it gives is a, before the activation."""
+    """The first of the two linear maps of a module with this form; its output is a, before the activation."""
     leaves = _leaves(module)
     first = leaves[-3] if len(leaves) in (3, 4) else None
     return first if isinstance(first, nn.Linear) and isinstance(leaves[-1], nn.Linear) else None
@@ -63,8 +64,8 @@ def _leaves(module: nn.Module) -> list[nn.Module]:
 
 
 def in_type(projector: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """The projector with its weights in `dtype`: [B, N, P, V] or [B, N, V] -> [B, N, C]. The module is not touched.
-    Quantized weights stay as they are, and so does the type that the projector takes."""
+    """The projector with its weights in `dtype`: [B, N, P, V] or [B, N, V] -> [B, N, C]. The module is not changed.
+    Quantized weights stay as they are, and so does the projector's input dtype."""
     module, call = getattr(projector, "module", projector), projector
     if isinstance(module, nn.Module) and put_away(module):
         with loaded(module):
@@ -89,7 +90,7 @@ def in_type(projector: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
                 return torch.func.functional_call(projector, weights, (x,))
         else:
             call = copy.copy(projector)
-            object.__setattr__(call, "module", copy.deepcopy(module).to(dtype))  # also if it is frozen
+            object.__setattr__(call, "module", copy.deepcopy(module).to(dtype))  # works also if it is frozen
 
     def run(x: Tensor) -> Tensor:
         out = call(x)
@@ -104,7 +105,7 @@ def in_type(projector: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 
 
 def own_dtype(module: nn.Module) -> torch.dtype:
-    """The type that a module with quantized weights computes in."""
+    """The dtype in which a module with quantized weights computes."""
     tensors = (t.dtype for t in _tensors(module) if t.is_floating_point() and t.dtype.itemsize > 1)
     return next(tensors, torch.get_default_dtype())
 
@@ -115,9 +116,9 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _state(module: nn.Module, projector: Any, patches: int | None, dtype: torch.dtype) -> Any:
-    """What changes when the weights do (but for writes through `.data`); None where that cannot be seen.
+    """A value that changes when the weights do (except for writes through `.data`); None if changes cannot be detected.
 
-    Wrappers of one type are taken to do one thing to a module.
+    Wrappers of one type are assumed to do the same thing to a module.
     """
     tensors = list(_tensors(module))
     if any(t.is_inference() for t in tensors) or put_away(module):
@@ -150,7 +151,7 @@ def _read(module: nn.Module, patches: int, dtype: torch.dtype, memo: dict[str, T
         bias = bias + blocks.sum(1) @ norm.bias.detach().to(dtype)
     blocks = blocks * gain.detach().to(dtype)
     centred = isinstance(norm, nn.LayerNorm)
-    if centred:  # y has mean 0, so this changes no W y; and W u becomes W (u - mean)
+    if centred:  # y has mean 0, so W y does not change, and W u becomes W (u - mean)
         blocks = blocks - blocks.mean(-1, keepdim=True)
     return LinearActLinear(blocks, bias, act, second, shift, patches, eps, centred, memo)
 
@@ -161,7 +162,7 @@ def _affine(linear: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _agrees(form: LinearActLinear, projector: Any, patches: int | None) -> bool:
-    """Whether the formula gives what the projector gives, and the activation works on every value alone."""
+    """Whether the formula gives the projector's output, and the activation is elementwise."""
     weight, generator = form.first, torch.Generator().manual_seed(0)
     inputs = torch.randn(4, form.patches, weight[0].numel() // form.patches, generator=generator)
     inputs = (inputs * torch.tensor([0.01, 0.1, 1.0, 10.0])[:, None, None]).to(weight)

@@ -1,4 +1,4 @@
-"""The scores that `importance=` names. A new one is an entry here, or of whoever imports `SCORES`."""
+"""The scores that `importance=` accepts. To add one, add an entry to `SCORES`, here or after importing it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from vtc.tokens import Tokens
 
 @dataclass(frozen=True)
 class Score:
-    """How important tokens are, by one measure.
+    """One measure of how important tokens are.
 
     Attributes:
         name: what `importance=` calls it.
         needs: the fields of `Tokens` beyond the features that it reads.
-        of: Tokens -> [B, N] float, higher is more important, whatever the scale; padding may hold anything.
+        of: Tokens -> [B, N] float, higher is more important, on any scale; padding may have any value.
     """
 
     name: str

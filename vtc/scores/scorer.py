@@ -2,9 +2,9 @@
 
     w_i = mean_j q_i . k_j / sqrt(h),   q = Wq x + bq,   k = Wk x + bk
 
-Weights are files of ours: safetensors with the tensors `query.weight` [h, D], `query.bias` [h], `key.weight` [h, D],
-`key.bias` [h] and metadata (format, version, model). The names that published checkpoints use are not known to vtc:
-rename their tensors and write them with `save_scorer`.
+Weights are in vtc's own file format: safetensors with the tensors `query.weight` [h, D], `query.bias` [h], `key.weight`
+[h, D], `key.bias` [h] and metadata (format, version, model). vtc does not know the tensor names of published
+checkpoints: rename their tensors and write them with `save_scorer`.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Scorer(nn.Module):
         self.key = nn.Linear(width, hidden)
 
     def score(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Raw scores w. [B, N, D], mask [B, N] True = real -> [B, N] float32; padding gets 0 and counts nowhere.
+        """Raw scores w. [B, N, D], mask [B, N] True = real -> [B, N] float32; padding gets 0 and has no influence.
 
-        Both maps are linear, so the mean goes in front of them: O(N D + D h) instead of O(N D h).
+        Both maps are linear, so the mean is taken first: O(N D + D h) instead of O(N D h).
         """
         if features.ndim != 3 or features.shape[-1] != self.width:
             of = f" (trained for {self.model})" if self.model else ""
@@ -65,7 +65,7 @@ def diff_top_k(w: Tensor, keep: float | int, mask: Tensor | None = None) -> Tens
     """VisionSelector's DiffTopK: weights `sigmoid(w_i + t)` that sum to the budget, differentiable in w.
 
     t comes from 64 bisection steps. Its derivative is that of the constraint `sum_i s(w_i + t) = K`, which is
-    `dt/dw_i = -s'_i / sum_j s'_j`; one Newton step at the root, where it moves nothing, carries it.
+    `dt/dw_i = -s'_i / sum_j s'_j`; one Newton step at the root, which does not change t, provides this derivative.
 
     Args:
         w: [B, N] scores.
@@ -88,10 +88,10 @@ def diff_top_k(w: Tensor, keep: float | int, mask: Tensor | None = None) -> Tens
         return torch.sigmoid(w + t).where(real, 0.0)
 
     with torch.no_grad():
-        # With 20 to spare a sigmoid is below 1e-8 of its limits, so the root lies inside for any budget.
+        # With a margin of 20 a sigmoid is within 1e-8 of its limits, so the root lies inside for any budget.
         low = -w.masked_fill(~real, float("-inf")).amax(1, keepdim=True) - 20
         high = -w.masked_fill(~real, float("inf")).amin(1, keepdim=True) + 20
-        low, high = low.nan_to_num(posinf=0.0), high.nan_to_num(neginf=0.0)  # an image of padding alone
+        low, high = low.nan_to_num(posinf=0.0), high.nan_to_num(neginf=0.0)  # an image that is all padding
         for _ in range(64):
             t = (low + high) / 2
             above = weigh(t).sum(1, keepdim=True) > wanted
@@ -132,7 +132,7 @@ def load_scorer(path: str | Path) -> Scorer:
 
 
 def _described(path: Path, file: Any) -> Scorer:
-    """An empty scorer of the sizes the header speaks of, or OptionError, before any tensor is read."""
+    """An empty scorer with the sizes in the header, or OptionError, before any tensor is read."""
     metadata = file.metadata() or {}
     if metadata.get("format") != FORMAT:
         raise OptionError(

@@ -1,4 +1,4 @@
-"""ZOO-Prune's sensitivity (arXiv 2509.24837): how far a small step at a token moves what the projector makes of it."""
+"""ZOO-Prune's sensitivity (arXiv 2509.24837): how much a small step at a token changes the projector's output."""
 
 from __future__ import annotations
 
@@ -37,34 +37,34 @@ def sensitivity(
 ) -> Tensor:
     """`S_i = E_u |J(x_i) u|` over unit directions u, J the Jacobian of the projector.
 
-    Three ways, the first that applies:
+    Computed in one of three ways, the first that applies:
 
     - The closed form `|J|_F / sqrt(V)`, about the cost of one more pass of the projector, no probes, no seed: for
-      Linear - activation - Linear, also behind a norm over all that a token is made of (LLaVA, InternVL). It is the
-      root mean square over u instead of the mean.
-    - For mergers that normalise each of P > 1 patches (Qwen's) the same form, exact where the patches of a token have
-      one scale and near it elsewhere (see `vtc.scores.projector`); exact=True takes the exact Jacobian along the
+      Linear - activation - Linear, also after a norm over all of a token's inputs (LLaVA, InternVL). It is the root
+      mean square over u instead of the mean.
+    - For mergers that normalise each of P > 1 patches (Qwen's) the same form, exact if the patches of a token have the
+      same scale, otherwise approximate (see `vtc.scores.projector`); exact=True takes the exact Jacobian along the
       `probes` directions instead, which costs many passes.
-    - The paper's central differences, 2 `probes` passes of the projector, for any other:
+    - The paper's central differences, 2 `probes` passes of the projector, for any other projector:
       `S_i = mean_j |M(x_i + h u_j) - M(x_i - h u_j)| / 2h`, the same directions for all tokens.
 
-    Everything is float32 (float64 for float64 inputs), with autocast off, whatever the type of the projector. Central
-    differences cancel digits: leave TF32 matrix products, torch's own switch, off for them.
+    Everything is float32 (float64 for float64 inputs), with autocast off, for any dtype of the projector. Central
+    differences cancel digits: keep TF32 matrix products switched off in torch.
 
     Args:
         projector: a module that takes [B, N, V], or [B, N, P, V] with P consecutive patches to a token, or rows
             [B N P, V]; or a callable [B, N, P, V] -> [B, N, C], with the module as `module` if it has one.
-        inputs: [B, N, V] or [B, N, P, V], what the projector reads. All P patches of a token move by the same u.
-        probes, step: m and h.
+        inputs: [B, N, V] or [B, N, P, V], the projector's inputs. All P patches of a token are shifted by the same u.
+        probes, step: m, the number of directions, and h.
         exact: "auto"; True raises where the projector's form is unknown; False always takes central differences.
-        seed: of the directions, drawn on the CPU so that every device has the same; `generator` goes before it.
+        seed: seed of the directions, drawn on the CPU so that every device has the same; `generator` takes precedence.
         mask: [B, N], True = real; padding scores 0 and may hold anything.
-        hidden: [B, N, H], what the projector's first linear map gave, if it is at hand; saves computing it again.
-        said: takes a sentence for everything that was done in place of what was asked for.
+        hidden: [B, N, H], output of the projector's first linear map, if available; saves computing it again.
+        said: a list that receives a sentence for everything that was done differently from what was requested.
 
     Returns:
-        [B, N] float32, in units of |dz| / |dx|. All ones, with a warning, where S is flat (relative spread below
-        1e-3), as it is for a linear projector: what is left is rounding, and a selector would rank by it.
+        [B, N] float32, in units of |dz| / |dx|. All ones, with a warning, where S is flat (relative spread below 1e-3),
+        as for a linear projector: the remaining differences are rounding, and a selector would rank by them.
     """
     _check(inputs, probes, step, exact)
     check_mask(mask, inputs.shape[:2])
@@ -72,7 +72,7 @@ def sensitivity(
     x = inputs if inputs.dtype == torch.float64 else inputs.float()
     if mask is not None:
         x = x.where(mask.view(*mask.shape, *[1] * (x.ndim - 2)), 0.0)
-    if can_look(x) and not bool(torch.isfinite(x.sum())):  # a ReLU would hide it
+    if can_look(x) and not bool(torch.isfinite(x.sum())):  # a ReLU would hide NaN
         raise InputError("the projector's inputs hold NaN or infinity: check the images and the weights")
     with torch.autocast(x.device.type, enabled=False):
         form = None if exact is False else recognize(projector, patches, x.dtype)
@@ -97,15 +97,15 @@ def sensitivity(
                 call = in_type(projector, x.dtype)
                 step = max(step, _visible(module, x))
                 score = central_differences(call, x, u[:2], step)
-                # Two directions show a linear projector; the others would cost many passes to show the same.
+                # Two directions suffice to detect a linear projector; more would cost many passes for nothing.
                 if not (can_look(score) and bool(_flat(score, mask).all())):
                     score = central_differences(call, x, u, step)
     return _even_out(score.view(x.shape[:2]).float(), mask, said)
 
 
 def _visible(module: Any, x: Tensor) -> float:
-    """The least step that a projector of quantized weights can see, which takes its inputs in half precision: eight
-    roundings of the mean value in every channel."""
+    """The smallest step that matters to a projector with quantized weights, whose inputs are in half precision: eight
+    roundings of the mean value, in every channel."""
     if put_away(module) or not unreadable(module):
         return 0.0
     return 8 * torch.finfo(own_dtype(module)).eps * float(x.abs().mean()) * x.shape[-1] ** 0.5
@@ -119,7 +119,7 @@ def _say(said: list[str] | None, what: str) -> None:
 def central_differences(call: Callable[[Tensor], Tensor], x: Tensor, directions: Tensor, step: float) -> Tensor:
     """mean_j |M(x + h u_j) - M(x - h u_j)| / 2h. x [B, N, V] or [B, N, P, V], directions [m, V] -> [B, N].
 
-    Probes are stacked along the batch, as many as fit the tile: images stay whole.
+    Probes are stacked along the batch, as many as fit the tile; images are not split.
     """
     total = x.new_zeros(x.shape[:2])
     chunk = max(1, TILE // max(1, 2 * x.numel()))
@@ -149,7 +149,7 @@ def _check(inputs: Tensor, probes: int, step: float, exact: bool | str) -> None:
 
 
 def _flat(score: Tensor, mask: Tensor | None) -> Tensor:
-    """[B, 1], where the real tokens differ by rounding alone."""
+    """[B, 1], True where the real tokens differ only by rounding."""
     most = score if mask is None else score.masked_fill(~mask, 0.0)
     least = score if mask is None else score.masked_fill(~mask, float("inf"))
     if not score.shape[1]:
@@ -159,7 +159,7 @@ def _flat(score: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _even_out(score: Tensor, mask: Tensor | None, said: list[str] | None = None) -> Tensor:
-    """Padding 0; ones for images whose scores are flat; InputError on NaN."""
+    """Set padding to 0, and flat images to ones; raise InputError on NaN."""
     real = torch.ones_like(score, dtype=torch.bool) if mask is None else mask
     if can_look(score) and not bool(torch.isfinite(score.where(real, 0.0)).all()):
         raise InputError("the sensitivity is NaN or infinite: check the projector's weights")

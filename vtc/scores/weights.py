@@ -1,4 +1,4 @@
-"""A module's weights, wherever they are: at hand, put away by accelerate, or quantized and therefore left alone."""
+"""Access to a module's weights: present, offloaded by accelerate, or quantized and therefore not read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def unreadable(module: Any) -> str:
-    """Why the weights of a module are no numbers to compute with, or "" if they are (after `loaded`)."""
+    """Why a module's weights cannot be computed with, or "" if they can (after `loaded`)."""
     if not isinstance(module, nn.Module):
         return ""
     for tensor in _tensors(module):
@@ -25,7 +25,7 @@ def unreadable(module: Any) -> str:
 
 
 def put_away(module: Any) -> bool:
-    """Whether accelerate holds the weights of a module elsewhere until it runs."""
+    """Whether accelerate keeps a module's weights elsewhere until it runs."""
     if not isinstance(module, nn.Module):
         return False
     hooks: list[Any] = [part.__dict__.get("_hf_hook") for part in module.modules()]
@@ -34,7 +34,7 @@ def put_away(module: Any) -> bool:
 
 @contextmanager
 def loaded(module: nn.Module) -> Iterator[None]:
-    """The weights that accelerate has put away are there, as while the module runs."""
+    """In this context the weights that accelerate has offloaded are loaded, as while the module runs."""
     with ExitStack() as stack:
         for part in module.modules():
             hook: Any = part.__dict__.get("_hf_hook")
@@ -45,11 +45,11 @@ def loaded(module: nn.Module) -> Iterator[None]:
 
 
 def bare(module: nn.Module, dtype: torch.dtype | None = None) -> Any:
-    """A module of the same parts, without what accelerate has hung on them; floating tensors in `dtype`, else shared.
-    What is set on it is not set on `module`."""
+    """A module with the same parts, without accelerate's hooks; floating tensors converted to `dtype`, the rest shared.
+    Attributes set on it are not set on `module`."""
     new = object.__new__(type(module))
     new.__dict__ = {name: value for name, value in module.__dict__.items() if name != "_hf_hook"}
-    if "_old_forward" in new.__dict__:  # a method of `module`, or what others had put there
+    if "_old_forward" in new.__dict__:  # a method of `module`, or a replacement by other code
         old = new.__dict__.pop("_old_forward")
         new.__dict__.pop("forward", None)
         if getattr(old, "__func__", None) is not type(module).forward:

@@ -1,7 +1,8 @@
-"""Train IDPruner's scorer of visual tokens, VisionSelector's two linear maps, for a multimodal LLM that stays as it is.
+"""Train IDPruner's scorer of visual tokens, VisionSelector's two linear maps, for a multimodal LLM that is itself not
+changed.
 
-The scores decide, under a budget that shrinks from all image tokens to `keep`, which of them the model sees; the loss
-of the answers goes back into the scorer alone.
+The scores decide which image tokens the model sees, under a budget that shrinks from all tokens to `keep`; the loss on
+the answers is backpropagated into the scorer alone.
 
     python -m vtc.train --model FOLDER --data data.jsonl --out scorer.safetensors --keep 0.2 --steps 1000
 

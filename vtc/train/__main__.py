@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--trust-remote-code", action="store_true", help="run code that comes with the model")
     try:
         return _command(parser.parse_args(argv))
-    except SystemExit as end:  # --help, and arguments that make no sense
+    except SystemExit as end:  # --help, and invalid arguments
         return end.code if isinstance(end.code, int) else 2
     except KeyboardInterrupt:
         return 130

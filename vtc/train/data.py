@@ -1,4 +1,4 @@
-"""The data of a training: lines of {"image": "a.jpg" or ["a.jpg", "b.jpg"], "prompt": "...", "answer": "..."}."""
+"""Training data: lines of {"image": "a.jpg" or ["a.jpg", "b.jpg"], "prompt": "...", "answer": "..."}."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ class Examples(Dataset[dict[str, Any]]):
 def open_examples(
     name: str, data: Path, method: Method, seed: int = 0, **more: Any
 ) -> tuple[Any, Dataset[dict[str, Any]]]:
-    """A model that `method` can compress, and the lines of a data file as its keyword arguments with labels.
+    """A model that `method` can compress, and the lines of a data file as keyword arguments of the model, with labels.
 
     Args:
-        name: a folder, or an id on the Hub. data: see the top of this file. more: of `vtc.models.llms.load`.
+        name: a folder, or an id on the Hub. data: see the top of this file. more: arguments of `vtc.models.llms.load`.
     """
     from vtc.models.llms import load
 
@@ -92,7 +92,7 @@ def _example(path: Path, where: str, line: str) -> tuple[list[Path], str, str]:
 
 
 def _closed(processor: Any, images: int, prompt: str, answer: str) -> str:
-    """The answer with what the chat template puts behind it, else with the end of the sequence."""
+    """The answer followed by what the chat template puts after it, or by the end-of-sequence token."""
     end = str(processor.tokenizer.eos_token or "")
     if getattr(processor, "chat_template", None):
         content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": prompt}]

@@ -1,4 +1,4 @@
-"""A training run, which stops and goes on."""
+"""A training run, which can be stopped and resumed."""
 
 from __future__ import annotations
 
@@ -44,36 +44,38 @@ def train_scorer(
     progress: bool = True,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Scorer:
-    """A scorer for `vtc.compress(model, "idpruner", scorer=path)`, once `vtc.scores.save_scorer` has written it.
+    """Train a scorer. After `vtc.scores.save_scorer(scorer, path)`, use it in
+    `vtc.compress(model, "idpruner", scorer=path)`.
 
-    The model runs in the mode it is in (in train mode gradient checkpointing works, and dropout too), without a cache;
-    its tower runs without gradients. Afterwards it is as it was, also after an exception.
+    The model runs in its current mode (in train mode gradient checkpointing and dropout are active), without a cache;
+    its tower runs without gradients. Afterwards the model is as it was, also after an exception.
 
     Args:
         model: a multimodal LLM that `vtc.explain` knows, not compressed.
         batches: the keyword arguments of `model(...)` with `labels`, one dictionary per forward, all with images. A
-            list or a data set is read by index, over and over; anything else is iterated, again if it can be.
+            list or a data set is read by index, repeatedly; anything else is iterated, repeatedly if possible.
         keep: the fraction of every image's (crop's, frame's) tokens to train for.
         hidden: width of the two maps; None = half the decoder's width.
-        steps, lr: of AdamW without weight decay, gradients clipped at 1; the rate falls to 0 along a cosine.
-        warmup, anneal: shares of the steps over which the rate rises, and the budget falls from all tokens to `keep`.
+        steps, lr: of AdamW without weight decay, gradients clipped at 1; the learning rate falls to 0 along a cosine.
+        warmup, anneal: shares of the steps over which the learning rate rises, and over which the budget falls from all
+            tokens to `keep`.
         accumulate: batches per step.
-        selection: "soft" weighs the tokens by what DiffTopK makes of the scores; every one keeps its place among the
-            others. "hard" hides those that would go, as compressing does, and asks of every token how much the loss
-            would change if it were seen a little more (straight-through); it needs sdpa or eager attention.
+        selection: "soft" weights the tokens by DiffTopK of the scores; every token keeps its place. "hard" hides the
+            tokens that would be removed, as compressing does, and takes as a token's gradient how the loss would change
+            if it were seen a little more (straight-through); it needs sdpa or eager attention.
         fill: of "soft": a token x of weight w becomes `w x + (1 - w) f`, with f the mean token of its image ("mean"),
-            or 0 as in VisionSelector ("zero"). A decoder normalises what it takes in, so that a token which is only
-            made smaller still says all that it has to say; one that is made like all others does not.
-        seed: of the first weights. The same seed, batches and machine give the same scorer.
+            or 0 as in VisionSelector ("zero"). A decoder normalises its inputs, so a token that is only scaled down
+            keeps all its information; a token that is moved towards the mean loses it.
+        seed: seed of the initial weights. The same seed, batches and machine give the same scorer.
         scorer: weights to start from instead; they are copied.
         checkpoint: a safetensors file, written every `save_every` steps and at the end, with the optimizer's state. If
-            it is there, training goes on from it as if there had been no break.
-        progress: a bar, on terminals. on_step: called with the number of steps done and the last one's loss.
+            it exists, training continues from it as if it had not been interrupted.
+        progress: show a bar on terminals. on_step: called with the number of finished steps and the last loss.
 
     Raises:
         OptionError: an option out of range, or a checkpoint of another run.
         UnsupportedModelError: no adapter for the model, or it is compressed.
-        InputError: a batch without images or labels, too few batches, a loss that is no number.
+        InputError: a batch without images or labels, too few batches, a loss that is not finite.
     """
     counts = {"steps": steps, "accumulate": accumulate, "save_every": save_every}
     for name, number in (counts if hidden is None else counts | {"hidden": hidden}).items():
@@ -176,7 +178,7 @@ def _stream(batches: Any, skip: int) -> Iterator[Any]:
 
 
 def _save(path: Path, run: dict[str, Any], step: int, scorer: Scorer, optimizer: torch.optim.Optimizer) -> None:
-    """Weights and the optimizer's state, in one file that takes the old one's place at once."""
+    """Save weights and the optimizer's state in one file, which replaces the old one atomically."""
     from safetensors.torch import save_file
 
     tensors = {name: p.detach() for name, p in scorer.named_parameters()}
@@ -188,7 +190,7 @@ def _save(path: Path, run: dict[str, Any], step: int, scorer: Scorer, optimizer:
 
 
 def _resume(path: Path, run: dict[str, Any], scorer: Scorer, optimizer: torch.optim.Optimizer) -> int:
-    """How many steps are done, with weights and state as they were then. No file: none."""
+    """Restore weights and state, and return the number of finished steps; 0 if there is no file."""
     from safetensors import SafetensorError, safe_open
 
     if not path.absolute().parent.is_dir():
@@ -214,6 +216,6 @@ def _resume(path: Path, run: dict[str, Any], scorer: Scorer, optimizer: torch.op
 
 
 def _bar(total: int, done: int, shown: bool) -> Any:
-    from tqdm import tqdm  # comes with transformers
+    from tqdm import tqdm  # installed with transformers
 
     return tqdm(total=total, initial=done, desc="training", unit="step", disable=None if shown else True)

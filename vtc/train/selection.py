@@ -1,12 +1,12 @@
-"""What a scorer's choice does to the model that it is trained for.
+"""How a scorer's selection is applied in the model during training.
 
 DiffTopK turns scores into weights s in [0, 1] that sum to the budget. **Soft**: a token x becomes a mixture of itself
-and its picture's mean token, and still stands where it stood. **Hard**: the K best are seen and the others are not, as
-when the model is compressed, `m = [chosen] + s - sg(s)`; a token's weight m multiplies what every query pays to it,
+and its picture's mean token, at the same place. **Hard**: only the K best are seen, as when the model is compressed,
+`m = [chosen] + s - sg(s)`; a token's weight m multiplies the attention that every query pays to it,
 
     a_j = m_j exp(q . k_j) / sum_i m_i exp(q . k_i),
 
-so that the loss says of hidden tokens too what seeing them would change.
+so that hidden tokens also get a gradient: the effect that seeing them would have.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from vtc.methods.order import marked
 from vtc.scores.scorer import Scorer, diff_top_k
 
 SELECTIONS = ("soft", "hard")
-_HIDDEN = 1e-6  # the weight of a token that is not seen: at 0 there would be no gradient
+_HIDDEN = 1e-6  # the weight of a hidden token: at 0 there would be no gradient
 
 
 class Selection:
-    """Puts a scorer's choice between the encoders and the decoder of one model.
+    """Applies a scorer's selection between the encoders and the decoder of one model.
 
     Attributes:
         keep: the fraction of the tokens that stays now.
-        weights: of "hard", the weight of every image token of this call by modality.
+        weights: for "hard", the weight of every image token of this call, by modality.
     """
 
     keep = 1.0
     busy = False  # one encoder may call the other
-    seen = False  # there were image tokens in this call
+    seen = False  # this call had image tokens
 
     def __init__(self, site: MultimodalSite, scorer: Scorer, how: str, fill: str) -> None:
         self.site, self.scorer, self.how, self.fill = site, scorer, how, fill
@@ -94,12 +94,13 @@ class Selection:
             counts = torch.tensor([max(1, round(n * self.keep)) for n in mask.sum(1).tolist()], device=index.device)
             chosen = marked(ops.top_select(scores.detach(), counts, mask), mask.shape[1])
             weight = chosen + soft - soft.detach()
-            every = torch.ones(sum(lengths), device=index.device)  # what is in no unit (newlines) is seen
+            every = torch.ones(sum(lengths), device=index.device)  # tokens in no unit (newlines) are always seen
             self.weights[encode.modality.name] = every.index_copy(0, index[mask], weight[mask])
             return output
 
         def weigh(x: Any) -> Any:
-            """Features as a model hands them out, one tensor or one per item. What is in no unit (newlines) stays."""
+            """Weight features as returned by a model, one tensor or one per item. Tokens in no unit (newlines) stay
+            unchanged."""
             rows = _rows(x)
             token = rows[at].float().masked_fill(~mask[..., None], 0)
             new = soft[..., None] * token
@@ -131,7 +132,7 @@ class Selection:
 
 
 class _Encode(Patch):
-    """For `get_image_features` and `get_video_features`."""
+    """Replaces `get_image_features` and `get_video_features`."""
 
     def __init__(self, selection: Selection, modality: Modality) -> None:
         super().__init__(selection.site.inner, modality.encode)
@@ -142,7 +143,7 @@ class _Encode(Patch):
 
 
 class _Decode(Patch):
-    """For the decoder's `forward`, whose mask gets the weights."""
+    """Replaces the decoder's `forward`: adds the weights to its mask."""
 
     def __init__(self, selection: Selection) -> None:
         super().__init__(getattr(selection.site.inner, selection.site.family.decoder), "forward")
@@ -158,7 +159,7 @@ class _Decode(Patch):
 
 
 def _weighed(mask: Any, bias: Tensor, dtype: torch.dtype) -> Any:
-    """A mask of attention with `bias` [B, L] added to its columns; of several kinds of layers, each."""
+    """An attention mask with `bias` [B, L] added to its columns; if there is one per kind of layer, for each."""
     if isinstance(mask, dict):
         return {name: _weighed(each, bias, dtype) for name, each in mask.items()}
     batch, length = bias.shape
@@ -178,10 +179,10 @@ def _rows(x: Any) -> Tensor:
 
 @contextmanager
 def selecting(model: nn.Module, selection: Selection) -> Iterator[None]:
-    """The model frozen and its encoders, and for "hard" its decoder, replaced for a while."""
+    """In this context the model is frozen, and its encoders, and for "hard" its decoder, are replaced."""
     inner = selection.site.inner
     trained = [p for p in model.parameters() if p.requires_grad]
-    kept = {k: v for k, v in inner.__dict__.items() if k == "rope_deltas"}  # Qwen models remember the last prompt's
+    kept = {k: v for k, v in inner.__dict__.items() if k == "rope_deltas"}  # Qwen models store those of the last prompt
     patches: list[Patch] = [_Encode(selection, modality) for modality in selection.site.family.modalities]
     patches += [_Decode(selection)] if selection.how == "hard" else []
     try:

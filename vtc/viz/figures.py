@@ -1,4 +1,4 @@
-"""Figures: curves of measurements, and sheets of pictures side by side. No global state of matplotlib is touched."""
+"""Figures: curves of measurements, and sheets of pictures side by side. matplotlib's global state is not changed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def curve(
 
     Args:
         rows: dicts, such as the rows of a measurement; rows without the three keys raise InputError.
-        labels: what to write instead of a key's name, for the axes.
+        labels: axis labels to use instead of the keys' names.
     """
     lines: dict[Any, list[tuple[float, float]]] = {}
     for row in rows:
@@ -62,9 +62,9 @@ def curve(
 def sheet(
     panels: Sequence[tuple[Image.Image, str, str]], title: str, subtitle: str = "", *, height: float = 4.0
 ) -> Figure:
-    """Pictures of one height in a row, each (picture, title, note below the title), under a headline.
+    """Pictures of equal height in a row, each (picture, title, note below the title), under a headline.
 
-    `height` is that of the pictures, in inches.
+    `height`: height of the pictures in inches.
     """
     if not panels:
         raise InputError("a sheet takes at least one picture")
@@ -87,7 +87,8 @@ def sheet(
 
 
 def check_target(path: str | Path) -> Path:
-    """`path`, if a picture may be written there: it is new, or an earlier picture of vtc. Else OptionError."""
+    """`path`, if a picture may be written there: it does not exist, or is an earlier picture of vtc. Else
+    OptionError."""
     target = Path(path)
     if target.suffix.lower() != ".png":
         raise OptionError(f"{str(path)!r}: the picture is a PNG file, give a name that ends with .png")
@@ -119,7 +120,7 @@ def _ours(path: Path) -> bool:
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             return picture.info.get("Software") == "vtc"
-    except Exception:  # whatever it is, it is not ours
+    except Exception:  # not a picture of ours
         return False
 
 

@@ -1,4 +1,4 @@
-"""What became of an image's tokens, drawn on the image. Needs Pillow, numpy and matplotlib's colour maps."""
+"""Draws on an image what happened to its tokens. Needs Pillow, numpy and matplotlib's colour maps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vtc.positions import members
 from vtc.token_map import TokenMap
 
 Grid = tuple[int, int]
-_CELL = 16  # pixels that a patch gets at least, so that its outline can be seen
+_CELL = 16  # minimum pixels per patch side, so that outlines are visible
 _DARK = np.array([16.0, 16.0, 22.0])
 _INK = "#1d2129"
 
@@ -23,14 +23,14 @@ _INK = "#1d2129"
 def overlay(
     image: Image.Image, token_map: TokenMap, grid: Grid | None = None, *, item: int = 0, tint: float = 0.34
 ) -> Image.Image:
-    """The photograph with its token groups: patches that were merged share a colour and are outlined in it, tokens that
-    stayed alone are left as they are, dropped ones are dark.
+    """The photograph with its token groups: merged patches share a colour and are outlined in it, unmerged tokens are
+    unchanged, dropped ones are dark.
 
     Args:
-        image: what the encoder saw (after the crop), at any resolution.
+        image: the encoder's input (after cropping), at any resolution.
         token_map: over the image's tokens only, [B, rows x columns], such as `handle.token_map`.
-        grid: (rows, columns) of the patches; None = as the image's shape suggests.
-        item: which image of the batch the map is asked about.
+        grid: (rows, columns) of the patches; None = inferred from the image's shape.
+        item: which image of the batch to draw.
         tint: how strongly the colour covers the photograph, 0 to 1.
     """
     pixels, group, cell = _canvas(image, token_map, grid, item)
@@ -48,13 +48,13 @@ def carried(
     image: Image.Image, token_map: TokenMap, slots: int, grid: Grid | None = None, *, item: int = 0
 ) -> Image.Image:
     """The groups of `overlay`, each with the places whose positions its token carries (PPE): a dot on the anchor, a
-    ring on every other carried member, and a line between them. Members beyond the first `slots` have no mark.
+    ring on every other carried member, and a line between them. Members beyond the first `slots` are not marked.
 
     Other arguments as in `overlay`.
     """
     picture = overlay(image, token_map, grid, item=item, tint=0.28)
     rows, columns = infer_grid(token_map.group.shape[1], image.size) if grid is None else grid
-    factor = max(1, math.ceil(960 / max(picture.size)))  # fine marks need pixels
+    factor = max(1, math.ceil(960 / max(picture.size)))  # fine marks need enough pixels
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     side = picture.width / columns
     draw, line = ImageDraw.Draw(picture), max(2, round(side / 20))
@@ -67,10 +67,10 @@ def carried(
         draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=fill, outline=outline, width=line)
 
     index = members(token_map, slots)[:, item].T.tolist()
-    carries = [list(dict.fromkeys(mine)) for mine in index if mine[0] >= 0]  # slots of few members cycle
+    carries = [list(dict.fromkeys(mine)) for mine in index if mine[0] >= 0]  # the slots of small groups repeat
     carries = [mine for mine in carries if len(mine) > 1]
     # All lines before all marks, so that no group's line runs over another's mark. A line is pale, in the colour of its
-    # group, with dark sides: it stands out on bright and dark pictures, and tells which group it belongs to.
+    # group, with dark edges, so it is visible on bright and dark pictures, and shows which group it belongs to.
     group = token_map.group[item].tolist()
     colour = (0.5 * 255 + 0.5 * _distinct(token_map.anchor.shape[1])).round().astype(int).tolist()
     for width, pale in ((2 * line + 1, False), (line, True)):
@@ -86,7 +86,7 @@ def carried(
 
 
 def groups(image: Image.Image, token_map: TokenMap, grid: Grid | None = None, *, item: int = 0) -> Image.Image:
-    """The photograph as the encoder's last layer has it: every group painted in the mean colour of its patches.
+    """The photograph as the encoder's last layer sees it: every group in the mean colour of its patches.
 
     Dropped tokens are dark. Arguments as in `overlay`.
     """
@@ -105,7 +105,7 @@ def heatmap(image: Image.Image, values: Tensor, *, colours: str = "inferno", str
     """A map [h, w] (leading dimensions of 1 are fine) over the photograph in grey; 0 is dark, 1 is bright.
 
     Args:
-        values: 0 to 1 as they are; anything else is scaled from its own minimum and maximum.
+        values: used as they are if in 0 to 1; otherwise scaled by their own minimum and maximum.
         colours: a colour map of matplotlib.
         strength: how much the map covers the photograph, 0 to 1.
     """
@@ -128,7 +128,8 @@ def heatmap(image: Image.Image, values: Tensor, *, colours: str = "inferno", str
 
 
 def infer_grid(tokens: int, size: tuple[int, int]) -> Grid:
-    """(rows, columns) of `tokens` patches on an image of `size` (width, height): patches are square, or the grid is."""
+    """(rows, columns) of `tokens` patches on an image of `size` (width, height): assuming square patches, or a square
+    grid."""
     aspect = size[0] / size[1]
     fits = [(rows, tokens // rows) for rows in range(1, tokens + 1) if tokens % rows == 0]
     if fits:
@@ -152,7 +153,7 @@ def _canvas(
         raise InputError(f"item={item}: the token map has {batch} image{'s' * (batch != 1)}")
     rows, columns = infer_grid(tokens, image.size) if grid is None else grid
     places = token_map.group[item].cpu().numpy()
-    if rows * columns > tokens or (places[rows * columns :] >= 0).any():  # behind a smaller image of a batch is padding
+    if rows * columns > tokens or (places[rows * columns :] >= 0).any():  # padding after a smaller image
         raise InputError(
             f"grid=({rows}, {columns}) has {rows * columns} patches, but the token map has {tokens} tokens: "
             "pass the map of the image's tokens only (handle.token_map, or token_map.drop_prefix(n))"
@@ -173,7 +174,7 @@ def _darken(pixels: np.ndarray, group: np.ndarray, cell: int) -> np.ndarray:
 
 
 def _edges(group: np.ndarray, cell: int) -> np.ndarray:
-    """[H, W] bool: the pixels of every patch along its borders with another group, or with the end of the image."""
+    """[H, W] bool: the pixels of every patch along its borders with another group, or with the edge of the image."""
     line = max(1, cell // 14)
     edge = np.zeros((group.shape[0] * cell, group.shape[1] * cell), dtype=bool)
     offset = np.arange(cell)
@@ -187,7 +188,7 @@ def _edges(group: np.ndarray, cell: int) -> np.ndarray:
 
 
 def _distinct(count: int) -> np.ndarray:
-    """[count, 3]: bright colours, neighbours in the list far apart (steps of the golden ratio around the circle)."""
+    """[count, 3]: bright colours, with consecutive ones far apart (golden-ratio steps around the colour circle)."""
     steps = [(0.58 + i * 0.618034) % 1 for i in range(count)]
     return 255 * np.array([colorsys.hsv_to_rgb(h, 0.62 + 0.25 * (i % 2), 1.0) for i, h in enumerate(steps)])
 

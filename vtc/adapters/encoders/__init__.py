@@ -1,1 +1,1 @@
-"""Vision encoders: one file per library, and what reduces tokens between their blocks."""
+"""Vision encoders: one file per library, and the code that reduces tokens between their blocks."""

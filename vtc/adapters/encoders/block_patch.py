@@ -1,4 +1,4 @@
-"""What takes the place of the `forward` of a block, and hears its keys."""
+"""The replacement for the `forward` of a block; it also reads the block's keys."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from vtc.scores.attention import head_mean
 
 
 class BlockPatch(Patch):
-    """For the `forward` of one block."""
+    """Replaces the `forward` of one block."""
 
     def __init__(self, tower: Any, index: int, module: nn.Module) -> None:
         super().__init__(module, forward_name(module))
         self.tower, self.index = tower, index
-        self.source: nn.Module | None = None  # whose output holds the keys
+        self.source: nn.Module | None = None  # the module whose output holds the keys
         self.attention = type(tower.site.block.parts(module)[0])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.installed:  # somebody wrapped this forward while it was ours, and kept it
+        if not self.installed:  # other code wrapped this forward while it was ours, and still calls it
             return self.original(*args, **kwargs)
         if args:
             return self.tower.run(self, args[0], args[1:], kwargs)
@@ -31,7 +31,7 @@ class BlockPatch(Patch):
         return self.tower.run(self, kwargs[name], (), rest)
 
     def listen(self) -> None:
-        """Hear the keys where they come from now: LoRA puts another module in the place of the one that was there."""
+        """Hook the module that computes the keys now: LoRA replaces the original one."""
         block = self.tower.site.block
         assert block.keys is not None
         source = block.keys(self.module)
@@ -58,6 +58,6 @@ class BlockPatch(Patch):
 
 
 def patch_on(module: nn.Module) -> BlockPatch | None:
-    """Our patch on a module, also under a wrapper of accelerate's."""
+    """Our patch on a module, also if accelerate has wrapped it."""
     found = (module.__dict__.get(name) for name in FORWARDS)
     return next((patch for patch in found if isinstance(patch, BlockPatch)), None)

@@ -14,7 +14,7 @@ ADAPTERS = {adapter.name: adapter for adapter in (timm, open_clip, huggingface)}
 
 
 def find(model: nn.Module) -> Iterator[tuple[str, EncoderSite | Refusal]]:
-    """(adapter name, encoder or refusal) for everything in `model` that some adapter knows."""
+    """(adapter name, encoder or refusal) for everything in `model` that an adapter knows."""
     for name, adapter in ADAPTERS.items():
         for found in adapter.find(model):
             yield name, found

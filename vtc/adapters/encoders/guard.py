@@ -1,9 +1,8 @@
-"""A patched encoder never runs past its patch: images that reach it pass every block that was patched, or the call
-raises.
+"""A patched encoder never bypasses its patch: images that reach it go through every patched block, or the call raises.
 
-Every module from the one that was given to `compress` down to the encoder is watched, and the encoder's methods that
-people call in its place. If images were cut into patches while one of them ran, the last patched block must have run
-too. `forward_intermediates(stop_early=True)` may stop before it.
+Every module from the one given to `compress` down to the encoder is watched, and so are the encoder's methods that can
+be called instead of its forward. If images were cut into patches while one of them ran, the last patched block must
+have run too. `forward_intermediates(stop_early=True)` may stop before it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ METHODS = ("forward_features", "forward_intermediates")
 
 
 class WatchedMethod(Patch):
-    """For one of an encoder's `METHODS`, which are called where others call the encoder itself."""
+    """Replaces one of an encoder's `METHODS`, which callers may use instead of calling the encoder itself."""
 
     def __init__(self, guard: Guard, module: nn.Module, name: str) -> None:
         super().__init__(module, name)
@@ -36,7 +35,7 @@ class WatchedMethod(Patch):
         before = now.wide
         self.guard.open(self)
         done = False
-        try:  # every block's tokens are asked for, or of as many as somebody wants, at full length
+        try:  # the caller asks for the tokens of all blocks, or of some, at full length
             now.wide = before or self.name == "forward_intermediates"
             output = self.original(*args, **kwargs)
             done = True
@@ -76,13 +75,13 @@ class Guard:
             return
         refuse_replica(module)
         now = self.tower.now
-        self.leave(module)  # it never ended if somebody pressed Ctrl+C
+        self.leave(module)  # it is still open if a call was interrupted (Ctrl+C)
         if not now.open:
             now.stage = now.grid = now.room = None
         now.open.append((module, now.images, now.runs))
 
     def leave(self, module: Any) -> tuple[int, int] | None:
-        """Forget a module and what began inside it; how many images and runs there were before it."""
+        """Forget a module and what began inside it; returns how many images and runs there were before it."""
         now = self.tower.now
         for place, (opened, images, runs) in enumerate(now.open):
             if opened is module:
@@ -95,7 +94,7 @@ class Guard:
             return
         now, tower = self.tower.now, self.tower
         before = self.leave(module)
-        if before is None or (output is None and sys.exc_info()[1] is not None):  # it raised: no more is asked of it
+        if before is None or (output is None and sys.exc_info()[1] is not None):  # it raised: nothing more to check
             now.stage = None
             return
         images, runs = before
@@ -119,7 +118,7 @@ class Guard:
 
 
 def recomputing() -> bool:
-    """Whether this runs inside of a backward pass: activation checkpointing."""
+    """Whether this runs inside a backward pass that recomputes (activation checkpointing)."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -132,7 +131,7 @@ def refuse_replica(module: Any) -> None:
 
 
 def enclosing(root: nn.Module, *parts: nn.Module) -> list[nn.Module]:
-    """The modules of `root` that hold all of `parts`, outermost first."""
+    """The modules of `root` that contain all of `parts`, outermost first."""
     names = {id(module): name for name, module in root.named_modules()}
     found = [root]
     for steps in zip(*(names[id(part)].split(".") for part in parts), strict=False):
@@ -152,7 +151,7 @@ def container(root: nn.Module, blocks: tuple[nn.Module, ...]) -> tuple[nn.Module
 
 
 def changed(place: tuple[nn.Module, str] | None, blocks: tuple[nn.Module, ...]) -> str:
-    """How the list of blocks differs from what was patched; "" = it does not. A block may have been wrapped."""
+    """How the list of blocks differs from the patched one; "" = it does not. A wrapped block is no difference."""
     if place is None:
         return ""
     now = list(getattr(*place))

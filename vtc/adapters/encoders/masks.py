@@ -1,5 +1,5 @@
-"""Attention masks that callers give an encoder: padding, which tokens are counted without; and everything else, which
-is cut to the tokens that stay."""
+"""Attention masks that callers give an encoder: padding, which is left out of all counts; and all other masks, which
+are cut to the tokens that stay."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vtc.token_map import TokenMap
 def given_mask(block: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
     """The mask among a block's arguments, [B or 1, H or 1, N or 1, N]: bool (True = is seen) or added to the logits.
 
-    What transformers hands to its layers: four axes, or [B, N] of real tokens.
+    This is what transformers passes to its layers: four axes, or [B, N] with True for real tokens.
     """
     for mask in (*args, *kwargs.values()):
         if isinstance(mask, Tensor) and mask.shape[-1:] == x.shape[1:2]:
@@ -27,17 +27,17 @@ def given_mask(block: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Non
 
 
 def broadcast_mask(block: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
-    """The same for `attn_mask=` with the axes that torch's scaled_dot_product_attention takes: [N, N], [B, 1, N, N], or
-    whatever else stretches to [B, H, N, N]."""
+    """The same for `attn_mask=` with the shapes that torch's scaled_dot_product_attention takes: [N, N], [B, 1, N, N],
+    or any other that broadcasts to [B, H, N, N]."""
     mask = kwargs.get("attn_mask", args[0] if args else None)
     return None if mask is None else mask[(None,) * (4 - mask.ndim)]
 
 
 def read(mask: Tensor | None, x: Tensor, prefix: int) -> tuple[Tensor | None, Tensor | None]:
-    """(padding [B, N], True = real; a mask of another kind, as it came). None where there is none or it changes
-    nothing.
+    """(padding mask [B, N], True = real; any other mask, unchanged). None if there is no such mask, or it has no
+    effect.
 
-    Padding hides the same patches from every token, and does nothing else.
+    A mask is padding if it hides the same patches from every token and does nothing else.
     """
     if mask is None:
         return None, None
@@ -54,7 +54,7 @@ def cut(mask: Tensor, token_map: TokenMap, merges: bool, where: str) -> Tensor:
     """A mask [B, H, N, N] for the tokens that stay: rows and columns at the anchors, [B, H, M, M].
 
     Raises:
-        InputError: tokens were merged that the mask tells apart.
+        InputError: the mask treats tokens that were merged differently.
     """
     small = _at(mask, token_map.anchor.clamp(min=0))
     if merges and not torch.equal(_at(small, token_map.group.clamp(min=0)), mask.expand(len(small), -1, -1, -1)):
@@ -66,7 +66,7 @@ def cut(mask: Tensor, token_map: TokenMap, merges: bool, where: str) -> Tensor:
 
 
 def _at(mask: Tensor, index: Tensor) -> Tensor:
-    """Rows and columns at `index` [B, M] of [B or 1, H, N or 1, N or 1]; an axis of one stays."""
+    """Rows and columns at `index` [B, M] of a mask [B or 1, H, N or 1, N or 1]; axes of size 1 stay."""
     mask = mask.expand(index.shape[0], -1, -1, -1)
     if mask.shape[2] > 1:
         mask = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))

@@ -22,7 +22,7 @@ def _mha_attend(block: Any, x: Tensor, stage: CallState | None, args: tuple, kwa
     if stage is None:
         return block.ls_1(block.attention(q_x=h, attn_mask=kwargs.get("attn_mask")))
     bias = stage.bias(h)
-    if bias is not None and stage.pairs is not None:  # which has a row for every query
+    if bias is not None and stage.pairs is not None:  # this bias has a row for every query
         pairs = bias.expand(h.shape[0], block.attn.num_heads, h.shape[1], -1).flatten(0, 1)
         return block.ls_1(block.attn(h, h, h, need_weights=False, attn_mask=pairs.to(h.dtype))[0])
     # As a key padding mask [B, M] the bias is broadcast over heads and queries, never expanded to M x M.
@@ -40,7 +40,7 @@ def _feed(block: Any, x: Tensor) -> Tensor:
 
 
 def _mha_mask(block: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
-    """[N, N] or [B x H, N, N], always added to the logits, also where it is bool."""
+    """The caller's mask [N, N] or [B x H, N, N], always added to the logits, even if it is bool."""
     mask = kwargs.get("attn_mask")
     if mask is None:
         return None
@@ -49,7 +49,7 @@ def _mha_mask(block: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | None
 
 
 def _custom_mask(block: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | None:
-    """The same, but bool says what is hidden."""
+    """The same, but in a bool mask True means hidden."""
     mask = kwargs.get("attn_mask")
     if mask is None:
         return None
@@ -59,7 +59,7 @@ def _custom_mask(block: Any, x: Tensor, args: tuple, kwargs: dict) -> Tensor | N
 
 
 def _mha_keys(block: Any, x: Tensor) -> Tensor:
-    """The projection is fused into nn.MultiheadAttention."""
+    """Keys from the fused projection of nn.MultiheadAttention."""
     attn = block.attn
     return projected_keys(block.ln_1(x.detach()), attn.in_proj_weight, attn.in_proj_bias, attn.num_heads)
 

@@ -1,8 +1,8 @@
 """Runs a method in the blocks of an encoder, between attention and MLP.
 
-A family file (timm, open_clip, Hugging Face) says what its encoders look like (site.py). The state of a call is an
-immutable `CallState` (state.py) that each block hands to the next; it also rides on the block's output, so that
-activation checkpointing finds it again in the backward pass.
+A library file (timm, open_clip, Hugging Face) describes its encoders (site.py). The state of a call is an immutable
+`CallState` (state.py) that each block passes to the next; it is also attached to the storage of the block's input, so
+that activation checkpointing finds it again in the backward pass.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ class EncoderPatch:
     """One patched encoder: the site, the method, and the state of its calls.
 
     Attributes:
-        stage: at the end of the last call; turn: when that was; idle_calls: how many came after it without an image.
+        stage: the state at the end of the last call with images; turn: when that call ended; idle_calls: how many calls
+            without an image came after it.
         place: (module, attribute) of the list that holds the blocks.
         plans: by number of patches, what each layer removes.
-        slots, slot: how many positions a merged token carries (PPE), and of every column of the rotary table which of
-            them it reads; None = no PPE.
-        shared, others: the calls in progress, of the thread that compressed the model (`home`) and of other ones.
+        slots, slot: how many positions a merged token carries (PPE), and which of them each column of the rotary table
+            reads; None = no PPE.
+        shared, others: the calls in progress, in the thread that compressed the model (`home`) and in other threads.
     """
 
     site: EncoderSite
@@ -66,7 +67,7 @@ class EncoderPatch:
 
     @property
     def now(self) -> Running:
-        """This thread's call."""
+        """The state of this thread's call."""
         if torch.compiler.is_compiling() or threading.get_ident() == self.home:
             return self.shared
         return self.others.setdefault(threading.get_ident(), Running())
@@ -75,7 +76,7 @@ class EncoderPatch:
     def where(self) -> str:
         return self.site.path or self.site.type_name
 
-    # -- what it tells ------------------------------------------------------------------------------------------
+    # -- reports ------------------------------------------------------------------------------------------------
 
     @property
     def last(self) -> CallState | None:
@@ -92,7 +93,7 @@ class EncoderPatch:
         return self.stage.grid or (None,) * self.stage.batch
 
     def report(self, several: str = "") -> Report:
-        """What the last call did; `several`: what to add to the name where there are more encoders."""
+        """What the last call did; `several`: a suffix for the name if there are several encoders."""
         assert self.stage is not None
         notes = ["no image in the last call: this is of an earlier one"] if self.idle_calls else []
         notes += [f"encoder {self.where}{several}"] if several else []
@@ -105,10 +106,10 @@ class EncoderPatch:
     # -- on and off ---------------------------------------------------------------------------------------------
 
     def install(self, root: nn.Module) -> None:
-        """Patch every block. Whoever calls this takes it off again if it fails: `compress` strips the whole model.
+        """Patch every block. If this fails, the caller must undo it: `compress` removes all patches from the model.
 
         Args:
-            root: the model that holds the encoder.
+            root: the model that contains the encoder.
         """
         Guard(self).install(root)
         self.place = container(root, self.site.blocks)
@@ -128,7 +129,7 @@ class EncoderPatch:
             assert not isinstance(self.site.resizable, str)
             for module, extra in self.site.resizable:
                 module.register_forward_pre_hook(Hook("shrink", self, extra), with_kwargs=True)
-        # what only tells whether it can be done is done with, and no function of an adapter's can be pickled
+        # no longer needed: these served only the checks, and functions of an adapter cannot be pickled
         self.site = replace(self.site, encoder=None, probe=None, rotary="")
 
     # -- hooks --------------------------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ class EncoderPatch:
         return (out[0], out[1:]) if self.site.block.wrapped else (out, ())
 
     def passing(self, patch: BlockPatch, now: Running, x: Tensor, args: tuple, kwargs: dict) -> CallState:
-        """What a report says of a block that runs as it is; in any order, with anything."""
+        """The state to report for a block that runs unmodified; blocks may run in any order, on any input."""
         stage = now.stage
         if patch.index == 0 or stage is None or stage.layer != patch.index:
             given = None if self.site.block.relative else self.site.block.mask(patch.module, x, args, kwargs)
@@ -223,7 +224,7 @@ class EncoderPatch:
             )
 
     def check_attention(self, patch: BlockPatch) -> None:
-        """Before keys are computed from an attention's weights."""
+        """Raise if the attention was replaced, before keys are computed from its weights."""
         now = type(self.site.block.parts(patch.module)[0])
         if now is not patch.attention:
             raise InputError(
@@ -286,9 +287,9 @@ class EncoderPatch:
         return stage
 
     def noted(self, patch: BlockPatch, x: Tensor) -> CallState | None:
-        """In a backward pass that recomputes (activation checkpointing) the state of the last call is another one's.
-        What a block was given is the memory that it is given again, and the stage was noted there; it says nothing if
-        something else has been written there since, or is given."""
+        """The state that belongs to x in a recomputing backward pass (activation checkpointing), where the latest state
+        may be another call's. The block gets the same storage again, to which the state was attached; None if that
+        storage was written to since, or x is another tensor."""
         note = getattr(x.untyped_storage(), f"_vtc_{id(self)}", None) if rides(x) else None
         if note is None:
             return None
@@ -328,7 +329,8 @@ class EncoderPatch:
         return replace(stage, plan=plan, pairs=pairs)
 
     def check_patches(self, stage: CallState, patches: int, room: tuple[int, int] | None) -> None:
-        """Before tokens are taken for patches. `room`: patches of an image, and of all, that were cut."""
+        """Raise if there are more tokens than patches. `room`: how many patches were cut from an image, and from all
+        images."""
         if room is not None and patches > room[0] and stage.batch * patches > room[1]:
             raise InputError(
                 f"{stage.entry} tokens of an image reached {self.where}, more than its {room[0]} patches and "
@@ -342,7 +344,7 @@ class EncoderPatch:
             )
 
     def plan(self, patches: int) -> tuple[int, ...]:
-        if torch.compiler.is_compiling():  # the graph holds the plan, and should not depend on what is in the memory
+        if torch.compiler.is_compiling():  # the graph contains the plan, which should not depend on the cache
             return per_layer(self.method, patches, len(self.site.blocks), self.site.macs)
         if patches not in self.plans:
             self.plans[patches] = per_layer(self.method, patches, len(self.site.blocks), self.site.macs)
@@ -362,7 +364,7 @@ class EncoderPatch:
 
     def leave(self, patch: BlockPatch, now: Running, x: Tensor, more: tuple, stage: CallState) -> Any:
         last = patch.index + 1 == len(self.site.blocks)
-        wide = last or now.wide or bool(patch.module._forward_hooks)  # somebody else sees this output
+        wide = last or now.wide or bool(patch.module._forward_hooks)  # other code reads this output
         stage = replace(stage, layer=patch.index + 1, wide=wide)
         if wide:
             x = stage.widen(x, 0 if self.method.merges else "nearest")

@@ -1,6 +1,6 @@
-"""Why an encoder that vtc has no account of cannot be reduced, from what is seen of its modules.
+"""Why an encoder that vtc does not know cannot be reduced, derived from its modules.
 
-Names are read for one thing alone: which module attends.
+Module names are used for one thing only: to find the attention.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ def attends(name: str, module: nn.Module) -> bool:
     """By the name of its class, its own, or its heads; dropouts and norms of an attention project nothing."""
     called = f"{type(module).__name__} {name.rpartition('.')[2]}".lower()
     named = any(word in called for word in ("attention", "attn")) and not isinstance(module, nn.ModuleList)
-    headed = isinstance(getattr(module, "num_heads", None), int)  # a block that attends by itself
+    headed = isinstance(getattr(module, "num_heads", None), int)  # a block that computes attention itself
     return (named or headed) and any(parameter.ndim > 1 for parameter in module.parameters())
 
 
 def _mixers(model: nn.Module) -> str:
-    """What is there in place of attention."""
+    """What the model has in place of attention."""
     kinds = {
         "convolutions": any(isinstance(m, _CONVOLUTIONS) and _wide(m) for m in _behind_stem(model)),
         "recurrent layers": any(isinstance(m, nn.RNNBase) for m in model.modules()),
@@ -83,7 +83,7 @@ def _mixers(model: nn.Module) -> str:
 
 
 def _windowed(model: nn.Module) -> bool:
-    """Windows of the attention; a relative position bias may call the whole grid its window."""
+    """Whether attention works in windows. A relative position bias may use the whole grid as its window."""
     for part in model.modules():
         if not any(word in type(part).__name__.lower() for word in ("relpos", "relative")):
             if any(_sized(vars(part).get(name)) for name in ("window_size", "window_area")):
@@ -96,7 +96,7 @@ def _sized(value: Any) -> bool:
 
 
 def _pyramid(model: Any) -> bool:
-    """Do its features come in several sizes?"""
+    """Whether its features come in several sizes."""
     info = getattr(model, "feature_info", None)
     scales = {entry.get("reduction") for entry in info if isinstance(entry, dict)} if isinstance(info, list) else set()
     lists = (getattr(getattr(model, "config", None), name, None) for name in ("depths", "num_heads", "sr_ratios"))
@@ -108,7 +108,7 @@ def _wide(module: Any) -> bool:
 
 
 def _behind_stem(model: nn.Module) -> Iterator[nn.Module]:
-    """All modules but the first convolution, which cuts images into patches in a ViT, too."""
+    """All modules except the first convolution, which cuts images into patches even in a ViT."""
     seen = False
     for module in model.modules():
         if isinstance(module, _CONVOLUTIONS) and not seen:

@@ -10,16 +10,16 @@ from vtc.positions import PPE, sections, slot_of_pair, slots_for
 
 
 def column_slots(table: Tensor, grid: tuple[int, int], parts: int, ppe: PPE) -> tuple[int, Tensor]:
-    """K, and which of the K slots each column of a rotary table reads [C].
+    """K, and for each column of a rotary table which of the K slots it reads, [C].
 
-    What a column turns by is read off the table of one grid: the row, the column, or nothing; and which two columns are
-    a pair: they are equal everywhere.
+    Derived from the table of one grid: whether a column depends on the row, on the column or on neither, and which two
+    columns form a pair (they are equal everywhere).
 
     Args:
         table: [rows x columns, C], row by row; `parts` tables side by side (2 = sine and cosine).
 
     Raises:
-        OptionError: a table that is laid out in another way, a K that does not divide the sections.
+        OptionError: the table has another layout, or K does not divide the sections.
     """
     width = table.shape[-1] // parts
     one = table[:, :width].float().view(*grid, width)

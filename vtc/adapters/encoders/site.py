@@ -1,4 +1,5 @@
-"""What a family file says about the encoders it finds: how their blocks work (`Block`), where they are (`Site`)."""
+"""How a library file describes the encoders it finds: how their blocks work (`Block`), where they are
+(`EncoderSite`)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ NOT_ROTARY = "its positions are not rotary, so a merged token has none to carry"
 
 
 def plain_example(block: nn.Module, prefix: int) -> tuple[int, tuple, dict]:
-    return prefix + 23, (), {}  # no number of heads, so that keys cannot be read the wrong way round
+    return prefix + 23, (), {}  # a length that is no number of heads, so that swapped axes of the keys are detected
 
 
 @dataclass(frozen=True)
@@ -24,15 +25,17 @@ class Block:
     """How one kind of block works: x + attend(x), then x + feed(x), bit for bit what its own forward computes.
 
     Attributes:
-        attend: (block, x, stage, args, kwargs) -> the attention branch. `args` and `kwargs` are the block's own; with a
-            stage, masks and positions must be taken at `stage.total.anchor`, and `stage.bias` added to the logits.
+        attend: (block, x, stage, args, kwargs) -> the attention branch. `args` and `kwargs` are the block's own. If
+            `stage` is given, masks and positions must be indexed at `stage.total.anchor`, and `stage.bias` added to the
+            logits.
         feed: (block, x) -> the MLP branch.
         keys: (block) -> the module whose output holds the keys, or None where `project` computes them.
         project: (block, x) -> [B, N, D] keys averaged over heads, from the block's input.
         heads: (block) -> number of key heads.
         width: (block) -> heads x head width.
         parts: (block) -> (attention module, MLP module), to count weights.
-        example: (block, prefix) -> (tokens, args, kwargs) for a trial run: every argument that the encoder gives it.
+        example: (block, prefix) -> (tokens, args, kwargs) for a trial run, with every argument that the encoder passes
+            to a block.
         relative: the attention mask is a relative position bias, never padding.
         wrapped: its forward gives the tokens in a tuple.
         mask: (block, x, args, kwargs) -> the caller's mask among them, as masks.py describes it.
@@ -56,21 +59,21 @@ class EncoderSite:
     """One encoder found in a model.
 
     Attributes:
-        path, type_name: where it is and what it is, for people.
+        path, type_name: where it is and what it is, for messages.
         blocks: the blocks in order; block: how they work.
         prefix: leading tokens that are not patches.
-        patchify: the module that cuts the image into patches. Its output [B, C, h, w] tells the grid; a Linear (NaFlex)
-            does not.
-        naflex: the module that receives `spatial_shapes`, where images of a batch have grids of their own.
-        resizable: modules that receive the pixels and may receive a smaller image, each with keyword arguments to add;
-            or a sentence that says why not.
-        shuffled: its embeddings reorder the patches, so that a grid means nothing.
+        patchify: the module that cuts the image into patches. Its output [B, C, h, w] shows the grid; that of a Linear
+            (NaFlex) does not.
+        naflex: the module that receives `spatial_shapes`, if the images of a batch have different grids.
+        resizable: modules that receive the pixels and accept a smaller image, each with keyword arguments to add; or a
+            sentence that says why this is not possible.
+        shuffled: its embeddings reorder the patches, so a grid is meaningless.
         watched: objects with a `forward_intermediates` that returns every block's tokens.
-        no_bias: why the attention takes no size bias, if it does not.
-        encoder, probe: the module whose call runs the blocks, and a function that calls it, or a copy of it on the
-            meta device, with one image; None = how many tokens reach the first block is seen in a call only.
-        rotary: makes a rotary table, (table [rows x columns, C], (rows, columns), tables side by side); or why there is
-            none that merged tokens could carry several rows of.
+        no_bias: why the attention cannot take a size bias, if it cannot.
+        encoder, probe: the module whose call runs the blocks, and a function that calls it, or a copy of it on the meta
+            device, with one image; None = the number of tokens at the first block is only known during a call.
+        rotary: makes a rotary table, (table [rows x columns, C], (rows, columns), tables side by side); or why merged
+            tokens cannot carry several of its rows.
     """
 
     path: str
@@ -100,10 +103,10 @@ class Refusal:
 
 
 def examined(path: str, model: nn.Module, look: Callable[[str, Any], EncoderSite | Refusal]) -> EncoderSite | Refusal:
-    """`look(path, model)`, so that one strange encoder does not keep others from being found."""
+    """`look(path, model)`, but an encoder that raises becomes a `Refusal`, so that others are still found."""
     try:
         return look(path, model)
-    except Exception as error:  # of a model that is put together in a way nobody foresaw
+    except Exception as error:  # from a model of unforeseen structure
         return Refusal(path, type(model).__name__, unforeseen(error))
 
 
@@ -112,9 +115,9 @@ def unforeseen(error: Exception) -> str:
 
 
 def projected_keys(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
-    """Keys averaged over heads [B, N, D] float32, where one projection makes queries, keys and values and is applied
-    past every hook. Averaging the weights over the heads gives the mean key directly; weights that are packed
-    (quantized) are applied as they are, not read."""
+    """Keys averaged over heads [B, N, D] float32, where one projection computes queries, keys and values without
+    calling a module that could be hooked. Averaging the weights over the heads gives the mean key directly; packed
+    (quantized) weights are applied as they are, not read."""
     rows = weight.shape[0] // 3
     if bias is not None:
         bias = bias[rows : 2 * rows].detach().float()

@@ -1,4 +1,5 @@
-"""The state of one call between two blocks, and what follows from it: biases, masks and positions for fewer tokens."""
+"""The state of one call between two blocks, and what is derived from it: biases, masks and positions for fewer
+tokens."""
 
 from __future__ import annotations
 
@@ -18,17 +19,17 @@ Grid = tuple[int, int]
 
 @dataclass(eq=False)
 class Running:
-    """What one thread's call has come to. Every thread has its own, so that several may be in one model.
+    """The progress of one thread's call. Every thread has its own, so that several may use one model.
 
     Attributes:
-        stage: behind the last block that ran; None before the first and after the last.
-        grid: of every image that was cut into patches last, and of a ragged batch (NaFlex).
-        room: patches of an image, and of all, that were cut since block 0 ran; None = unknown.
-        resized: the image's own grid and the one it was resized to, until block 0.
-        wide: every block returns full length, not only the last, and a call may stop between two.
-        wanted: the patch whose block's keys are; keys: what it noted.
-        open: the modules that are running, outermost first, each with `images` and `runs` as it began.
-        images: how often images were cut into patches; runs: how often a call came to its end.
+        stage: the state after the last block that ran; None before the first block and after the last.
+        grid: the grids of the images that were cut into patches last, also of a ragged batch (NaFlex).
+        room: how many patches were cut from an image, and from all images, since block 0 ran; None = unknown.
+        resized: the image's own grid and the one it was resized to, kept until block 0.
+        wide: every block, not only the last, returns tokens at full length, and a call may stop between two blocks.
+        wanted: the patch of the block whose keys are needed; keys: the keys it recorded.
+        open: the running modules, outermost first, each with the values of `images` and `runs` when it began.
+        images: how often images were cut into patches; runs: how many calls were completed.
     """
 
     stage: CallState | None = None
@@ -48,12 +49,12 @@ class CallState:
     """The state of one call between two blocks.
 
     Attributes:
-        layer: the next block; entry: tokens at the first block, prefix included.
+        layer: the next block; entry: number of tokens at the first block, prefix included.
         plan: tokens to remove per layer; [B, depth] for a ragged batch.
-        total: from the entry to now, None = nothing happened yet; maps: one per layer that reduced.
-        size: [B, M] float32, what each token stands for, None = all 1; mask: [B, M], None = all real.
-        pairs: [B or 1, H or 1, M or 1, M], a caller's mask that is no padding, bool or added to the logits.
-        wide: the last block gave its tokens at full length.
+        total: the map from the entry to now, None = nothing was reduced yet; maps: one per layer that reduced.
+        size: [B, M] float32, how many tokens each token stands for, None = all 1; mask: [B, M], None = all real.
+        pairs: [B or 1, H or 1, M or 1, M], a caller's mask that is not padding, bool or added to the logits.
+        wide: the last block returned its tokens at full length.
         flow: (tokens in attention, tokens in the MLP) of each layer that ran, a pair of [B] lists or ints.
         carried, slot: with PPE, the patches whose positions each token behind the prefix carries [K, B, M], and which
             of the K each column of a rotary table reads.
@@ -84,7 +85,7 @@ class CallState:
 
     def bias(self, x: Tensor) -> Tensor | None:
         """[B, 1, 1, M]: log size, to add to the attention logits (proportional attention); -inf on padding. With a
-        caller's mask [B, 1 or H, M, M], which is bool if it was and nothing is added to it."""
+        caller's mask [B, 1 or H, M, M], which stays bool if nothing has to be added to it."""
         if self.size is None:
             return self.pairs
         kind = x.device.type
@@ -102,26 +103,26 @@ class CallState:
         return (self.total.anchor[:, self.prefix :] - self.prefix).clamp(min=0)
 
     def turned(self, table: Tensor) -> Tensor:
-        """The rows of a rotary table of all patches for the tokens behind the prefix: [B, 1 or H, M, D]."""
+        """The rows of a rotary table of all patches, for the tokens behind the prefix: [B, 1 or H, M, D]."""
         if self.carried is None or self.slot is None:
             return taken_at(table, self.patches())
         return combine([taken_at(table, patch) for patch in self.carried], self.slot)
 
     @property
     def length(self) -> int:
-        """How many tokens the next block must be given."""
+        """How many tokens the next block must receive."""
         if self.wide and self.front is not None:
             return self.front.group.shape[1]
         return self.entry if self.wide or self.total is None else self.total.anchor.shape[1]
 
     def narrow(self, x: Tensor) -> Tensor:
-        """Undo `widen`: x comes at full length from a block that was watched."""
+        """Undo `widen`: x comes at full length from a block whose output was read."""
         total = self.front if self.total is None else self.total
         return x if total is None or not self.wide else total.gather(x)
 
     def widen(self, x: Tensor, fill: int | str) -> Tensor:
-        """[B, M, C] -> [B, entry, C]; the prefix fills nothing but itself."""
-        total = self.front if self.total is None else self.total  # a resized image loses nothing further
+        """[B, M, C] -> [B, entry, C]; the prefix is not used as a fill value."""
+        total = self.front if self.total is None else self.total  # a resized image is not reduced further
         if total is None:
             return x
         rest = total.drop_prefix(self.prefix).unmerge(x[:, self.prefix :], fill)
@@ -166,7 +167,7 @@ def report(name: str, site: EncoderSite, stage: CallState) -> Report:
         return [int(n) for n in count] if isinstance(count, Tensor) else [int(count)] * images
 
     flow = [(each(a), each(b)) for a, b in stage.flow]
-    seen = flow[0][0]  # what the encoder was given; a resized image had more
+    seen = flow[0][0]  # what the encoder received; the image had more before resizing
     entry = seen if stage.front is None else each(stage.front.group.shape[1])
     costs = site.macs.first(stage.layer)
     before = macs = 0

@@ -25,7 +25,7 @@ def refusal(site: EncoderSite, method: Method | None) -> str:
     if method is not None and method.merges and site.no_bias:
         return f'{site.no_bias} takes no size bias, which merged tokens need; load it with attn_implementation="sdpa"'
     if not any(map(patch_on, site.blocks)):
-        reason = check(site)  # an encoder that is patched has been tried already
+        reason = check(site)  # a patched encoder has already been checked
         if reason:
             return reason
     if method is None or method.lacks("encoder"):

@@ -1,6 +1,6 @@
 """timm: ViT, DeiT, DINOv2, SigLIP, CLIP towers (`Block`), EVA-02, DINOv3 (`EvaBlock`) and BEiT.
 
-Blocks are told by their parts, never by class name, and tried on random tokens before anything is patched.
+Blocks are recognised by their parts, never by class name, and tested on random tokens before anything is patched.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def _scaled(block: Any, name: str, h: Tensor) -> Tensor:
 
 
 def _eva_example(block: Any, prefix: int) -> tuple[int, tuple, dict]:
-    """With a rotary table that turns: sines and cosines of the patches behind the prefix, in neighbouring pairs, or in
-    halves."""
+    """With a rotary table that is not the identity: sines and cosines for the patches behind the prefix, in
+    neighbouring pairs or in halves."""
     like = next(block.parameters())
     tokens, width = prefix + 23, _width(block) // block.attn.num_heads
     angle = torch.arange(23.0)[:, None] / (1 + torch.arange(width // 2))
@@ -105,7 +105,7 @@ def _beit_attend(block: Any, x: Tensor, stage: CallState | None, args: tuple, kw
     else:
         own = attn._get_rel_pos_bias()
         bias = _at_anchors(own if shared is None else own + shared, x, stage)
-        # The table is switched off for this call: what it says, taken at the anchors, is in `bias` already.
+        # The table is disabled for this call: its values at the anchors are already in `bias`.
         table, attn._parameters["relative_position_bias_table"] = attn._parameters["relative_position_bias_table"], None
         try:
             h = attn(h, shared_rel_pos_bias=bias)
@@ -123,7 +123,7 @@ def _at_anchors(table: Tensor | None, x: Tensor, stage: CallState) -> Tensor | N
 
 
 def _beit_keys(block: Any, x: Tensor) -> Tensor:
-    """BEiT projects with F.linear, past every hook."""
+    """BEiT projects with F.linear, where no hook can read the keys."""
     return projected_keys(block.norm1(x.detach()), block.attn.qkv.weight, None, block.attn.num_heads)  # without a bias
 
 
@@ -140,7 +140,7 @@ def _width(block: Any) -> int:
 
 
 def _heads(block: Any) -> int:
-    """Key heads. Differential attention has two for each of its heads."""
+    """Number of key heads. Differential attention has two for each of its heads."""
     attn = block.attn
     if not hasattr(attn, "head_dim"):
         return attn.num_heads
@@ -149,11 +149,11 @@ def _heads(block: Any) -> int:
 
 
 def _k_norm(block: Any) -> nn.Module:
-    return block.attn.k_norm  # an Identity where keys are not normalised; its output are the keys before rotation
+    return block.attn.k_norm  # an Identity if keys are not normalised; its output is the keys before rotation
 
 
 def _beit_example(block: Any, prefix: int) -> tuple[int, tuple, dict]:
-    """As many tokens as the block's own table; without one, with the table that the blocks share."""
+    """As many tokens as the block's own table has; without one, with the table that the blocks share."""
     attn = block.attn
     if attn.relative_position_index is not None:
         return attn.relative_position_index.shape[0], (), {}
@@ -189,8 +189,9 @@ def _kind(block: nn.Module) -> Block | None:
 
 
 def find(model: nn.Module) -> Iterator[EncoderSite | Refusal]:
-    """Every timm encoder inside `model`, or why it cannot be reduced. What is inside another (the network that cuts a
-    hybrid's patches) is judged with it; a head around an encoder (Qwen3VitClassifier) is none."""
+    """Every timm encoder inside `model`, or why it cannot be reduced. A model inside another (the network that cuts a
+    hybrid's patches) is judged as part of it; a head around an encoder (Qwen3VitClassifier) is not an encoder
+    itself."""
     judged: list[str] = []
     for path, module in model.named_modules():
         if not encodes(module) or any(path.startswith(above) for above in judged):
@@ -264,7 +265,7 @@ def _rotary(model: Any) -> Any:
         return "every head turns by its own mix of row and column"
 
     def table() -> tuple[Tensor, tuple[int, int], int]:
-        own = copy.deepcopy(rope).eval()  # in training some move the grid by random numbers, the caller's
+        own = copy.deepcopy(rope).eval()  # in training some shift the grid with the caller's random generator
         if any(buffer.is_meta for buffer in own.buffers()):
             own.to_empty(device="cpu").init_non_persistent_buffers()
         grid = getattr(own, "feat_shape", None) or (3, 4)

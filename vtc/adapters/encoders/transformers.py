@@ -1,7 +1,7 @@
 """Hugging Face encoders: ViT, DeiT, ViT-MAE, DINOv2 (with registers), DINOv3, CLIP, SigLIP, SigLIP 2, BEiT.
 
-Works on the model itself and wherever it sits inside another (AutoModel, pipelines, CLIPModel, task heads). Layers are
-told by their parts and tried on random tokens before anything is patched.
+Works on the model itself and on a model inside another (AutoModel, pipelines, CLIPModel, task heads). Layers are
+recognised by their parts and tested on random tokens before anything is patched.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _of_library(module: Any) -> bool:
     return any(cls.__module__.startswith("transformers.") for cls in type(module).__mro__)
 
 
-def _inputs(module: Any) -> tuple[str, ...]:  # a part that is no model of its own has none
+def _inputs(module: Any) -> tuple[str, ...]:  # a part that is not a complete model has none
     named = getattr(module, "main_input_name", ())
     return (named,) if isinstance(named, str) else tuple(named)
 
@@ -56,18 +56,18 @@ def _sees(module: Any) -> bool:
 
 
 def _encodes(module: Any) -> bool:
-    """True for embeddings of images and layers behind them: a model of its own, or a part of one (OWL-ViT)."""
+    """True for image embeddings followed by layers: a complete model, or a part of one (OWL-ViT)."""
     if not isinstance(getattr(module, "embeddings", None), nn.Module):
         return False
     if any(name.startswith("pixel_values") for name in _inputs(module)):
-        # without layers, it may be a model around an encoder, whose embeddings are a text's
+        # without layers, it may be a model around an encoder, with text embeddings
         return _layers(module) is not None or not any(_covered(m) for m in module.modules() if m is not module)
     cuts = any(isinstance(part, nn.Conv2d) for part in module.embeddings.modules())
     return cuts and _layers(module) is not None and _sees(module)
 
 
 def _covered(module: Any) -> bool:
-    """True for an encoder that this adapter judges for itself, or that the timm adapter does (TimmWrapperModel)."""
+    """True for an encoder that this adapter judges separately, or that the timm adapter judges (TimmWrapperModel)."""
     return (_of_library(module) and _encodes(module)) or in_timm(module)
 
 
@@ -148,9 +148,9 @@ def _block(model: Any, layers: Any) -> Block | str:
 
 
 def _probe(model: Any, patchify: Any) -> Any:
-    """Calls the encoder with an image of the size it was made for."""
+    """A function that calls the encoder with an image of the size it was made for."""
     like: dict[str, Any] = {"dtype": patchify.weight.dtype, "device": "meta"}
-    if isinstance(patchify, nn.Linear):  # patches, none of them padding, and their rows and columns
+    if isinstance(patchify, nn.Linear):  # patches without padding, and their rows and columns
         inputs = {
             "pixel_values": torch.empty(1, 12, patchify.in_features, **like),
             "pixel_attention_mask": None,
@@ -171,7 +171,7 @@ def _rotary(model: Any, patch: Any) -> Any:
         return NOT_ROTARY
 
     def table() -> tuple[Tensor, tuple[int, int], int]:
-        # a module of its own: with numbers where the model has none (meta), without hooks, never in training
+        # a separate module: with values where the model has none (meta), without hooks, never in training mode
         with torch.device("cpu" if rope.inv_freq.is_meta else rope.inv_freq.device):
             _, sine = type(rope)(rope.config).eval()(torch.zeros(1, 3, 3 * patch[0], 4 * patch[1]))
         return sine, (3, 4), 1
@@ -180,7 +180,8 @@ def _rotary(model: Any, patch: Any) -> Any:
 
 
 def _prefix(embeddings: Any) -> int:
-    """Tokens in front of the patches, by the shapes of what is put there: [C], [1, C] or [1, tokens, C]."""
+    """Number of tokens in front of the patches, by the shapes of the embeddings put there: [C], [1, C] or [1, tokens,
+    C]."""
     count = 0
     for attribute in ("cls_token", "class_embedding", "distillation_token", "register_tokens"):
         token = getattr(embeddings, attribute, None)
@@ -190,7 +191,7 @@ def _prefix(embeddings: Any) -> int:
 
 
 def _interpolation(embeddings: Any) -> dict:
-    """The keyword that makes the embeddings accept another image size, where they do not do so by themselves."""
+    """The keyword that makes the embeddings accept another image size, if they need one."""
     return (
         {"interpolate_pos_encoding": True}
         if "interpolate_pos_encoding" in signature(type(embeddings).forward).parameters
@@ -199,7 +200,7 @@ def _interpolation(embeddings: Any) -> dict:
 
 
 def _tail(model: Any) -> tuple[int, int]:
-    """Weights of a pooling head: applied to every token, applied once."""
+    """Numbers of weights of a pooling head: (applied to every token, applied once)."""
     head = getattr(model, "head", None)
     attention = getattr(head, "attention", None)
     if isinstance(head, nn.Module) and isinstance(attention, nn.MultiheadAttention):

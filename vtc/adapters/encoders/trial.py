@@ -1,9 +1,9 @@
-"""The trial: what an adapter believes of an encoder is checked by behaviour, before anything is patched.
+"""The trial: an adapter's description of an encoder is checked by running it, before anything is patched.
 
 Do as many tokens reach the first block as the adapter counts? Does every block compute `x + attend(x)`, then
-`x + feed(x)`, to the last bit? Do sizes mean what they should: all of size 1 is no bias, and a token of size 4 is that
-token four times? All but the second question go to copies with random weights, so that a model on the meta device, one
-that is offloaded and one in half precision get the same answers.
+`x + feed(x)`, to the last bit? Do sizes have the right effect: sizes that are all 1 change nothing, and a token of size
+4 counts as that token four times? All but the second question are checked on copies with random weights, so that a
+model on the meta device, one that is offloaded and one in half precision get the same answers.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from vtc.errors import UnsupportedModelError, first_line
 from vtc.scores.attention import head_mean
 from vtc.token_map import TokenMap
 
-_MASKS = {"attention_mask", "attn_mask", "mask"}  # which the run reads, and cuts or refuses
-_INSTANCE = ("forward", "_old_forward", "_hf_hook", "forward_intermediates")  # what others put on an instance
-_LOOSE = 0.05  # of a block that is not copied: half precision, quantized weights
+_MASKS = {"attention_mask", "attn_mask", "mask"}  # read in a call, and cut or refused
+_INSTANCE = ("forward", "_old_forward", "_hf_hook", "forward_intermediates")  # what other libraries set on an instance
+_LOOSE = 0.05  # tolerance for a block that is not copied: half precision, quantized weights
 _TIGHT = 1e-3
 
 
 def check(site: EncoderSite) -> str:
-    """Why `site` is not what its adapter takes it for, or ""."""
+    """Why `site` does not match its adapter's description, or ""."""
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         try:
             return check_entry(site) or check_blocks(site)
-        except _Unreached as error:  # its blocks may say more
+        except _Unreached as error:  # its blocks may give a better reason
             return check_blocks(site) or str(error)
-        except Exception as error:  # of a model that is put together in a way nobody foresaw
+        except Exception as error:  # from a model of unforeseen structure
             return unforeseen(error)
 
 
@@ -51,11 +51,11 @@ class _Passed(Exception):
 
 
 class _Unreached(Exception):
-    """A block was not called, and why."""
+    """A block was not called; the message says why."""
 
 
 class _Passage(nn.Module):
-    """Stands in for the blocks of a copy: notes what each is given, and ends the call at the last."""
+    """Replaces the blocks of a copy: records what each receives, and ends the call at the last."""
 
     def __init__(self, index: int, last: bool, calls: list) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def check_entry(site: EncoderSite) -> str:
         _probe(site, calls, patches)
     except _Passed:
         pass
-    except Exception as error:  # whatever a foreign encoder may raise
+    except Exception as error:  # a foreign encoder may raise anything
         where = f"after block {len(calls) - 1}" if calls else "before the first"
         what = "it asks for the numbers in a tensor" if "meta tensor" in str(error) else first_line(error)
         raise _Unreached(
@@ -162,7 +162,7 @@ def _patch_count(outputs: list) -> int:
 
 
 def check_blocks(site: EncoderSite) -> str:
-    """Every block against its account; how it takes sizes once for every kind of block."""
+    """Check every block against its description, and the effect of sizes once for every kind of block."""
     tried = set()
     for index, block in enumerate(site.blocks):
         where = f"block {index} ({type(block).__name__})"
@@ -250,7 +250,7 @@ def _sizes_of(site: EncoderSite, block: nn.Module, tolerance: float) -> str:
 
 
 def _heard(site: EncoderSite, block: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> tuple[Tensor, str]:
-    """The attention branch of all tokens, and why the keys are not what the adapter takes them for, or ""."""
+    """The attention branch of all tokens, and why the keys do not match the adapter's description, or ""."""
     about, outputs = site.block, []
     if about.keys is None:
         if about.project is not None:
@@ -268,13 +268,13 @@ def _heard(site: EncoderSite, block: nn.Module, x: Tensor, args: tuple, kwargs: 
     keys, heads = outputs[-1], about.heads(block)
     try:
         found = head_mean(keys, heads).shape[:2] == x.shape[:2]
-    except Exception:  # einops says it in its own way
+    except Exception:  # einops raises its own errors
         found = False
     return plain, "" if found else f"has keys of form {list(keys.shape)}, not {heads} heads of {x.shape[1]} tokens"
 
 
 def _causal(site: EncoderSite, block: nn.Module, x: Tensor, args: tuple, kwargs: dict, plain: Tensor) -> bool:
-    """Does another last token leave the first ones as they were?"""
+    """Whether changing the last token leaves the output of the first ones unchanged."""
     other = x.clone()
     other[:, -1] = -other[:, -1]
     moved = site.block.attend(block, other, None, args, kwargs)[:, :-1] - plain[:, :-1]
@@ -282,7 +282,7 @@ def _causal(site: EncoderSite, block: nn.Module, x: Tensor, args: tuple, kwargs:
 
 
 def _differ(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
-    return not bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())  # NaN differs
+    return not bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())  # NaN counts as different
 
 
 def _example(site: EncoderSite, block: nn.Module, seed: int) -> tuple[Tensor, tuple, dict]:
@@ -309,7 +309,7 @@ def width_of(block: nn.Module, attention: nn.Module) -> int:
 
 def bare_copy(module: nn.Module, tensor: Callable[[str, Tensor], Tensor], known: dict[int, Any] | None = None) -> Any:
     """A deep copy of `module` whose parameters and buffers come from `tensor(name, old)`, without hooks and without
-    what others have put on its parts. `known`: id -> what takes an object's place; afterwards, every copy."""
+    what others set on its parts. `known`: id of an object -> its replacement; afterwards also every copy."""
     memo = {} if known is None else known
     for part in module.modules():
         for store in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
@@ -347,7 +347,7 @@ def stand_in(block: nn.Module) -> nn.Module:
     if any(map(_packed, block.modules())):
         return block
     made = bare_copy(block, _noise)
-    for part in made.modules():  # tables that a class computes for itself
+    for part in made.modules():  # tables that a class computes itself
         if any(buffer.is_meta for buffer in part._buffers.values() if buffer is not None):
             for name, buffer in part._buffers.items():
                 part._buffers[name] = None if buffer is None else torch.zeros_like(buffer, device="cpu")
@@ -357,12 +357,12 @@ def stand_in(block: nn.Module) -> nn.Module:
 
 
 def _packed(module: nn.Module) -> bool:
-    """Weights that are no parameters (quantize_dynamic keeps them in an object of its own)."""
+    """Whether weights are not parameters (quantize_dynamic keeps them in a separate object)."""
     return hasattr(module, "in_features") and not any(True for _ in module.parameters())
 
 
 def _noise(name: str, old: Tensor) -> Tensor:
-    """Random values in which every part shows: matrices keep the scale of what passes, norms are around 1."""
+    """Random values with which every part has an effect: matrices keep the scale of their inputs, norms are near 1."""
     if not isinstance(old, nn.Parameter):
         if old.is_meta:
             return old.detach()
@@ -391,7 +391,7 @@ def kind_of(block: nn.Module) -> tuple:
 
 
 def _floats(block: nn.Module) -> Iterator[Tensor]:
-    """Parameters in the type that tokens come in: floating, not packed into bytes; at least one."""
+    """Parameters in the dtype of the tokens: floating, not packed into bytes; at least one."""
     found = False
     for parameter in block.parameters():
         if parameter.is_floating_point() and parameter.itemsize > 1:
@@ -402,7 +402,7 @@ def _floats(block: nn.Module) -> Iterator[Tensor]:
 
 
 def _here(block: nn.Module) -> bool:
-    """True if the block holds numbers, not only their shapes (meta: not loaded, or offloaded)."""
+    """True if the block has actual values, not only shapes (meta: not loaded, or offloaded)."""
     return not any(parameter.is_meta for parameter in block.parameters())
 
 

@@ -1,8 +1,8 @@
-"""A KV cache that is shorter than the conversation it stands for.
+"""A KV cache that is shorter than the conversation it represents.
 
-Everybody outside the decoder (generate, a second turn, beam search) counts the prompt's own tokens: which ids are still
-to be fed, which position comes next. The decoder counts the entries it has. So a cache with tokens removed answers
-`get_seq_length` with the prompt's length, except while the decoder runs.
+Code outside the decoder (generate, a second turn, beam search) counts the tokens of the full prompt: which ids are
+still to be fed, which position comes next. The decoder counts the entries in the cache. So when tokens were removed,
+`get_seq_length` returns the full prompt's length, except while the decoder runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vtc.errors import InputError
 
 
 def cache_name() -> str:
-    """What models call their cache, as an argument and in their output: `past_key_values` before transformers 5.24."""
+    """The name of the cache in a model's arguments and output: `past_key_values` before transformers 5.24."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     return "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -33,10 +33,10 @@ class Entries:
     """Which column of the full conversation each cache entry holds.
 
     Attributes:
-        columns: [B, E] long, ascending but for padding, which is -1.
-        length: columns of the conversation so far, the removed ones included.
+        columns: [B, E] long, ascending except for padding, which is -1.
+        length: number of columns of the conversation so far, including the removed ones.
         padded: whether any entry is padding.
-        sizes: [B, E] float32, what each entry stands for, where attention is proportional to it; None = 1.
+        sizes: [B, E] float32, how many tokens each entry stands for, if attention is weighted by size; None = 1.
     """
 
     columns: Tensor
@@ -50,13 +50,14 @@ class Entries:
 
     @classmethod
     def before(cls, cache: Any, batch: int, device: torch.device) -> Entries:
-        """What `cache` holds before a call; None = nothing."""
+        """The entries of `cache` before a call; None = empty."""
         if isinstance(cache, Shortened):
             return cache.vtc_entries
         return cls.whole(batch, 0 if cache is None else cache.get_seq_length(), device)
 
     def extend(self, columns: Tensor, length: int, padded: bool, sizes: Tensor | None = None) -> Entries:
-        """With the entries of a chunk of `length` columns; `columns` count from the start of the chunk."""
+        """These entries plus those of a chunk of `length` columns; `columns` are counted from the start of the
+        chunk."""
         if sizes is not None or self.sizes is not None:
             before, new = (
                 torch.ones(c.shape, device=c.device) if s is None else s
@@ -72,7 +73,7 @@ class Entries:
         return replace(self, columns=self.columns.index_select(0, index), sizes=sizes)
 
     def cropped(self, gone: int) -> Entries:
-        """Without the last `gone` columns, none of which may be one that was removed."""
+        """The entries without the last `gone` columns, none of which may be a removed one."""
         left = self.columns.shape[1] - gone
         if gone and (left < 0 or bool((self.columns[:, left:] < self.length - gone).any())):
             raise InputError(
@@ -88,11 +89,11 @@ class Entries:
 
 
 class Shortened:
-    """What `shorten` mixes into the class of a cache.
+    """The mixin that `shorten` adds to the class of a cache.
 
     Attributes:
         vtc_entries: the entries of the decoder's first layer, by the columns of the conversation.
-        vtc_levels: where later layers hold fewer: the entries of every level, by those of the first layer.
+        vtc_levels: if later layers hold fewer, the entries of every level, as indices into those of the first layer.
         vtc_inside: whether the decoder is running.
     """
 
@@ -136,7 +137,7 @@ _CLASSES: dict[type, type] = {}
 
 
 def shorten(cache: Any, entries: Entries, levels: tuple[Entries, ...] = ()) -> None:
-    """Make `cache` one that stands for more than it holds, in place; it stays an instance of its class."""
+    """Make `cache`, in place, report the full length although it holds less; it stays an instance of its class."""
     if not isinstance(cache, Shortened):
         plain = type(cache)
         if plain not in _CLASSES:

@@ -1,7 +1,7 @@
 """What methods may ask for beyond the image tokens: attention and keys of the vision tower, the projector's input.
 
-Attention is listened to where transformers hands queries and keys to its attention function, so that it works with
-every implementation (sdpa, eager, flash) and nothing is computed twice. No attention map of the model exists here.
+Attention is recorded where transformers passes queries and keys to its attention function, so this works with every
+implementation (sdpa, eager, flash) and nothing is computed twice. The full attention map is never built here.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from vtc.scores.attention import head_mean
 
 CAPTURED = {"attention", "middle", "keys", "inputs", "projector"}  # fields of Tokens
 _NAME = "vtc_listen"
-# What large images receive from all their patches would cost more than a layer of the decoder: there, each _EVERYth
-# patch is asked (with 2x2 patches to a token, one of each token).
+# For large images, the attention from all patches would cost more than a layer of the decoder: only the queries of each
+# _EVERYth patch are used (with 2x2 patches to a token, one per token).
 _ALL, _EVERY = 1024, 4
 
 
 class AttentionTap(Patch):
-    """For the `config` of one attention module. While `heard` is a list, the module's attention function is ours, which
-    notes queries and keys and calls the one that the config names. In all else it is that config."""
+    """Replaces the `config` of one attention module. While `calls` is a list, the module's attention function is ours,
+    which records queries and keys and calls the one that the config names. Otherwise it behaves as that config."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module, "config")
@@ -56,7 +56,7 @@ def _listen(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
 
 
 def listen(module: Any) -> AttentionTap:
-    """Listen to an attention module; `strip` takes it off."""
+    """Record the calls of an attention module; `strip` removes this."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if _NAME not in ALL_ATTENTION_FUNCTIONS.valid_keys():
@@ -70,16 +70,16 @@ def listen(module: Any) -> AttentionTap:
 
 @dataclass(eq=False)
 class Capture:
-    """Listens to one model's tower and projector while they encode, for the fields of `Tokens` in `needs`."""
+    """Records what one model's tower and projector compute while they encode, for the fields of `Tokens` in `needs`."""
 
     family: Family
     inner: Any
     needs: frozenset[str]
     taps: dict[str, AttentionTap] = field(default_factory=dict)
     projected: Tensor | None = None
-    hidden: Tensor | None = None  # of the projector, before its activation
+    hidden: Tensor | None = None  # the projector's hidden values, before its activation
     listening: bool = False
-    note: str = ""  # what a report should say of it
+    note: str = ""  # what a report should say about the recording
 
     def install(self) -> None:
         attentions = self.family.attentions(self.inner)
@@ -110,7 +110,7 @@ class Capture:
             tap.calls = []
 
     def stop(self) -> dict[str, list]:
-        """Stop listening; what was heard by layer."""
+        """Stop recording; returns the recorded calls by tap."""
         self.listening = False
         heard = {name: tap.calls or [] for name, tap in self.taps.items()}
         for tap in self.taps.values():
@@ -152,7 +152,8 @@ class Capture:
     def states(
         self, calls: list, modality: Modality, call: dict
     ) -> tuple[Tensor, Tensor, Tensor | None, float | None, int]:
-        """Queries and keys [F, H, P, D], one row per image or frame, the mask of real patches, and the prefix."""
+        """Queries and keys [F, H, P, D], one row per image or frame, the mask of real patches, the scaling and the
+        prefix."""
         if not calls:
             raise VTCError(
                 f"{type(self.inner).__name__}: its tower attended past transformers' attention interface, where vtc "
@@ -167,7 +168,7 @@ class Capture:
             mask = longest < torch.tensor(lengths, device=query.device)[:, None]
             return query, key, None if len(set(lengths)) == 1 else mask, calls[0][3], 0
         mask = calls[0][2]
-        if mask is not None:  # [B, 1, P, P]: the columns that somebody may look at are real
+        if mask is not None:  # [B, 1, P, P]: columns that any query may attend to are real
             seen = mask if mask.dtype == torch.bool else mask >= 0
             mask = seen.any(dim=2)[:, 0].expand(query.shape[0], -1)
         return query, key, mask, calls[0][3], self.family.prefix(self.inner, call)
@@ -193,7 +194,8 @@ def _pad(x: Tensor, lengths: list[int]) -> Tensor:
 
 
 def _at(rows: Tensor, source: Tensor | None, tokens: int) -> Tensor:
-    """The rows that the tokens come from; a token from nowhere (a newline) gets 0, one of several rows their mean."""
+    """The rows that the tokens come from; a token without a source (a newline) gets 0, one made of several rows their
+    mean."""
     if source is None:
         if rows.shape[0] != tokens:
             raise VTCError(

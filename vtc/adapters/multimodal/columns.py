@@ -1,4 +1,4 @@
-"""What a caller counts in columns of the whole prompt: logits_to_keep, and arguments that have a place per column."""
+"""Arguments that refer to columns of the caller's full prompt: logits_to_keep, and those with one entry per column."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from vtc.adapters.multimodal.cache import Entries
 from vtc.adapters.multimodal.token_batch import CallRecord, present
 from vtc.errors import InputError
 
-# Arguments with a column per token that are cut, or mean nothing behind the language head.
+# Arguments with one column per token that are cut, or that are unused after the language head.
 _CUT = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids"}
 _CUT |= {"cache_position"}
-_FOR_HEADS = ("labels", "shift_labels", "logits_to_keep")  # models around hand them down for nothing
+_FOR_HEADS = ("labels", "shift_labels", "logits_to_keep")  # wrapping models pass them down, unused here
 _PACKED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
 
 def check_arguments(call: Mapping[str, Any], own: Collection[str], length: int, total: int) -> None:
-    """Refuse what counts columns of the prompt (`length`, or `total` with the cache) and is not cut. `own`: what the
-    model's forward and its encoders take by name."""
+    """Refuse arguments with one entry per column of the prompt (`length`, or `total` with the cache) that are not cut.
+    `own`: the names of arguments that the model's forward and its encoders take."""
     for name, value in call.items():
         if name in _PACKED:
             raise InputError(
@@ -47,8 +47,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def shorter(call: Mapping[str, Any], columns: Tensor, entries: Entries, length: int, filler: int) -> dict[str, Any]:
-    """The arguments of a call of `length` columns for the rows at `columns` [B, S], -1 = padding, which are `entries`
-    with those before: ids, embeddings and token types. What is for models around goes."""
+    """The arguments of a call of `length` columns, cut to the rows at `columns` [B, S], -1 = padding: ids, embeddings
+    and token types. Together with the rows cached before they are `entries`. Arguments meant for wrapping models are
+    dropped."""
     short = {name: value for name, value in call.items() if name not in _FOR_HEADS}
     at, absent = columns.clamp(min=0), columns < 0
     ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
@@ -60,15 +61,15 @@ def shorter(call: Mapping[str, Any], columns: Tensor, entries: Entries, length: 
         kinds = call.get(name)
         if kinds is not None and kinds.shape[-1] == length:
             short[name] = kinds.gather(1, at).masked_fill(absent, 0)
-        elif kinds is not None:  # of the whole conversation; drafted tokens may be missing, and are text
+        elif kinds is not None:  # these cover the whole conversation; drafted tokens may be missing, and are text
             missing = entries.length - kinds.shape[-1]
             short[name] = entries.take(torch.cat([kinds, kinds[:, -1:].expand(-1, max(0, missing))], dim=1))
     return short
 
 
 def check_asked(asked: Any, record: CallRecord) -> None:
-    """Refuse a `logits_to_keep` that asks for columns that went away. Of the last K the first may be one: what is said
-    there is about the next column, by the last one before it that stayed."""
+    """Refuse a `logits_to_keep` that asks for removed columns. Only the first of the last K may be a removed one: its
+    logits predict the next column, and come from the last column before it that stayed."""
     kept, length = record.kept, record.kept.shape[1]
     if asked is None or isinstance(asked, str):
         return
@@ -93,8 +94,8 @@ def check_asked(asked: Any, record: CallRecord) -> None:
 
 
 def as_asked(asked: Any, record: CallRecord, hidden: Tensor) -> Tensor:
-    """The decoder's rows [B, S, C] at the prompt's columns [B, L, C], for a model around to index as it does; at its
-    last K where that is all it reads. A removed column has the last row before it."""
+    """The decoder's rows [B, S, C] expanded to the prompt's columns [B, L, C], so that a wrapping model can index them
+    as usual; only the last K if it reads no others. A removed column gets the last row before it."""
     batch, length = record.kept.shape
     columns = torch.arange(length, device=record.kept.device).expand(batch, length)
     if isinstance(asked, int) and asked > 0:

@@ -1,4 +1,4 @@
-"""A multimodal model's encoders: what they give is noted with what a method needs to know of it, and handed out again,
+"""A multimodal model's encoders: their output is kept with what a method needs to know about it, and returned again,
 reduced, while the model runs on a shorter prompt."""
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from vtc.layout import Layout
 
 
 class Encode(Patch):
-    """For `get_image_features` and `get_video_features`: what they give carries what a method needs to know of it.
-    While the model runs on a shorter prompt, `output` is what they have given already, reduced."""
+    """Replaces `get_image_features` and `get_video_features`: their output carries what a method needs to know about
+    it. While the model runs on a shorter prompt, `output` is the earlier output, reduced."""
 
     output: Any = None
 
@@ -38,17 +38,17 @@ class Encode(Patch):
 
 
 def arguments(encode: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What an encoder was called with, by name. encode: the patch on it, with the `modality` that it encodes and its
-    parameters' `names`."""
+    """An encoder's call arguments, by name. encode: the patch on the encoder, with the `modality` that it encodes and
+    its parameter `names`."""
     call = {**dict(zip(encode.names, args, strict=False)), **kwargs}
-    call[encode.modality.pixels] = call[encode.names[0]]  # which is what the argument is called, but for old versions
+    call[encode.modality.pixels] = call[encode.names[0]]  # the name of the argument, except in old versions
     return call
 
 
 def laid_out(
     family: Family, inner: Any, modality: Modality, pooled: Any, call: dict[str, Any]
 ) -> tuple[list[int], Layout]:
-    """How many tokens each item of an encoder's output has, and how they lie. pooled: a tensor for each item."""
+    """How many tokens each item of an encoder's output has, and their layout. pooled: a tensor for each item."""
     made = [x.numel() // x.shape[-1] for x in pooled]
     lengths = list(family.lengths(inner, modality, made, call))
     return lengths, family.layout(inner, modality, lengths, call)
@@ -56,12 +56,12 @@ def laid_out(
 
 @dataclass(eq=False)
 class Encoders:
-    """Those of one model.
+    """The encoders of one model.
 
     Attributes:
-        tower: where merging happens inside it. capture: listens for what the method reads.
-        by: their patches by modality. latest: what was noted last, by modality, with the first and the last row.
-        running: one of them is, which may call the other.
+        tower: the patched tower if merging happens inside it. capture: records what the method reads.
+        by: their patches by modality. latest: what was recorded last, by modality, with the first and the last row.
+        running: whether one of them is running; it may call the other.
     """
 
     family: Family
@@ -77,13 +77,13 @@ class Encoders:
         self.by = {modality.name: Encode(self, modality) for modality in self.family.modalities}
 
     def forget(self) -> None:
-        """After a call: nothing is handed out any more."""
+        """After a call: the encoders run normally again."""
         for encode in self.by.values():
             encode.output = None
         self.latest.clear()
 
     def run(self, encode: Encode, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Run one of the model's encoders, listening for what the method needs."""
+        """Run one of the model's encoders, recording what the method needs."""
         if self.running:  # one encoder calling the other
             return encode.original(*args, **kwargs)
         self.guard.enter(encode)
@@ -121,11 +121,11 @@ class Encoders:
         return output
 
     def known(self, modality: Modality, output: Any, rows: Tensor) -> EncodedFeatures:
-        """What was noted of an output when it was encoded."""
+        """What was recorded about an output when it was encoded."""
         encoded = getattr(output, "vtc_encoded", None)
         if encoded is not None and encoded.owner is self:
             return encoded
-        # accelerate copies outputs between devices, without what was noted on them: is it the last one?
+        # accelerate copies outputs between devices, and what was recorded on them is lost: is this the last output?
         if modality.name in self.latest:
             last, ends = self.latest[modality.name]
             fits = len(rows) > 0 and len(rows) % sum(last.lengths) == 0
@@ -149,7 +149,7 @@ class Encoders:
             placeholder = (inputs == embedded).all(-1)
         columns = placeholder.flatten().nonzero().flatten()
         behind = self.family.trailing(self.inner, modality)
-        if behind:  # not the encoder's: they stay
+        if behind:  # placeholders that the encoder does not fill: they stay
             own = torch.cat([torch.arange(n + behind, device=columns.device) < n for n in encoded.lengths])
             columns = columns[own] if len(own) == len(columns) else columns
         if len(columns) != len(rows):

@@ -1,4 +1,4 @@
-"""Multimodal LLMs in a model, and why not where there is none that vtc knows."""
+"""Finds multimodal LLMs in a model, or says why there is none that vtc supports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vtc.adapters.multimodal.owners import Owners, around, foreign, known_as
 
 @dataclass(frozen=True)
 class MultimodalSite:
-    """One multimodal model that was found: the part without language head, and the models around it."""
+    """One multimodal model that was found: the part without language head, and the models that wrap it."""
 
     path: str
     family: Family
@@ -25,7 +25,7 @@ class MultimodalSite:
 
 
 def find(model: nn.Module) -> Iterator[MultimodalSite | Refusal]:
-    """Every multimodal LLM in `model`; those of unknown families, and those in unknown models, as refusals."""
+    """Every multimodal LLM in `model`; those of unknown families, or in unknown wrappers, as refusals."""
     known = {name: family for family in FAMILIES.values() for name in family.classes}
     for path, module in model.named_modules():
         type_name = type(module).__name__

@@ -1,4 +1,4 @@
-"""What takes the place of a model's own parts. Objects, not closures, so that deep copies refer to their own model."""
+"""Replacements for a model's own parts. Objects, not closures, so that deep copies refer to their own model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vtc.adapters.patch import Patch, forward_name
 
 
 class ModelForward(Patch):
-    """For the `forward` of a multimodal model."""
+    """Replaces the `forward` of a multimodal model."""
 
     def __init__(self, parent: Any) -> None:
         super().__init__(parent.inner, forward_name(parent.inner))
@@ -23,7 +23,7 @@ class ModelForward(Patch):
 
 
 class OwnerForward(Patch):
-    """For the `forward` of a model around: says which columns of the prompt it will read of what comes back."""
+    """Replaces the `forward` of a wrapping model: records which columns of the inner model's output it will read."""
 
     def __init__(self, parent: Any, module: nn.Module, asked: str | None = None) -> None:
         super().__init__(module, forward_name(module))
@@ -42,8 +42,8 @@ class OwnerForward(Patch):
 
 
 class MaskMaker(Patch):
-    """For a model's `create_masks_for_generate`, which makes 4-D masks in advance for static caches: the padding mask
-    is handed on instead, for the shorter prompt to make its own of."""
+    """Replaces a model's `create_masks_for_generate`, which makes 4-D masks in advance for static caches: the padding
+    mask is passed on instead, and the masks are made from it for the shorter prompt."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module, "create_masks_for_generate")
@@ -53,7 +53,7 @@ class MaskMaker(Patch):
 
 
 class Loss(Patch):
-    """For a model's `loss_function`: labels of tokens that went away go with them."""
+    """Replaces a model's `loss_function`: labels of removed tokens are removed too."""
 
     def __init__(self, parent: Any, module: nn.Module) -> None:
         super().__init__(module, "_loss_function")
@@ -62,7 +62,7 @@ class Loss(Patch):
     def original(self, *args: Any, **kwargs: Any) -> Any:
         if self.replaced is not None:
             return self.replaced(*args, **kwargs)
-        self.remove()  # without ours the model finds its own
+        self.remove()  # without ours the model uses its own
         try:
             own = self.module.loss_function
         finally:
@@ -72,10 +72,10 @@ class Loss(Patch):
     def __call__(self, logits: Tensor, labels: Any = None, *args: Any, **kwargs: Any) -> Any:
         went = self.parent.went if self.parent.asked is None else None
         if went is not None:
-            shape = went.kept.shape  # a loss of the caller's own may take other labels
+            shape = went.kept.shape  # a custom loss may take other labels
             labels = went.labels(labels) if getattr(labels, "shape", None) == shape else labels
             if getattr(kwargs.get("shift_labels"), "shape", None) == shape:
                 kwargs["shift_labels"] = went.shifted(kwargs["shift_labels"])
-        if args:  # as the model gave them
+        if args:  # passed by position, as the model did
             return self.original(logits, labels, *args, **kwargs)
         return self.original(logits=logits, labels=labels, **kwargs)

@@ -1,8 +1,8 @@
-"""A patched multimodal model never runs past its patch, nor in two threads at once.
+"""A patched multimodal model never bypasses its patch, and never runs in two threads at once.
 
-Image tokens go through the projector. If that ran while one of the models from the one given to `compress` down to the
-patched one did, the patch must have seen images; and embeddings that hold what came out of the projector, in a call
-without pixels, were filled in by somebody else.
+Image tokens go through the projector. If the projector ran during a call of any model from the one given to `compress`
+down to the patched one, the patch must have seen images. And if a call without pixels has embeddings that contain the
+projector's output, other code inserted them, which is refused.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Guard:
     """Watches one patched multimodal model.
 
     Attributes:
-        open: (module, thread, images and prompts before) of everything that is running, outermost first.
+        open: (module, thread, `images` and `prompts` before it) for every running module, outermost first.
         images: how often the projector ran; prompts: how often the patch saw images.
-        ends: [2, C], the first and the last row of the projector's last output, until a prompt takes them in.
+        ends: [2, C], the first and the last row of the projector's last output, until a prompt has used them.
     """
 
     def __init__(self, parent: Any) -> None:
@@ -50,7 +50,7 @@ class Guard:
         if torch.compiler.is_compiling():
             return
         refuse_replica(module)
-        self.leave(module)  # it never ended if somebody pressed Ctrl+C
+        self.leave(module)  # it is still open if a call was interrupted (Ctrl+C)
         mine = (module, threading.get_ident(), self.images, self.prompts)
         self.open.append(mine)
         try:
@@ -60,7 +60,7 @@ class Guard:
             raise
 
     def alone(self) -> None:
-        """Raise where another thread is in the model."""
+        """Raise if another thread is running the model."""
         if self.open and self.open[0][1] != threading.get_ident():
             raise InputError(
                 f"another thread is in {self.parent.where}: vtc works on one call of it at a time; take turns, or give "
@@ -68,7 +68,7 @@ class Guard:
             )
 
     def leave(self, module: Any) -> tuple[int, int] | None:
-        """Forget a module, and what began inside it; what was counted before it."""
+        """Forget a module and what began inside it; returns the counts from before it."""
         me = threading.get_ident()
         for place, (opened, thread, images, prompts) in enumerate(self.open):
             if opened is module and thread == me:
@@ -101,7 +101,7 @@ class Guard:
         return isinstance(method.keep, float) and method.keep == 1.0 and not method.cascade
 
     def saw(self, images: bool, call: dict[str, Any]) -> None:
-        """What the patch has found in a call."""
+        """Record whether the patch found images in a call; raise if embeddings contain image tokens without pixels."""
         ends, embeds = self.ends, call.get("inputs_embeds")
         if images:
             self.prompts, self.ends = self.prompts + 1, None

@@ -1,11 +1,11 @@
 """Fewer image tokens from some layers of the decoder on: FastV and DART drop them once, a cascade merges again.
 
-A level is what the layers between two reductions see: the layers before the first see all rows that enter the decoder,
-the others those that are left, at their own positions, and cache only those. The model's loop over its layers hands
-every layer the same mask and the same rotary table, of all rows, so a level takes its rows and columns of it.
+A level is the set of layers between two reductions: the layers before the first reduction see all rows that enter the
+decoder; later layers see the rows that are left, at their own positions, and cache only those. The model's loop passes
+the same mask and rotary table, for all rows, to every layer, so each level selects its own rows and columns.
 
-Two ways to count: a prompt has columns; the rows that enter the decoder (and the entries of its first layer's cache)
-are those of them that the input left. Levels refer to the latter.
+There are two numberings: the columns of the prompt, and the rows that enter the decoder (and its first layer's cache),
+which are the columns left after the reduction at the input. Levels refer to rows.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Level:
     """What the layers from one reduction to the next see in this call.
 
     Attributes:
-        columns: [B, S] long, which of the rows that entered the decoder; -1 = padding.
-        entries: of their caches, by the entries of the first layer's.
-        ids: the rotary positions of the rows, where they are not those of the decoder's table (PPE).
+        columns: [B, S] long, which of the rows that entered the decoder these layers see; -1 = padding.
+        entries: the entries of their caches, as indices into those of the first layer.
+        ids: the rotary positions of the rows, if they differ from those of the decoder's table (PPE).
     """
 
     columns: Tensor
@@ -54,12 +54,12 @@ class PendingCall:
 
     Attributes:
         batch: the image tokens.
-        record: what the decoder's input did with them; None = nothing.
+        record: how they were reduced at the decoder's input; None = they were not.
         columns: [B, S], which column each row that enters the decoder is; -1 = padding.
         positions: [axes, B, L] or [B, L].
-        mask: [B, L] bool, columns that are no padding; None = all.
-        words: the same where a mask of the caller's own says it, for what reads the text.
-        past: entries of the first layer's cache before.
+        mask: [B, L] bool, columns that are not padding; None = all.
+        words: the same according to the caller's own mask, for methods that read the text.
+        past: number of entries of the first layer's cache before the call.
     """
 
     batch: TokenBatch
@@ -81,13 +81,13 @@ class DecoderPatch:
     positions: Positions
     tap: AttentionTap | None = None
     call: PendingCall | None = None
-    levels: list[Level] = field(default_factory=list)  # the first: all rows
-    past: tuple[Entries, ...] = ()  # of every level's caches, before the call
+    levels: list[Level] = field(default_factory=list)  # the first one has all rows
+    past: tuple[Entries, ...] = ()  # entries of every level's caches, before the call
     record: CallRecord | None = None
 
     @property
     def steps(self) -> tuple[tuple[int, float | int], ...]:
-        """(layer, what stays) of every reduction."""
+        """(layer, keep) of every reduction."""
         if self.method.in_decoder:
             return ((self.method.layer, self.method.keep),)  # type: ignore[attr-defined, return-value]
         return self.method.cascade
@@ -109,7 +109,7 @@ class DecoderPatch:
         (batch, rows), device = entering.shape, entering.device
         known = cache.vtc_levels if isinstance(cache, Shortened) else ()
         self.levels, self.call, self.record = [], call, None
-        if call is None and not known:  # nothing has gone, and nothing will
+        if call is None and not known:  # nothing was removed, and nothing will be
             return
         if getattr(cache, "is_compileable", False):
             raise InputError(
@@ -120,7 +120,7 @@ class DecoderPatch:
         if self.tap is not None:
             self.tap.calls = [] if call is not None else None
         columns = torch.arange(rows, device=device).expand(batch, rows)
-        if call is None:  # text: the same rows for all
+        if call is None:  # text only: the same rows for all levels
             self.levels = [Level(columns, entries.extend(columns, rows, False)) for entries in known]
             return
         sizes = self.sizes(call.record, call.columns)
@@ -128,7 +128,7 @@ class DecoderPatch:
         self.levels = [Level(columns, known[0].extend(columns, rows, False, sizes))]
 
     def end(self) -> tuple[Entries, ...]:
-        """After it: the entries of every level's caches."""
+        """After the decoder ran: the entries of every level's caches."""
         done = tuple(level.entries for level in self.levels)
         if self.tap is not None:
             self.tap.calls = None
@@ -136,7 +136,7 @@ class DecoderPatch:
         return done
 
     def run(self, patch: LayerForward, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
-        depth = sum(layer <= patch.index for layer, _ in self.steps)  # reductions at and before this layer
+        depth = sum(layer <= patch.index for layer, _ in self.steps)  # number of reductions at and before this layer
         if not self.levels or (depth == 0 and not self.method.proportional):
             return patch.original(x, *args, **kwargs)
         if args or (self.call is not None and torch.is_grad_enabled() and _checkpoints(patch.module)):
@@ -155,7 +155,7 @@ class DecoderPatch:
         call, earlier = self.call, self.record
         assert call is not None
         batch, record = call.batch, earlier or call.record
-        now = call.columns if record is None else record.columns  # the prompt's columns of the rows of x
+        now = call.columns if record is None else record.columns  # the columns of the prompt that the rows of x have
         total = None if record is None else record.token_map
         prompts = torch.tensor(batch.prompts, device=x.device)[:, None]
         rows = _rows_of(now, batch.length)
@@ -189,7 +189,8 @@ class DecoderPatch:
         return x[prompts, rows[prompts, columns.clamp(min=0)]].masked_fill(~real[..., None], 0), real
 
     def note(self, call: PendingCall, after: TokenMap | None, left: Tensor) -> None:
-        """The level that begins: what its layers see of this call's rows, and where a merged token stands."""
+        """Record the level that begins: which of this call's rows its layers see, and the position of each merged
+        token."""
         absent = left < 0
         columns = _rows_of(call.columns, call.batch.length).gather(1, left.clamp(min=0)).masked_fill(absent, -1)
         sizes = self.sizes(self.record, left)
@@ -202,7 +203,7 @@ class DecoderPatch:
         self.levels.append(Level(columns, entries, ids))
 
     def sizes(self, record: CallRecord | None, columns: Tensor) -> Tensor | None:
-        """[B, S] float32, what every row stands for; None where nobody asks."""
+        """[B, S] float32, how many tokens every row stands for; None if sizes are not used."""
         if not self.method.proportional or record is None:
             return None
         token_map, device = record.token_map, columns.device
@@ -212,7 +213,7 @@ class DecoderPatch:
         of_column[torch.tensor(record.rows, device=device)[unit], column] = token_map.size[unit, slot]
         return of_column.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, 1.0)
 
-    # -- what FastV and DART look at: everything has reached their layer, so rows are columns ---------------------
+    # -- what FastV and DART read: all tokens have reached their layer, so rows equal columns ---------------------
 
     def evidence(self, call: PendingCall, hidden: Tensor, real: Tensor) -> dict[str, Any]:
         batch, method = call.batch, self.method
@@ -256,14 +257,15 @@ class DecoderPatch:
         return torch.where(text, place, -1).amax(1).clamp(min=0)
 
     def text(self, batch: TokenBatch, hidden: Tensor, keys: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Hidden states [U, T, C] of the text in every unit's prompt by falling L1 norm of the keys; which are real."""
+        """Hidden states [U, T, C] of the text in every unit's prompt, by falling L1 norm of the keys, and which are
+        real."""
         text = self.words(batch, real)
         norm = keys.float().abs().sum((2, 3)).masked_fill(~text, -1.0)
         order = norm.argsort(dim=1, descending=True, stable=True)[:, : int(text.sum(1).max())]
         states = hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1]))
         return states[batch.prompts], text.gather(1, order)[batch.prompts]
 
-    # -- what a level's layers are given --------------------------------------------------------------------------
+    # -- the inputs of a level's layers ---------------------------------------------------------------------------
 
     def narrowed(self, kwargs: dict[str, Any], level: Level, x: Tensor) -> dict[str, Any]:
         """A layer's arguments for the tokens that are left: rows at `columns`, keys at the entries of its cache."""
@@ -279,7 +281,7 @@ class DecoderPatch:
             )
         first = entries.columns.shape[1] - rows
         ids = kwargs.get("position_ids")
-        if ids is not None:  # counted, so that no gap passes for a border
+        if ids is not None:  # consecutive, so that no gap is taken for a border
             kwargs["position_ids"] = masks.counted(masks.packs(ids, None, ids.shape[-1]), at, first)
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 2:
@@ -305,7 +307,7 @@ class DecoderPatch:
         return kwargs
 
     def mask(self, entries: Entries, columns: Tensor, x: Tensor) -> Tensor:
-        """A causal mask where the model made none, because nothing was padded. [B, E], or [B, 1, S, E] for sdpa."""
+        """A causal mask, if the model made none because nothing was padded. [B, E], or [B, 1, S, E] for sdpa."""
         real = entries.columns >= 0
         if "flash" in str(getattr(self.inner, self.family.decoder).config._attn_implementation):
             return real.long()
@@ -313,18 +315,18 @@ class DecoderPatch:
         place = torch.arange(count, device=x.device)
         causal = place <= place[-rows:, None]
         seen = causal & real[:, None]
-        return (seen | (place == place[-rows:, None]))[:, None]  # padding sees itself, so that no row is empty
+        return (seen | (place == place[-rows:, None]))[:, None]  # padding attends to itself, so that no row is empty
 
 
 def _rows_of(columns: Tensor, length: int) -> Tensor:
-    """[B, S], the column of every row -> [B, length], the row of every column; 0 where it has none."""
+    """[B, S], the column of every row -> [B, length], the row of every column; 0 if it has none."""
     row = torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
     spare = torch.where(columns < 0, length, columns)
     return columns.new_zeros(len(columns), length + 1).scatter(1, spare, row)[:, :length]
 
 
 def _at(places: Tensor, index: Tensor) -> Tensor:
-    """places[u, index[u, i]], and -1 where the index is."""
+    """places[u, index[u, i]], and -1 where the index is -1."""
     return torch.where(index < 0, -1, places.gather(1, index.clamp(min=0)))
 
 
@@ -333,7 +335,7 @@ def _checkpoints(layer: Any) -> bool:
 
 
 class LayerForward(Patch):
-    """For the `forward` of a decoder layer behind which image tokens are fewer."""
+    """Replaces the `forward` of a decoder layer that runs with fewer image tokens."""
 
     def __init__(self, decoder_patch: DecoderPatch, index: int, module: nn.Module) -> None:
         super().__init__(module, forward_name(module))

@@ -1,4 +1,4 @@
-"""The caller's own description of who sees whom: 4-D masks, cut along rows and columns, and packed sequences."""
+"""The caller's own attention masks: 4-D masks, cut along rows and columns, and packed sequences."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 def padding(mask: Any) -> Tensor | None:
-    """A 2-D mask of real columns; None where there is none, or one that says more than what is padding."""
+    """A 2-D mask of real columns; None if there is no mask, or one that describes more than padding."""
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def words(mask: Any, rows: int) -> Tensor | None:
-    """[B or 1, rows], which of a call's last `rows` columns are real: in a mask of the caller's own, those that see
+    """[B or 1, rows], which of a call's last `rows` columns are real: in a caller's 4-D mask, those that attend to
     themselves."""
     if mask is None or padding(mask) is not None:
         return None if mask is None else mask[:, -rows:].bool()
@@ -30,7 +30,7 @@ def words(mask: Any, rows: int) -> Tensor | None:
 
 
 def check_text(name: str, call: Mapping[str, Any], batch: TokenBatch, past: int) -> None:
-    """Refuse a prompt whose last word does not see all its images, to a method that reads the words."""
+    """Refuse a prompt whose last word does not attend to all its images, for a method that reads the words."""
     mask, visible = call.get("attention_mask"), True
     found = packs(call.get("position_ids"), padding(mask), batch.length)
     if found is not None:
@@ -48,7 +48,7 @@ def check_text(name: str, call: Mapping[str, Any], batch: TokenBatch, past: int)
 
 def shortened(mask: Any, columns: Tensor, entries: Entries, length: int) -> Any:
     """The mask of a call of `length` columns, 2-D or the caller's own, for the rows at `columns` [B, S], which are the
-    last of the `entries`; None where everything is real and sees what is before it."""
+    last of the `entries`; None if everything is real and causal."""
     if mask is None:
         return (entries.columns >= 0).long() if entries.padded else None
     if padding(mask) is None:
@@ -62,8 +62,8 @@ def shortened(mask: Any, columns: Tensor, entries: Entries, length: int) -> Any:
 
 
 def cut(mask: Any, columns: Tensor, entries: Entries, length: int) -> Any:
-    """A mask of the caller's own, [B or 1, H or 1, L, K] or one by kind of layer, for the rows at `columns` [B, S] of L
-    and the keys at the `entries` [B, E] of K. What is padding there sees itself, and nothing sees it."""
+    """A caller's own mask, [B or 1, H or 1, L, K] or one per kind of layer, cut to the rows at `columns` [B, S] of L
+    and the keys at the `entries` [B, E] of K. Padding attends to itself only, and nothing else attends to it."""
     if isinstance(mask, dict):
         return {kind: cut(one, columns, entries, length) for kind, one in mask.items()}
     if mask is None:
@@ -95,20 +95,20 @@ def cut(mask: Any, columns: Tensor, entries: Entries, length: int) -> Any:
     opened, shut = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
     short = short.masked_fill((keys < 0)[:, None, None], shut).masked_fill(absent, shut)
     short = short.masked_fill(absent & itself, opened)
-    if spare:  # the free places of a static cache
+    if spare:  # the unused entries of a static cache
         short = torch.nn.functional.pad(short, (0, mask.shape[3] - keys.shape[1]), value=shut)
     return short
 
 
 def _open(mask: Tensor) -> Tensor:
-    """Which pairs a mask lets see each other: True in a boolean one, near 0 in one that is added."""
+    """Which pairs of query and key a mask allows: True in a boolean mask, near 0 in an additive one."""
     return mask if mask.dtype == torch.bool else mask > -1e3
 
 
 def packs(positions: Tensor | None, mask: Any, length: int) -> Tensor | None:
     """[B or 1, L] long, which of several packed sequences each column belongs to, as transformers reads it from the
-    caller's positions [B, L] or [4, B, L] (text first): a new one begins where they do not go on by 1. None = one a
-    row, also where a mask says what is padding."""
+    caller's positions [B, L] or [4, B, L] (text first): a new one begins where positions do not increase by 1. None =
+    one sequence per row, also if there is a padding mask."""
     if positions is None or positions.ndim == 3 and len(positions) != 4:
         return None
     if mask is not None and not (mask.ndim == 2 and bool(mask.all())):
@@ -119,8 +119,8 @@ def packs(positions: Tensor | None, mask: Any, length: int) -> Tensor | None:
 
 
 def counted(packs: Tensor | None, at: Tensor, start: int) -> Tensor:
-    """[B, S], the positions of the rows at the columns `at` [B, S] as masks are made of them: from `start` on, without
-    gaps, and from 0 in each further packed sequence."""
+    """[B, S], consecutive positions of the rows at the columns `at` [B, S], from which masks are made: counted from
+    `start`, and from 0 in each further packed sequence."""
     place = torch.arange(at.shape[1], device=at.device).expand_as(at)
     if packs is None:
         return place + start

@@ -1,7 +1,7 @@
-"""The models around a multimodal one: what they do with ids, masks and labels once it has answered on fewer columns.
+"""The models that wrap a multimodal one: what they do with ids, masks and labels once it returns fewer columns.
 
-Those that are known hand the call on, or slice and project what comes back, or pool each row's last token. Anything
-else may index the answer by the whole prompt, so it is refused by name.
+Known wrappers pass the call on, or slice and project the output, or pool each row's last token. Any other may index the
+output by columns of the full prompt, so it is refused with an error that names it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import nn
 
 from vtc.adapters.patch import FORWARDS, Patch
 
-# Modules that hand the call on as it is.
+# Modules that pass the call on unchanged.
 _WRAPPERS = {"torch.OptimizedModule", "torch.DataParallel", "torch.DistributedDataParallel"}
 _WRAPPERS |= {"torch.FullyShardedDataParallel", "peft.PeftModel", "peft.PeftMixedModel", "peft.BaseTuner"}
 _CLASSIFIERS = {"GenericForSequenceClassification", "Gemma3ForSequenceClassification"}
-_READERS = {"ShieldGemma2ForImageClassification"}  # reads the last column of the logits, which stays the last
+_READERS = {"ShieldGemma2ForImageClassification"}  # it reads the last column of the logits, which is still the last
 _REASONS = {
     "ColPaliForRetrieval": "multiplies what comes back by the mask of the whole prompt",
     "ColQwen2ForRetrieval": "puts the image features into the embeddings itself, past what vtc patches",
@@ -30,15 +30,15 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class Owners:
-    """The known models around one: those with a language head, and those that pool each row's last token."""
+    """The known wrappers of one model: those with a language head, and those that pool each row's last token."""
 
     heads: tuple[nn.Module, ...] = ()
     classifiers: tuple[nn.Module, ...] = ()
 
 
 def around(root: nn.Module, inner: nn.Module, families: Collection[str]) -> Owners | str:
-    """The models in `root` that hold `inner`; or why one of them is not known. `families`: the class names of what can
-    be an inner model, whose heads are called alike and come from transformers, or from where `inner` comes."""
+    """The models in `root` that contain `inner`; or why one of them is not known. `families`: the class names of
+    possible inner models; their heads have similar names and come from transformers, or from the package of `inner`."""
     names = {f"{name.removesuffix('Model')}ForConditionalGeneration" for name in families}
     home = type(inner).__module__.split(".")[0]
     heads, classifiers = [], []
@@ -59,7 +59,7 @@ def around(root: nn.Module, inner: nn.Module, families: Collection[str]) -> Owne
 
 
 def known_as(module: nn.Module, names: Collection[str], home: str = "transformers") -> str:
-    """Which of `names`, classes of transformers (or of `home`), a module is or inherits from; "" = none of them."""
+    """Which of `names`, classes of transformers (or of `home`), a module is an instance of; "" = none of them."""
     for kind in type(module).__mro__:
         if kind.__name__ in names and kind.__module__.split(".")[0] in ("transformers", home):
             return kind.__name__
@@ -67,7 +67,7 @@ def known_as(module: nn.Module, names: Collection[str], home: str = "transformer
 
 
 def foreign(module: nn.Module, name: str) -> bool:
-    """Whether a module that is known as `name` has another forward than that class: overridden, or replaced."""
+    """Whether a module that is known as `name` has another forward than that class, overridden or replaced."""
     kind: Any = next(kind for kind in type(module).__mro__ if kind.__name__ == name)
     own = inspect.unwrap(kind.forward)
     placed = (inspect.unwrap(module.__dict__[key]) for key in FORWARDS if key in module.__dict__)
@@ -89,10 +89,10 @@ def _holders(root: nn.Module, inner: nn.Module) -> Iterator[tuple[nn.Module, str
 
 
 def _hands_on(owner: nn.Module) -> bool:
-    """Whether a module calls the one that it holds with what it is given, and returns what comes back."""
+    """Whether a module calls its inner module with its own arguments, and returns the result."""
     if type(owner) is nn.Sequential:
         return len(owner) == 1
-    if type(owner) in (nn.ModuleList, nn.ModuleDict):  # never called themselves
+    if type(owner) in (nn.ModuleList, nn.ModuleDict):  # these are never called themselves
         return True
     names = {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(owner).__mro__}
     return bool(names & _WRAPPERS) and type(owner).forward.__module__.split(".")[0] in ("torch", "peft")  # type: ignore[attr-defined]

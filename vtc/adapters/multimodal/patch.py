@@ -1,10 +1,10 @@
-"""Where a decoder takes in image tokens: fewer of them, at their own positions.
+"""Fewer image tokens at the input of a decoder, at their original positions.
 
-The model's forward runs as it is, on a shorter prompt. Image features are encoded once and a method decides; then the
-placeholders of the tokens that go are taken out of the ids, the mask and everything else that has a column per token,
-and the model's own code does the rest: it fills in the features it is handed, builds its masks, its caches, its
-DeepStack planes. Only the rotary embedding is told that the positions have gaps (`Positions`), so that nothing else in
-the model takes a gap for a border between packed sequences.
+The model's own forward runs on a shorter prompt. Image features are encoded once and a method decides; then the
+placeholders of the removed tokens are deleted from the ids, the mask and everything else that has a column per token,
+and the model's own code does the rest: it inserts the remaining features and builds its masks, caches and DeepStack
+planes. Only the rotary embedding gets positions with gaps (`Positions`), because other code in the model would take a
+gap for a border between packed sequences.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from vtc.macs import decoder_macs
 from vtc.methods.base import Method
 from vtc.token_map import TokenMap
 
-# What the model's forward is given as pixels where the features exist: it only looks whether there are any.
+# Passed to the model's forward as pixels when the features exist already: it only checks whether there are any.
 _NO_PIXELS = torch.empty(1, 0)
 
 
@@ -56,19 +56,19 @@ class MultimodalPatch:
     family: Family
     path: str
     inner: Any
-    owners: Owners  # the models around it
+    owners: Owners  # the models that wrap it
     method: Method
-    tower: EncoderPatch | None = None  # merging happens in here instead
+    tower: EncoderPatch | None = None  # if set, merging happens inside this tower instead
     patched: list[Any] = field(default_factory=list)
     record: CallRecord | None = None
     inside: CallState | None = None  # what `tower` did in that call
     turn: int = 0  # when that call ended
     bare_calls: int = 0  # prompts without images since then
-    went: CallRecord | None = None  # of the call in progress or just done, where columns went
-    asked: Any = None  # which columns of it a model around reads: logits_to_keep, or "all"; None = as they come
+    went: CallRecord | None = None  # of the call in progress or just finished, if columns were removed
+    asked: Any = None  # the columns a wrapping model reads: logits_to_keep, or "all"; None = the shortened ones
     carried: Tensor | None = None  # [slots, B, L]: the columns whose positions each column of this call carries (PPE)
-    decoder_patch: DecoderPatch | None = None  # tokens go between layers of the decoder
-    told: bool = False  # others than the rotary embedding read positions, so the decoder gets the true ones
+    decoder_patch: DecoderPatch | None = None  # set if tokens are removed between layers of the decoder
+    told: bool = False  # other code than the rotary embedding reads positions: the decoder gets the true ones
 
     @classmethod
     def at(cls, site: MultimodalSite, method: Method) -> MultimodalPatch:
@@ -81,7 +81,7 @@ class MultimodalPatch:
     def where(self) -> str:
         return self.path or type(self.inner).__name__
 
-    # -- what it tells ------------------------------------------------------------------------------------------
+    # -- reports ------------------------------------------------------------------------------------------------
 
     @property
     def last(self) -> CallRecord | None:
@@ -98,16 +98,16 @@ class MultimodalPatch:
         return self.record.grids
 
     def report(self, several: str = "") -> Report:
-        """What the last call did: the decoder's prefill, and the tower where the method works in it."""
+        """What the last call did: the decoder's prefill, and the tower if the method works in it."""
         record = self.record
         assert record is not None
         decoder = getattr(self.inner, self.family.decoder)
         before, after = record.lengths, tuple(record.token_map.mask().sum(1).tolist())
         dense = record.real.sum(1).tolist()
-        steps = [record]  # the last first
+        steps = [record]  # latest first
         while steps[-1].earlier is not None:
             steps.append(steps[-1].earlier)
-        prompts, kept = [], []  # of every layer: the lengths of the prompts, the part of the image tokens that is there
+        prompts, kept = [], []  # per layer: the lengths of the prompts, and the fraction of image tokens left
         for layer in range(len(decoder.layers)):
             there = next((step for step in steps if step.layer <= layer), None)
             prompts.append(dense if there is None else there.prompts)
@@ -164,7 +164,7 @@ class MultimodalPatch:
             self.patched += self.decoder_patch.install()
         if self.method.in_decoder:
             return
-        idle = self.tower is not None or self.method.keep == 1.0  # everything stays, whatever the evidence
+        idle = self.tower is not None or self.method.keep == 1.0  # everything stays, so no evidence is needed
         needs = frozenset() if idle else self.method.needs & CAPTURED
         if needs:
             self.encoders.capture = Capture(self.family, self.inner, needs)
@@ -176,9 +176,9 @@ class MultimodalPatch:
 
     def run(self, patch: ModelForward, call: dict[str, Any]) -> Any:
         call = {name: value for name, value in call.items() if value is not None}
-        if "past_key_values" in call:  # which newer versions still take
+        if "past_key_values" in call:  # newer versions still accept this name
             call.setdefault(cache_name(), call.pop("past_key_values"))
-        given = dict(call.pop("mm_encoder_outputs", None) or {})  # `generate` encodes before it calls
+        given = dict(call.pop("mm_encoder_outputs", None) or {})  # `generate` encodes images before the call
         for modality in self.family.modalities:
             if modality.pixels in call:
                 encode = self.encoders.by[modality.name]
@@ -197,7 +197,7 @@ class MultimodalPatch:
         bare = batch is None and self.record is not None and not goes_on(call.get(cache_name()))
         try:
             output = self.answer(patch, call, items, batch)
-        except BaseException:  # what did not come to an end is no last call
+        except BaseException:  # an unfinished call is not the last call
             self.record, self.inside = before
             raise
         if batch is not None:
@@ -214,12 +214,12 @@ class MultimodalPatch:
             masks.check_text(self.method.name, call, batch, before.length)
         if batch is not None and not self.method.in_decoder:
             columns, batch = self.reduce(items, batch, call)
-        for item in items:  # the model asks its encoders, which hand out what they have given already, reduced
+        for item in items:  # the model calls its encoders, which return their earlier output, reduced
             call.setdefault(item.modality.pixels, _NO_PIXELS)
             handed = self.encoders.by[item.modality.name].output = copy.copy(item.output)
-            handed.__dict__.pop("vtc_encoded", None)  # newer versions make it part of what the model gives
+            handed.__dict__.pop("vtc_encoded", None)  # newer versions make it part of the model's output
         try:
-            more = self.decoder_patch is not None and batch is not None  # tokens may go on the way
+            more = self.decoder_patch is not None and batch is not None  # tokens may be removed between layers
             self.went = self.record if columns is not None else None
             if columns is None and not more and not isinstance(call.get(cache_name()), Shortened):
                 return patch.original(**call)
@@ -231,7 +231,7 @@ class MultimodalPatch:
         self, items: list[PlacedTokens], batch: TokenBatch, call: dict[str, Any]
     ) -> tuple[Tensor | None, TokenBatch]:
         """Which columns [B, S] of the call stay (-1 = padding; None = all), with the outputs in `items` reduced; and
-        the tokens by the units that the record speaks of."""
+        the tokens grouped into the units that the record describes."""
         method, device = self.method, batch.rows.device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             check_finite(batch.rows, f"image tokens of {type(self.inner).__name__}")
@@ -249,7 +249,7 @@ class MultimodalPatch:
                     placed = self.family.placed(self.inner, call, past)
                     fields["rotary"] = batch.of_columns(self.positions.means(placed))
                 tokens = batch.seen_by(method, said=[], **fields)
-                assert method.keep is not None  # or the method was refused
+                assert method.keep is not None  # otherwise the method was refused
                 removed = batch.removals(method.keep)
                 token_map, notes = decide(method, tokens, removed), ""
                 if bool(torch.as_tensor(removed).any()):
@@ -276,7 +276,7 @@ class MultimodalPatch:
         return TokenBatch(items, size, length, self.method.pooled)
 
     def shrink(self, item: PlacedTokens, batch: TokenBatch, span: slice, stays: Tensor, means: TokenMap | None) -> None:
-        """Give an encoder's output the rows that stay: as they are, or the means of their groups."""
+        """Reduce an encoder's output to the rows that stay: unchanged, or as the means of their groups."""
 
         def shorter(x: Tensor) -> Tensor:
             if means is not None:
@@ -307,7 +307,8 @@ class MultimodalPatch:
     def shortened(
         self, patch: ModelForward, call: dict[str, Any], columns: Tensor | None, batch: TokenBatch | None
     ) -> Any:
-        """The model's own forward on the columns that stay (None = all of this call's), behind the cache as it is."""
+        """The model's own forward on the columns that stay (None = all of this call's), after the entries in the
+        cache."""
         cache = call.get(cache_name())
         given = prompt(call)
         past = Entries.before(cache, len(given), given.device)
@@ -347,6 +348,6 @@ class MultimodalPatch:
         return output if call.get("return_dict", self.inner.config.return_dict) else output.to_tuple()
 
     def filler(self) -> int:
-        """A token id to put where there is nothing; it is masked, so any that is no placeholder will do."""
+        """A token id to use for padding; it is masked, so any id that is not a placeholder will do."""
         taken = {getattr(self.inner.config, modality.token) for modality in self.family.modalities}
         return next(token for token in range(len(taken) + 1) if token not in taken)

@@ -1,4 +1,4 @@
-"""The decoder's rotary embedding: told that positions have gaps, and that a merged token has several."""
+"""The decoder's rotary embedding, given positions with gaps, and several positions for a merged token."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from vtc.positions import PPE, combine, sections, slot_of_pair, slots_for
 
 
 class Positions(Patch):
-    """For the `forward` of the decoder's rotary embedding: gives it the positions of the tokens that stay.
+    """Replaces the `forward` of the decoder's rotary embedding: passes it the positions of the tokens that stay.
 
     Attributes:
-        ids: [B, S] or [axes, B, S] while the decoder runs on a shorter prompt; None = the model's own. With PPE one
-            more axis in front, the slots.
+        ids: [B, S] or [axes, B, S] while the decoder runs on a shorter prompt; None = the model's own. With PPE there
+            is one more leading axis, the slots.
         slot: [2 P] long, the slot that each column of the table reads; None = no PPE.
     """
 
@@ -37,7 +37,7 @@ class Positions(Patch):
         return self.table(x, self.ids, *args, **kwargs)
 
     def taken(self, positions: Tensor, at: Tensor, carried: Tensor | None = None) -> Tensor:
-        """The `ids` of rows at the columns `at` [B, S] of a prompt's positions [axes, B, L] or [B, L]. With PPE
+        """The `ids` of the rows at the columns `at` [B, S] of a prompt's positions [axes, B, L] or [B, L]. With PPE
         `carried` [slots, B, L] says which columns' positions every column carries; None = its own."""
 
         def rows(columns: Tensor) -> Tensor:
@@ -56,7 +56,8 @@ class Positions(Patch):
         return torch.stack([torch.cat(part, -1).float().mean(-1) for part in zip(*tables, strict=True)], -1)
 
     def table(self, x: Tensor, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """(cos, sin), each [B, S, 2 P], of tokens at `ids`: the model's own by slot, each column from its slot."""
+        """(cos, sin), each [B, S, 2 P], of tokens at `ids`: the model's own tables for every slot, each column taken
+        from its slot."""
         if self.slot is None:
             return self.original(x, ids, *args, **kwargs)
         every = [self.original(x, one, *args, **kwargs) for one in ids]
@@ -64,8 +65,8 @@ class Positions(Patch):
 
 
 def axes(rotary: Any) -> Tensor:
-    """[P] long: which axis of the positions each pair of a rotary embedding turns by, -1 = it does not turn. Found by
-    asking it for the tokens at 1 on one axis and 0 on the others."""
+    """[P] long: which axis of the positions each pair of a rotary embedding rotates by, -1 = it does not rotate. Found
+    by calling it with position 1 on one axis and 0 on the others."""
     if any(buffer.is_meta for buffer in rotary.buffers()):  # a model without weights
         with torch.device("cpu"):
             rotary = type(rotary)(rotary.config)

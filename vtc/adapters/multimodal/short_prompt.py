@@ -18,12 +18,12 @@ from vtc.errors import InputError
 
 @dataclass(frozen=True)
 class ShortPrompt:
-    """What a model's forward is called with on fewer columns.
+    """The inputs of a model's forward on fewer columns.
 
     Attributes:
-        arguments: of the forward. columns: [B, S] long, which of the call's each row is, -1 = padding.
-        entries: what the cache holds after it. past: how many its first layer held before.
-        real, words: [B, L] bool, the call's columns that are no padding, and those with text to read; None = all.
+        arguments: of the forward. columns: [B, S] long, which of the call's columns each row is, -1 = padding.
+        entries: the cache's entries after the call. past: how many its first layer held before.
+        real, words: [B, L] bool, the call's columns that are not padding, and those with text to read; None = all.
     """
 
     arguments: dict[str, Any]
@@ -37,15 +37,15 @@ class ShortPrompt:
 def shorten_call(
     call: Mapping[str, Any], columns: Tensor | None, past: Entries, positions: Tensor, filler: int, told: bool
 ) -> ShortPrompt:
-    """The call on `columns` [B, S] (None = all of them), behind its cache as it is.
+    """The call on `columns` [B, S] (None = all of them), after the entries in its cache.
 
     Args:
-        past: what the cache holds.
-        positions: [B, L] or [axes, B, L], of all its columns. filler: a token id to put where there is padding.
+        past: the cache's entries.
+        positions: [B, L] or [axes, B, L], of all its columns. filler: a token id to use for padding.
         told: the decoder reads positions outside its rotary table, so it is given those of the columns.
 
     Raises:
-        InputError: packed sequences where they could not be told apart any more.
+        InputError: packed sequences that could no longer be told apart.
     """
     given = prompt(call)
     batch, length = given.shape[:2]
@@ -72,13 +72,13 @@ def shorten_call(
     if call.get("cache_position") is not None:
         short["cache_position"] = torch.arange(before, before + columns.shape[1], device=given.device)
     short["position_ids"] = masks.counted(packs, at, before)
-    if packs is not None and call["position_ids"].ndim == 3:  # text positions first: where packs are looked for
+    if packs is not None and call["position_ids"].ndim == 3:  # text positions come first: for packed sequences
         short["position_ids"] = short["position_ids"].expand(4, -1, -1)
     short["attention_mask"] = masks.shortened(whole, columns, entries, length)
     short["return_dict"] = True
     if told:
         short["position_ids"] = positions.gather(-1, at.expand(positions.shape[:-1] + at.shape[-1:]))
-        if short["attention_mask"] is None:  # beside a mask, a gap is no border between packed sequences
+        if short["attention_mask"] is None:  # with a mask, a gap is no border between packed sequences
             short["attention_mask"] = torch.ones_like(entries.columns)
     real = None if mask is None else mask[:, -length:].bool()
     return ShortPrompt(short, columns, entries, before, real, masks.words(whole, length))

@@ -84,7 +84,7 @@ def _refusal(site: MultimodalSite, method: Method | None) -> str:
 
 
 def _positions_refuse(decoder: Any, method: Method | None) -> str:
-    """Why the tokens that stay could not keep their positions everywhere in this decoder."""
+    """Why the tokens that stay cannot keep their positions throughout this decoder."""
     trial, kind = try_positions(decoder), type(decoder).__name__
     if trial.error:
         return f"its decoder ({kind}) could not be tried on positions with gaps: {trial.error}"
@@ -149,7 +149,7 @@ def _layer_refuses(site: MultimodalSite, method: Method, layer: int) -> str:
 
 
 def in_tower(method: Method) -> Method:
-    """What a multimodal LLM's tower does for `method`: the positions that PPE means are the decoder's."""
+    """The method as it runs inside a multimodal LLM's tower: without PPE, which concerns the decoder's positions."""
     return replace(method, positions="original")
 
 

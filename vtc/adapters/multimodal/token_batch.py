@@ -1,4 +1,4 @@
-"""From the image tokens of a call to what a method sees, and from its answer to the columns of the prompt that stay."""
+"""From the image tokens of a call to a method's input, and from its decision to the columns of the prompt that stay."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from vtc.tokens import Tokens
 
 @dataclass(frozen=True)
 class EncodedFeatures:
-    """What is known of an encoder's output: how its tokens are laid out, the evidence, what its tower merged."""
+    """What is known about an encoder's output: how its tokens are laid out, the evidence, what its tower merged."""
 
-    owner: Any  # the `Encoders` that gave it
-    lengths: tuple[int, ...]  # of its items (images, videos)
+    owner: Any  # the `Encoders` that produced it
+    lengths: tuple[int, ...]  # number of tokens of each item (image, video)
     layout: Layout
     evidence: dict[str, Tensor]
     merged: TokenMap | None = None
 
     def repeated(self, placeholders: list[int], times: int) -> EncodedFeatures:
-        """For prompts that were each repeated `times`, with their images, one after the other (beams)."""
-        first: list[range] = []  # of every prompt, its items
+        """The same for prompts that were each repeated `times`, with their images, one after the other (beams)."""
+        first: list[range] = []  # the items of every prompt
         at = 0
         for count in placeholders[::times]:
             start = at
@@ -61,7 +61,7 @@ class PlacedTokens:
     output: Any
     encoded: EncodedFeatures
     rows: Tensor  # [n, C]
-    columns: Tensor  # [n] long, prompt times length plus column
+    columns: Tensor  # [n] long, prompt * length + column
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ class CallRecord:
 
     Attributes:
         token_map: one row per unit (image, crop, frame) in prompt order.
-        kept: [B, L] bool, the prompt's columns that the decoder was given; real: those that are no padding.
+        kept: [B, L] bool, the prompt's columns that the decoder received; real: those that are not padding.
         columns: [B, S] long, which column each row of the decoder is; -1 = padding.
-        places: [U, N] long, the column of the prompt that each of the map's inputs has; -1 = padding.
-        rows, lengths: the prompt (batch row) of every unit, and its tokens before.
-        layer: the decoder layer before which tokens went.
-        notes: what the method said.
-        earlier: what had happened before, at the decoder's input or in a layer before.
-        grids: (rows, columns) of every unit, None where its tokens fill no rectangle.
+        places: [U, N] long, the prompt's column of each of the map's inputs; -1 = padding.
+        rows, lengths: the prompt (batch row) of every unit, and its number of tokens before.
+        layer: the decoder layer before which tokens were removed.
+        notes: the method's notes.
+        earlier: the record of the previous reduction, at the decoder's input or before an earlier layer.
+        grids: (rows, columns) of every unit, None if its tokens do not fill a rectangle.
     """
 
     token_map: TokenMap
@@ -93,33 +93,34 @@ class CallRecord:
     grids: tuple[tuple[int, int] | None, ...] = ()
 
     def at(self, columns: Tensor) -> Tensor:
-        """[B, K] long, the decoder's row of each of `columns` [B, K]; of a removed one, the last row before it."""
+        """[B, K] long, the decoder's row of each of `columns` [B, K]; for a removed one, the last row before it."""
         here = present(self.kept, self.real).long()
         behind = here.flip(1).cumsum(1).flip(1) - here
         rows = self.columns.shape[1] - 1 - behind
         return rows.gather(1, columns.to(rows.device)).clamp(min=0)
 
     def take(self, values: Tensor, fill: float = 0) -> Tensor:
-        """[B, L] of the prompt's columns -> [B, S] of the decoder's rows, `fill` on padding."""
+        """Values of the prompt's columns [B, L] -> of the decoder's rows [B, S], `fill` on padding."""
         if values.shape != self.kept.shape:
             raise InputError(f"the values are {list(values.shape)}, but the prompt has {list(self.kept.shape)}")
         columns = self.columns.to(values.device)
         return values.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, fill)
 
     def labels(self, labels: Tensor) -> Tensor:
-        """`take` of labels. Nothing says a prompt's first column, but in a ragged batch padding may come before it."""
+        """`take` of labels. Nothing predicts a prompt's first column, so its label is dropped: in a ragged batch,
+        padding may precede it."""
         first = torch.arange(labels.shape[1], device=labels.device) == 0
         return self.take(labels.masked_fill(first, -100), -100)
 
     def shifted(self, labels: Tensor) -> Tensor:
-        """The same of shifted labels, where each column holds its next one's: here that of the next that stays."""
+        """The same for shifted labels, where each column holds the label of the next: here of the next that stays."""
         columns = self.columns.to(labels.device)
         ahead = torch.nn.functional.pad(columns[:, 1:], (0, 1), value=labels.shape[1])
         return labels.gather(1, (ahead - 1).clamp(min=0)).masked_fill((columns < 0) | (ahead < 0), -100)
 
     @property
     def prompts(self) -> list[int]:
-        """The length of every prompt after it, without padding."""
+        """The length of every prompt after the reduction, without padding."""
         real = self.real.gather(1, self.columns.clamp(min=0))
         return (real & (self.columns >= 0)).sum(1).tolist()
 
@@ -128,7 +129,7 @@ class TokenBatch(Units):
     """All image tokens of a call, their units in prompt order.
 
     Attributes:
-        columns: [n], where the rows are in the call; places: [U, N], in their prompt, -1 = padding.
+        columns: [n], the rows' columns in the call; places: [U, N], their columns in their prompt, -1 = padding.
         prompts: the batch row of every unit.
     """
 
@@ -140,14 +141,14 @@ class TokenBatch(Units):
         units: list[Unit] = []
         start = 0
         for item in items:
-            # items are numbered apart by modality
+            # items are numbered separately per modality
             units += [Unit(u.rows + start, u.item + start, u.grid) for u in item.encoded.layout.units]
             self.spans.append(slice(start, start + len(item.rows)))
             start += len(item.rows)
         spots = self.columns.cpu()
         units.sort(key=lambda unit: int(spots[unit.rows[0]]))
         self.prompts = [int(spots[unit.rows[0]]) // length for unit in units]
-        if pooled:  # all units of a prompt as one
+        if pooled:  # all units of a prompt become one
             pairs = list(zip(units, self.prompts, strict=True))
             self.prompts = sorted(set(self.prompts))
             units = [Unit(torch.cat([u.rows for u, of in pairs if of == prompt]), prompt) for prompt in self.prompts]
@@ -155,7 +156,7 @@ class TokenBatch(Units):
         self.places = self.placed()
 
     def placed(self) -> Tensor:
-        """[U, N], the place of every unit's tokens in their prompt; -1 = padding."""
+        """[U, N], the column of every unit's tokens in their prompt; -1 = padding."""
         columns = self.columns.to(self.index.device)[self.index.clamp(min=0)] % self.length
         return torch.where(self.index < 0, -1, columns)
 
@@ -181,7 +182,7 @@ class TokenBatch(Units):
         return list(frames.values())
 
     def of_columns(self, x: Tensor) -> Tensor:
-        """[B, L, ...] -> [U, N, ...], what the columns of the units' tokens have; 0 on padding."""
+        """[B, L, ...] -> [U, N, ...], the values at the columns of the units' tokens; 0 on padding."""
         return self.padded(x[torch.tensor(self.prompts, device=x.device)[:, None], self.places.clamp(min=0)])
 
     def answered(
@@ -221,7 +222,7 @@ class TokenBatch(Units):
         return out
 
     def from_tower(self) -> TokenMap:
-        """The map that the tower made, for the tokens that its patches became."""
+        """The tower's map, for the tokens that its patches became."""
         whole, source = self.items[0].encoded.merged, self.items[0].encoded.layout.source
         device = self.index.device
         if whole is None:
@@ -234,13 +235,13 @@ class TokenBatch(Units):
 
 
 def lay_out(kept: Tensor, mask: Tensor | None) -> Tensor:
-    """Columns [B, S] of the shorter prompt: the kept ones in order, -1 = padding. Padding in front of a prompt is made
-    anew; behind and inside it stays, so that columns counted from the end are where they were."""
+    """Columns [B, S] of the shorter prompt: the kept ones in order, -1 = padding. Padding in front of a prompt is
+    recomputed; padding after and inside it stays, so that columns counted from the end keep their places."""
     if mask is not None and mask.shape != kept.shape:
         raise InputError(f"attention_mask has {mask.shape[1]} columns, but the prompt has {kept.shape[1]}")
     here = present(kept, mask)
     longest = max(1, int(here.sum(1).max()))
-    order = here.long().argsort(dim=1, stable=True)[:, -longest:]  # absent first
+    order = here.long().argsort(dim=1, stable=True)[:, -longest:]  # absent columns first
     real = here if mask is None else here & mask
     return order.masked_fill(~real.gather(1, order), -1)
 

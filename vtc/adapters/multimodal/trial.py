@@ -1,8 +1,8 @@
-"""What a decoder makes of positions, found out by running its first layers, before anything is patched.
+"""How a decoder uses positions, found by running its first layers, before anything is patched.
 
-The patch keeps the positions of the tokens that stay by telling the rotary embedding, while everybody else counts them
-without gaps. That is right where nobody else reads positions. Some decoders do: they scale queries by the positions
-that they are given (Ministral 3), or by a count of their own (Llama 4).
+The patch gives the original positions of the tokens that stay to the rotary embedding, and positions without gaps to
+all other code. This is correct if no other code uses positions. In some decoders it does: they scale queries by the
+positions that they receive (Ministral 3), or by their own count (Llama 4).
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from vtc.adapters.multimodal.cache import cache_name
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _HUNG_ON = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
-_FAR = 10_000_000  # beyond every length from which decoders scale by position
+_FAR = 10_000_000  # beyond every length at which decoders start to scale by position
 
 
 @dataclass(frozen=True)
 class Trial:
-    """How a decoder uses positions, its rotary table aside.
+    """How a decoder uses positions apart from its rotary table.
 
     Attributes:
-        reads: it reads the `position_ids` that it is given; counts: it counts the tokens in front by itself.
-        error: why it could not be tried.
+        reads: it reads its `position_ids`; counts: it counts the preceding tokens by itself.
+        error: why it could not be tested.
     """
 
     reads: bool = False
@@ -42,8 +42,8 @@ _tried: WeakKeyDictionary[nn.Module, Trial] = WeakKeyDictionary()
 
 
 def try_positions(decoder: nn.Module) -> Trial:
-    """Run the first layers of `decoder`, at least one of every kind, on four random tokens. On a model without weights
-    they get some."""
+    """Run the first layers of `decoder`, at least one of every kind, on four random tokens, with random weights if the
+    model has none."""
     if decoder not in _tried:
         _tried[decoder] = _try(decoder)
     return _tried[decoder]
@@ -53,7 +53,7 @@ def _try(decoder: Any) -> Trial:
     from transformers import DynamicCache
 
     class Claiming(DynamicCache):
-        """An empty cache that says it is full."""
+        """An empty cache that claims to be full."""
 
         def get_seq_length(self, layer_idx: int = 0) -> int:
             return _FAR
@@ -75,28 +75,28 @@ def _try(decoder: Any) -> Trial:
         try:
             alone = run(near)
             again = run(near)
-        except Exception as error:  # whatever a foreign decoder may raise
+        except Exception as error:  # a foreign decoder may raise anything
             return Trial(error=" ".join(str(error).split()) or type(error).__name__)
-        # kernels do not always add in the same order; what scales by position moves a thousand times as far
+        # kernels do not always add in the same order; scaling by position changes the output a thousand times as much
         rounding = max(64 * torch.finfo(torch.float32).eps, 2 * torch.finfo(dtype).eps) * float(alone.abs().max())
         noise = max(float((again - alone).abs().max()), rounding / 4)
         reads = _moves(alone, lambda: run(far), noise)
         try:
             cached = run(near, DynamicCache(config=decoder.config))
-        except Exception:  # layers that share their caches take no mask of ours beside one
+        except Exception:  # layers that share their caches do not accept our mask with a cache
             return Trial(reads)
         return Trial(reads, _moves(cached, lambda: run(near, Claiming(config=decoder.config)), noise))
 
 
 def _moves(before: Tensor, run: Callable[[], Tensor], noise: float) -> bool:
     try:
-        return not float((run() - before).abs().max()) <= 4 * noise  # NaN moves too
-    except (IndexError, RuntimeError):  # a table of positions that ends before these
+        return not float((run() - before).abs().max()) <= 4 * noise  # NaN counts as a change
+    except (IndexError, RuntimeError):  # the position table ends before these
         return True
 
 
 def _start(decoder: Any) -> Any:
-    """The decoder with its first layers alone, until every kind of layer was among them. Shares all weights."""
+    """The decoder cut after the first layers that include every kind of layer. Shares all weights."""
     kinds = [_kind(layer) for layer in decoder.layers]
     last = max(kinds.index(kind) for kind in kinds)
     start, rotary = _bare(decoder), _bare(decoder.rotary_emb)
@@ -105,7 +105,7 @@ def _start(decoder: Any) -> Any:
             rotary = type(rotary)(rotary.config)
 
     def fixed(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Turns tokens by their number, whatever positions it is told."""
+        """Rotates tokens by their index, whatever positions it receives."""
         counted = torch.arange(position_ids.shape[-1], device=position_ids.device).expand_as(position_ids)
         return type(rotary).forward(rotary, x, counted, *args, **kwargs)
 
@@ -115,8 +115,8 @@ def _start(decoder: Any) -> Any:
 
 
 def _bare(module: nn.Module) -> Any:
-    """A module of the same parts and tensors, without what others have hung on it (hooks, a `forward` of accelerate).
-    What is set on it, as rotary tables that grow are, is not set on `module`."""
+    """A module with the same parts and tensors, without what others have added (hooks, a `forward` of accelerate).
+    Attributes set on it later, such as growing rotary tables, are not set on `module`."""
     bare = object.__new__(type(module))
     bare.__dict__ = {k: v for k, v in module.__dict__.items() if k not in _HUNG_ON}
     for name, value in bare.__dict__.items():
@@ -128,7 +128,8 @@ def _bare(module: nn.Module) -> Any:
 
 
 def _place(start: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where and in which type the layers compute; weights on meta do on the CPU, or where accelerate brings them."""
+    """The device and dtype of the layers' computation; for weights on meta, the CPU, or the device accelerate loads
+    them to."""
     own = next((p for p in start.parameters() if p.is_floating_point() and p.element_size() > 1), None)
     if own is None or not own.is_meta:
         return (torch.device("cpu"), torch.float32) if own is None else (own.device, own.dtype)
@@ -140,7 +141,7 @@ def _place(start: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def _kind(layer: nn.Module) -> tuple:
-    """What tells layers that compute different things apart: their modules, and the switches set in these."""
+    """A key that differs between layers that compute differently: their modules, and the switches set in these."""
     found = []
     for path, module in layer.named_modules():
         switches = [(name, value) for name, value in module.__dict__.items() if isinstance(value, (bool, str))]
@@ -149,7 +150,7 @@ def _kind(layer: nn.Module) -> tuple:
 
 
 def _weights(start: nn.Module) -> dict[str, Tensor]:
-    """Random weights for the parameters on meta, each a view of few numbers; not for those that accelerate brings."""
+    """Random weights for the parameters on meta, each a view of few numbers; not for those that accelerate loads."""
     found = {}
     for path, module in start.named_modules():
         if hasattr(module, "_hf_hook"):
@@ -165,7 +166,8 @@ def _weights(start: nn.Module) -> dict[str, Tensor]:
 
 
 def _few(shape: torch.Size) -> Tensor:
-    """Random weights by fan-in. A matrix is a view of a line of numbers; of a stack (experts) all are one."""
+    """Random weights by fan-in. A matrix is a view of a line of numbers; the matrices of a stack (experts) are all the
+    same."""
     generator = torch.Generator().manual_seed(sum(shape))
     if len(shape) == 2:
         line = torch.randn(sum(shape), generator=generator) / shape[-1] ** 0.5
@@ -175,8 +177,8 @@ def _few(shape: torch.Size) -> Tensor:
 
 @contextmanager
 def _at_rest(start: Any) -> Iterator[None]:
-    """No dropout, no hooks of others, who would take this for a call, and plain attention, which takes our mask
-    whatever the model's own attention takes."""
+    """No dropout, no foreign hooks (which would take this for a real call), and plain attention, which accepts our mask
+    even if the model's own attention does not."""
     training = {module: module.training for module in start.modules()}
     hooks = {module: {name: module.__dict__[name] for name in _HOOKS} for module in training}
     attention = start.config._attn_implementation

@@ -1,4 +1,4 @@
-"""What a family file says about its multimodal models: where the parts are, and how image tokens are laid out."""
+"""How a family file describes its multimodal models: where the parts are, and how image tokens are laid out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ VIDEO = Modality("video", "pixel_values_videos", "video_token_id", "get_video_fe
 
 
 class Projection:
-    """A projector as methods see it: [..., P, V] -> [..., C], P patches per token. `module` is the model's own."""
+    """A projector as methods see it: [..., P, V] -> [..., C], P patches per token. `module` is the model's own
+    module."""
 
     def __init__(self, module: nn.Module, run: Callable[[nn.Module, Tensor], Tensor]) -> None:
         self.module, self.run = module, run
@@ -41,7 +42,7 @@ def _one_patch(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def prompt(call: Mapping[str, Any]) -> Tensor:
-    """A call's ids [B, L], or its embeddings [B, L, C] where it brings none."""
+    """A call's ids [B, L], or its embeddings [B, L, C] if it has no ids."""
     return call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
 
 
@@ -49,11 +50,11 @@ class Family:
     """One family of multimodal models. Subclasses set names and override what differs.
 
     Attributes:
-        classes: class names of the model without its language head, which holds tower, projector and decoder.
+        classes: class names of the model without its language head; this part contains tower, projector and decoder.
         decoder: the attribute with the text decoder.
         modalities: the visual inputs it takes.
-        passed: arguments for the tower that the model's forward passes on to its encoder without naming them.
-        in_tower: why methods cannot merge inside the tower with fewer tokens reaching the decoder; "" = they can.
+        passed: arguments for the tower that the model's forward passes on without naming them.
+        in_tower: why methods cannot merge inside the tower so that fewer tokens reach the decoder; "" = they can.
     """
 
     name: ClassVar[str]
@@ -71,12 +72,13 @@ class Family:
     # -- the prompt ---------------------------------------------------------------------------------------------
 
     def lengths(self, inner: Any, modality: Modality, features: list[int], call: dict[str, Any]) -> list[int]:
-        """Tokens of every item, given how many rows each tensor of `features` has that the encoder made."""
+        """Number of tokens of every item, given the number of rows of each tensor that the encoder returned
+        (`features`)."""
         return features
 
     def layout(self, inner: Any, modality: Modality, lengths: list[int], call: dict[str, Any]) -> Layout:
         """How the tokens of the items with `lengths` tokens are laid out. By default every item is an image whose
-        patches are folded evenly; it fills a grid where that of its pixels comes to as many tokens."""
+        patches are folded evenly; it has a grid if the grid of its pixels has as many tokens."""
         grids = [self.folded(inner, grid) for grid in self.grids(inner, modality, call)]
         units, start = [], 0
         for item, length in enumerate(lengths):
@@ -87,7 +89,8 @@ class Family:
         return Layout(tuple(units))
 
     def grids(self, inner: Any, modality: Modality, call: dict[str, Any]) -> list[Grid]:
-        """(rows, columns) of the patches that the tower cuts every image into, read off the pixels; [] = unknown."""
+        """(rows, columns) of the patches that the tower cuts every image into, derived from the pixels; [] =
+        unknown."""
         pixels, patch = call.get(modality.pixels), self.patch(inner)
         if not isinstance(pixels, Tensor) or pixels.ndim < 4 or patch is None:
             return []
@@ -102,7 +105,7 @@ class Family:
         return (size, size) if isinstance(size, int) else None
 
     def folded(self, inner: Any, grid: Grid) -> Grid | None:
-        """The grid of the tokens that the projector makes of a grid of patches; None = they fill none."""
+        """The grid of the tokens that the projector makes from a grid of patches; None = they do not fill a grid."""
         return grid
 
     def trailing(self, inner: Any, modality: Modality) -> int:
@@ -110,12 +113,12 @@ class Family:
         return 0
 
     def positions(self, inner: Any, call: dict[str, Any], past: int, embeds: Tensor) -> Tensor:
-        """Positions [B, L] or [axes, B, L] that the model gives a call which brings none."""
+        """Positions [B, L] or [axes, B, L] that the model computes for a call without positions."""
         batch, length = embeds.shape[:2]
         return torch.arange(past, past + length, device=embeds.device).expand(batch, length)
 
     def placed(self, inner: Any, call: dict[str, Any], past: int) -> Tensor:
-        """The positions of all of a call's columns, [B, L] or [axes, B, L], as the dense model counts them."""
+        """The positions of all of a call's columns, [B, L] or [axes, B, L], as in the dense model."""
         given = prompt(call)
         positions = call.get("position_ids")
         if positions is None:
@@ -143,41 +146,41 @@ class Family:
         return layer if layer < 0 else layer - depth - 1
 
     def prefix(self, inner: Any, call: dict[str, Any]) -> int:
-        """How many of the tower's leading tokens (CLS) never reach the projector, in a call of the encoder."""
+        """How many leading tokens of the tower (CLS) do not reach the projector in a call of the encoder."""
         own = getattr(inner.config, "vision_feature_select_strategy", "full")
         return int((call.get("vision_feature_select_strategy") or own) == "default")
 
     def segments(self, inner: Any, modality: Modality, call: dict[str, Any]) -> list[int] | None:
-        """Patches per image or frame, where the tower packs all into one row; None = one image a row."""
+        """Patches per image or frame, if the tower packs all into one row; None = one image per row."""
         return None
 
     # -- the projector ------------------------------------------------------------------------------------------
 
     def projector(self, inner: Any) -> nn.Module:
-        """The module from the tower's patches to the decoder's width; its input is what ZOO-Prune perturbs."""
+        """The module that maps the tower's patches to the decoder's width; ZOO-Prune perturbs its input."""
         return inner.multi_modal_projector
 
     def projection(self, inner: Any) -> Projection:
         return Projection(self.projector(inner), _one_patch)
 
     def blocks(self, inner: Any, seen: Tensor) -> Tensor:
-        """What the projector was given -> [rows, P, V], the patches of each of its output rows."""
+        """The projector's input -> [rows, P, V], the patches of each of its output rows."""
         return seen.reshape(-1, 1, seen.shape[-1])
 
     def rows_per_image(self, inner: Any, patches: int) -> int:
-        """Projector rows of an image with so many patches, where images are not packed."""
+        """Projector rows of an image with `patches` patches, if images are not packed."""
         return patches
 
     def patches_per_token(self, inner: Any) -> int:
-        """Consecutive patches per projector row, where images are packed."""
+        """Consecutive patches per projector row, if images are packed."""
         return 1
 
     def patches(self, inner: Any, count: int, rows: int) -> Tensor:
-        """[rows, P] long: which of an image's `count` patches each of its projector rows is made of."""
+        """[rows, P] long: which of an image's `count` patches each of its projector rows is made from."""
         assert count == rows, "a family that folds patches says how"
         return torch.arange(count)[:, None]
 
 
 def _attends(module: nn.Module) -> bool:
-    """An attention module that goes through transformers' attention interface."""
+    """Whether this is an attention module that uses transformers' attention interface."""
     return type(module).__name__.endswith("Attention") and hasattr(module, "config") and hasattr(module, "is_causal")

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 and what is built like it: one grid of patches per image, a projector that keeps their number."""
+"""LLaVA-1.5 and models built like it: one grid of patches per image, a projector that keeps their number."""
 
 from __future__ import annotations
 

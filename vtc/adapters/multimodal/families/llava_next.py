@@ -17,7 +17,7 @@ _NEWLINE = -1.0
 
 
 class LlavaNext(Family):
-    """Budget per crop, the base image being one; newline tokens always stay."""
+    """The budget is per crop, and the base image counts as one; newline tokens always stay."""
 
     name = "llava_next"
     covers = "LLaVA-NeXT (1.6)"
@@ -66,7 +66,8 @@ class LlavaNext(Family):
         return found
 
     def pack(self, inner: Any, crops: list[Tensor], call: dict[str, Any]) -> list[Tensor]:
-        """The model's own packing, of coordinates in place of features: it tells where every token comes from."""
+        """The model's own packing, applied to coordinates instead of features: it shows where every token comes
+        from."""
         return inner.pack_image_features(
             crops,
             call["image_sizes"],
@@ -79,7 +80,8 @@ class LlavaNext(Family):
 
 
 class LlavaOnevision(LlavaNext):
-    """Also large images whose stitched crops are resized, and video: frames of pooled patches and one newline."""
+    """In addition: large images whose stitched crops are resized, and video, as frames of pooled patches and one
+    newline."""
 
     name = "llava_onevision"
     covers = "LLaVA-OneVision, images and video"
@@ -105,7 +107,7 @@ class LlavaOnevision(LlavaNext):
         )[0]
 
     def trailing(self, inner: Any, modality: Modality) -> int:
-        """The newline behind a video: until transformers 5.18 or later it was no part of the features."""
+        """The newline after a video: until transformers 5.18 or later it was not part of the features."""
         return int(modality == VIDEO and VIDEO.pixels not in signature(type(inner).get_video_features).parameters)
 
     def frames(self, inner: Any, lengths: list[int], call: dict[str, Any]) -> Layout:
@@ -129,8 +131,9 @@ class LlavaOnevision(LlavaNext):
 
 
 def _coordinates(count: int, side: int, grid: tuple[int, int]) -> Tensor:
-    """[crops, side * side, 3]: for every patch whether it is of the base image, its row and its column; in the other
-    crops those of the stitched image, so that a resized token falls between the patches it is made of."""
+    """[crops, side * side, 3]: for every patch whether it belongs to the base image, its row and its column. In the
+    other crops row and column are those of the stitched image, so that a resized token lies between the patches it is
+    made from."""
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     place = torch.stack([torch.ones(side * side), row.flatten(), column.flatten()], dim=1)
     crops = [place]

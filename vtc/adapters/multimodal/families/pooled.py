@@ -1,5 +1,5 @@
 """InternVL, Idefics3, SmolVLM, Gemma 3: square images whose patches are folded or pooled into fewer tokens. The models
-themselves take any number of patches for a square; of an image that is none, tokens mix patches from all over."""
+assume that the patches form a square; for an image that is not square, a token mixes patches from different places."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vtc.layout import Grid, Layout, Unit
 
 
 class InternVL(Family):
-    """Budget per tile: the model does not see which tiles make an image."""
+    """The budget is per tile: the model does not see which tiles form an image."""
 
     name = "internvl"
     covers = "InternVL 2.5, 3 and 3.5 (the Hugging Face models)"
@@ -28,12 +28,13 @@ class InternVL(Family):
 
     def patches(self, inner: Any, count: int, rows: int) -> Tensor:
         side = math.isqrt(count)
-        index = torch.arange(count).float().view(1, side, side, 1)  # the model's own shuffle, of patch numbers
+        index = torch.arange(count).float().view(1, side, side, 1)  # the model's own shuffle, applied to patch numbers
         return inner.pixel_shuffle(index, scale_factor=inner.config.downsample_ratio).reshape(rows, -1).long()
 
 
 def _shrunk(grid: Grid, factor: int) -> Grid | None:
-    """The grid whose cells are `factor` patches wide and high, of a square one that it divides."""
+    """The grid whose cells are `factor` x `factor` patches of `grid`; None unless `grid` is square and divisible by
+    `factor`."""
     return (grid[0] // factor,) * 2 if grid[0] == grid[1] and grid[0] % factor == 0 else None
 
 
@@ -42,7 +43,7 @@ def _fold(module: nn.Module, x: Tensor) -> Tensor:
 
 
 class Pooled(Family):
-    """Its connector makes a token of several patches that are no neighbours in the tower's output."""
+    """The connector makes a token from several patches that are not adjacent in the tower's output."""
 
     def blocks(self, inner: Any, seen: Tensor) -> Tensor:
         members = self.patches(inner, seen.shape[1], self.rows_per_image(inner, seen.shape[1]))
@@ -50,7 +51,7 @@ class Pooled(Family):
 
 
 class Idefics3(Pooled):
-    """Budget per sub-image: the tiles of an image and the small whole one."""
+    """The budget is per sub-image: each tile of an image, and the downscaled whole image."""
 
     name = "idefics3"
     covers = "Idefics3, SmolVLM, SmolVLM2"
@@ -58,7 +59,7 @@ class Idefics3(Pooled):
     decoder = "text_model"
 
     def layout(self, inner: Any, modality: Modality, lengths: list[int], call: dict[str, Any]) -> Layout:
-        # one length per prompt; its images one after the other, all of one size; those of zeros are left out
+        # one length per prompt; its images follow one another and have the same size; all-zero images are left out
         grids = super().grids(inner, modality, call)
         tile = self.rows_per_image(inner, grids[0][0] * grids[0][1]) if grids else inner.image_seq_len
         grid = self.folded(inner, grids[0]) if grids else None
@@ -107,5 +108,5 @@ class Gemma3(Pooled):
     def patches(self, inner: Any, count: int, rows: int) -> Tensor:
         projector = inner.multi_modal_projector
         side, coarse, edge = projector.patches_per_image, projector.tokens_per_side, projector.kernel_size
-        cells = torch.arange(count).view(side, side)[: coarse * edge, : coarse * edge]  # the pool leaves out the rest
+        cells = torch.arange(count).view(side, side)[: coarse * edge, : coarse * edge]  # the pooling ignores the rest
         return cells.reshape(coarse, edge, coarse, edge).permute(0, 2, 1, 3).reshape(rows, -1)

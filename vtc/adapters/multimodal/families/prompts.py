@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SIDE = 672  # of the typical image, where a model takes images of any size
-TEXT = 32  # words of the typical prompt
+SIDE = 672  # side of the typical image, if a model takes images of any size
+TEXT = 32  # number of words in the typical prompt
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What one image is to a model: its tokens in the prompt, and the shapes of what goes with it."""
+    """What a model receives for one image: its tokens in the prompt, and the shapes of the accompanying tensors."""
 
     tokens: int
     size: tuple[int, int]  # of the image, in pixels
-    shapes: dict[str, tuple[int, ...]]  # of random tensors
-    given: dict[str, list[list[int]]]  # tensors of numbers
+    shapes: dict[str, tuple[int, ...]]  # shapes of random tensors
+    given: dict[str, list[list[int]]]  # tensors with given values
 
     def inputs(self, config: Any, text: int = TEXT, seed: int = 0) -> dict[str, Tensor]:
-        """The keyword arguments of `model(...)`: a begin, the image, `text` random words."""
+        """The keyword arguments of `model(...)`: a begin token, the image, `text` random words."""
         generator = torch.Generator().manual_seed(seed)
         image = config.image_token_id
         words = torch.randint(3, 1000, (1, text), generator=generator) % min(1000, _first_special(config))
@@ -39,14 +39,14 @@ class Picture:
 
 
 def picture(config: Any, side: int = SIDE) -> Picture | None:
-    """A typical image for the model of `config`: of its own size, or `side` x `side` pixels where it takes any.
-    None = a family whose tokens nobody here can count."""
+    """A typical image for the model of `config`: of the model's own size, or `side` x `side` pixels if it takes any
+    size. None = a family whose tokens cannot be counted here."""
     make = _FAMILIES.get(config.model_type)
     return None if make is None else make(config, side)
 
 
 def _square(config: Any) -> tuple[int, int]:
-    """Side of the images of the tower, and patches along it."""
+    """Side of the tower's images, and number of patches along it."""
     vision = config.vision_config
     side, patch = vision.image_size, vision.patch_size
     side, patch = (x[0] if isinstance(x, (list, tuple)) else x for x in (side, patch))
@@ -54,7 +54,7 @@ def _square(config: Any) -> tuple[int, int]:
 
 
 def _one(tokens: Callable[[Any, int], int]) -> Callable[[Any, int], Picture]:
-    """Families that scale every image to one square."""
+    """For families that scale every image to one square."""
 
     def make(config: Any, side: int) -> Picture:
         own, patches = _square(config)
@@ -75,13 +75,13 @@ def _tiles(config: Any, side: int) -> Picture:
 
 
 def _anyres(config: Any, side: int) -> Picture:
-    """A crop of the whole image, and the crops of a grid with a newline token behind each line."""
+    """A crop with the whole image, and the crops of a grid with a newline token after each row."""
     from transformers.image_processing_utils import select_best_resolution
 
     own, patches = _square(config)
     high, wide = select_best_resolution((side, side), config.image_grid_pinpoints)
     rows, columns = patches * high // own, patches * wide // own
-    rows, columns = min(rows, columns), min(rows, columns)  # a square image: what is beside it was padding
+    rows, columns = min(rows, columns), min(rows, columns)  # a square image: the model removes the padding beside it
     limit = int(str(getattr(config, "vision_aspect_ratio", "")).rpartition("_")[2] or 0)
     ratio = math.sqrt(rows * columns / (limit * patches**2)) if limit else 0.0
     if ratio > 1.1:

@@ -1,4 +1,5 @@
-"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL: images of any size packed in one row, 2x2 patches to a token, three axes of place."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL: images of any size packed in one row, 2x2 patches per token, positions on three
+axes."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ def _merge(module: nn.Module, x: Tensor) -> Tensor:
 
 
 class QwenVL(Family):
-    """Budget per image, and in a video per frame (two frames of the clip, as the model pairs them)."""
+    """The budget is per image, and in a video per pair of frames, as the model pairs them."""
 
     name = "qwen_vl"
     covers = "Qwen2-VL, Qwen2.5-VL, Qwen3-VL (DeepStack included), images and video"
@@ -36,7 +37,7 @@ class QwenVL(Family):
         return Layout(tuple(units), self.windows(inner, _grid(modality, call)))
 
     def windows(self, inner: Any, grid: Tensor) -> Tensor | None:
-        """Where window attention has put each token (Qwen2.5-VL); None = tokens in raster order."""
+        """The order into which window attention has put the tokens (Qwen2.5-VL); None = raster order."""
         if not hasattr(inner.visual, "window_size"):
             return None
         from transformers.vision_utils import get_vision_window_index
