@@ -14,7 +14,7 @@ from vtc.adapters.encoders.state import CallState, relative_bias
 
 
 def _rest(kwargs: dict, *drop: str) -> dict:
-    """The layer's other arguments, which are passed on to its attention unchanged."""
+    """The layer's other arguments, which go on to its attention as they are."""
     return {k: v for k, v in kwargs.items() if k not in ("attention_mask", *drop)}
 
 
