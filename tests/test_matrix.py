@@ -101,7 +101,7 @@ def test_promises(name, method):
     assert torch.equal(entry.run(net, inputs), dense)
 
     # nor does an exception in the middle of a call
-    last = [m for m in net.modules() if isinstance(m, torch.nn.LayerNorm)][-2]
+    last = [m for m in net.modules() if "Norm" in type(m).__name__][-2]
 
     def fail(*_):
         raise RuntimeError("planted")
@@ -136,19 +136,25 @@ def test_patch_touches_one_instance(name):
 
 @pytest.mark.parametrize("name", ZOO)
 def test_gradients_reach_every_patch(name):
-    """Merging loses no token: with ToMe and PiToMe every input pixel gets a gradient."""
+    """Merging loses no token: with ToMe and PiToMe every pixel that the model reads gets a gradient."""
     entry, net = ZOO[name], model(name)
-    for method in ("tome", "pitome"):
-        inputs = entry.inputs(1)
-        image = next(k for k, v in inputs.items() if v.is_floating_point() and v.ndim > 2)
+    inputs = entry.inputs(1)
+    image = next(k for k, v in inputs.items() if v.is_floating_point() and v.ndim > 2)
+
+    def gradient():
         leaf = inputs[image].clone().requires_grad_()
+        out = entry.run(net, {**inputs, image: leaf})
+        aim = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))  # CLIP's squares sum to 1
+        return torch.autograd.grad((out.float() * aim).sum(), leaf)[0]
+
+    read = gradient() != 0
+    assert read.float().mean() > 0.4  # ViT-MAE hides half
+    for method in ("tome", "pitome"):
         with vtc.compress(net, method, keep=0.7):
-            out = entry.run(net, {**inputs, image: leaf})
-            aim = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))  # CLIP's squares sum to 1
-            (gradient,) = torch.autograd.grad((out.float() * aim).sum(), leaf)
-        assert gradient.isfinite().all()
+            found = gradient()
+        assert found.isfinite().all()
         if entry.grid is not None:
-            assert (gradient != 0).float().mean() > 0.99
+            assert (found[read] != 0).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -165,8 +171,8 @@ def test_reduced_precision(name):
 
 
 @pytest.mark.parametrize("name", [n for n, e in ZOO.items() if e.grid is None])
-def test_downsample_refuses_shuffled_patches(name):
-    with pytest.raises(vtc.UnsupportedModelError, match="shuffle"):
+def test_downsample_refuses_patches_without_rows_and_columns(name):
+    with pytest.raises(vtc.UnsupportedModelError, match="shuffle|have a third axis, time"):
         vtc.compress(model(name), "downsample", keep=0.5)
 
 

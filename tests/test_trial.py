@@ -237,7 +237,7 @@ def test_tokens_that_nobody_counted(build, words):
 
 def test_arguments_that_would_have_to_be_shortened():
     build = lambda: small("MLCDVisionModel")  # noqa: E731
-    assert "its blocks are given position_embeddings" in refusal(build())
+    assert "its blocks (MLCDEncoderLayer) are given position_embeddings" in refusal(build())
     assert refusal(on_meta(build)) == refusal(build())
 
 
@@ -307,7 +307,7 @@ def test_one_strange_encoder_hides_no_other(monkeypatch):
 
 
 def test_a_trial_that_fails_in_an_unforeseen_way(monkeypatch):
-    monkeypatch.setattr(trial, "_kind", lambda block: {}["planted"])
+    monkeypatch.setattr(trial, "kind_of", lambda block: {}["planted"])
     assert "vtc could not look at it (KeyError: 'planted')" in refusal(copy.deepcopy(model("timm-vit")))
 
 
@@ -349,13 +349,11 @@ def test_reasons_in_timm(name):
 
 
 TRANSFORMERS = {
-    "VideoMAEModel": "the attention of its blocks (VideoMAEAttention in VideoMAELayer) takes no mask",
-    "DPTModel": "the attention of its blocks (DPTViTAttention in DPTViTLayer) takes no mask",
-    "YolosModel": "the attention of its blocks (YolosAttention in YolosLayer) takes no mask",
-    "Blip2VisionModel": "the attention of its blocks (Blip2Attention in Blip2EncoderLayer) takes no mask",
-    "MLCDVisionModel": "its blocks are given position_embeddings",
-    "Aimv2VisionModel": "put together in a way vtc has no account of",
+    "YolosModel": "tokens reach its first block for 1728 patches, and vtc counts 1 prefix token",
+    "BlipVisionModel": "its blocks (BlipEncoderLayer) attend past transformers' interface",
+    "MLCDVisionModel": "its blocks (MLCDEncoderLayer) are given position_embeddings",
     "VJEPA2Model": "the attention of its blocks (VJEPA2RopeAttention in VJEPA2Layer) takes no mask",
+    "Data2VecVisionModel": "its blocks (Data2VecVisionLayer) have something between their parts",
     "ConvNextModel": "mixed by convolutions",
     "SwinModel": "windows of a fixed grid",
     "SegformerModel": "it works on grids of several sizes",

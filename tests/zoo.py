@@ -212,6 +212,22 @@ def _hf_siglip2() -> Entry:
     return Entry(build, naflex_inputs, lambda out: out.pooler_output)
 
 
+def _hf_clip(kind: str, config: str, **options: Any) -> Entry:
+    """Clips of four frames, two to a patch."""
+    entry = _hf(kind, config, num_frames=4, **options)
+
+    def inputs(batch: int) -> dict[str, Tensor]:
+        return {"pixel_values": torch.randn(batch, 4, 3, 32, 32, generator=torch.Generator().manual_seed(1))}
+
+    return Entry(entry.build, inputs, entry.read, None)
+
+
+def _hf_vitpose() -> Entry:
+    size = {"image_size": [64, 64], "patch_size": [8, 8], "mlp_ratio": 2, "out_indices": [3]}
+    entry = _hf("VitPoseBackbone", "VitPoseBackboneConfig", **size)
+    return Entry(entry.build, entry.inputs, lambda out: out.feature_maps[0])
+
+
 HF = {
     "hf-vit": _hf("ViTModel", "ViTConfig"),
     "hf-vit-classifier": _hf("ViTForImageClassification", "ViTConfig", read="logits"),
@@ -238,6 +254,19 @@ HF = {
         resizes=False,
         read="logits",
     ),
+}
+
+_CLIP = {"image_size": 32, "tubelet_size": (2, 8, 8)}
+# How their blocks work is found out (vtc/adapters/encoders/prenorm.py); the last six take no mask in their attention.
+HF |= {
+    "hf-aimv2": _hf("Aimv2VisionModel", "Aimv2VisionConfig", resizes=False),
+    "hf-vivit": _hf_clip("VivitModel", "VivitConfig", **_CLIP),
+    "hf-idefics3": _hf("Idefics3VisionTransformer", "Idefics3VisionConfig", resizes=False),
+    "hf-smolvlm": _hf("SmolVLMVisionTransformer", "SmolVLMVisionConfig", resizes=False),
+    "hf-blip2": _hf("Blip2VisionModel", "Blip2VisionConfig"),
+    "hf-dpt": _hf("DPTModel", "DPTConfig", backbone_out_indices=[0, 1, 1, 2]),
+    "hf-vitpose": _hf_vitpose(),
+    "hf-videomae": _hf_clip("VideoMAEModel", "VideoMAEConfig", image_size=32, tubelet_size=2),
 }
 
 ZOO: dict[str, Entry] = {**TIMM, **OPEN_CLIP, **HF}

@@ -10,31 +10,27 @@ residual. To attend, or to feed, is then to make the same calls again, with othe
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vtc.adapters.encoders.copies import floats, kind_of, stand_in, width_of
+from vtc.adapters.encoders.interface import noted, sized
 from vtc.adapters.encoders.reasons import attends
 from vtc.adapters.encoders.site import Block, projected_keys
 from vtc.adapters.encoders.state import CallState
-from vtc.adapters.encoders.trial import kind_of, stand_in, width_of
 from vtc.errors import first_line
 from vtc.scores.attention import head_mean
 
 _MASKS = ("attention_mask", "attn_mask", "mask")
-_NAME = "vtc_sizes"
 _TOKENS = 23
-_bias: ContextVar[Tensor | None] = ContextVar("vtc_bias", default=None)
-_noted: ContextVar[list | None] = ContextVar("vtc_noted", default=None)
 
 
 class Unknown(Exception):
-    """Why a block does not work as told above."""
+    """Why blocks do not work as told above, behind "its blocks"."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +177,7 @@ def found(block: nn.Module) -> PreNorm:
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 _known[kind] = examine(stand_in(block), width_of(block, attention))
         except Exception as error:  # whatever a foreign block may raise
-            _known[kind] = str(error) if isinstance(error, Unknown) else f"it does not run alone: {first_line(error)}"
+            _known[kind] = str(error) if isinstance(error, Unknown) else f"do not run alone: {first_line(error)}"
     known = _known[kind]
     if isinstance(known, str):
         raise Unknown(known)
@@ -192,33 +188,32 @@ def examine(block: Any, width: int) -> PreNorm:
     """How a block works. block: a copy in float32 that holds numbers. Raises Unknown."""
     names = [name for name, child in block.named_children() if attends(name, child)]
     if len(names) != 1:
-        raise Unknown(f"{len(names)} of its parts attend")
+        raise Unknown(f"attend in {len(names)} of their parts")
     inside = getattr(block, names[0])
     parameters = _parameters(type(block))
     strange = [n for n, p in parameters.items() if p.default is p.empty and n not in _MASKS]
     if strange:
-        raise Unknown(f"it is given {' and '.join(strange)}, which vtc does not know how to shorten")
+        raise Unknown(f"are given {' and '.join(strange)}, which vtc does not know how to shorten")
     given = {n: None if p.default is p.empty else p.default for n, p in parameters.items()}
-    given |= {n: torch.zeros(1, 1, _TOKENS, _TOKENS) for n in _MASKS if n in parameters}
-    x = torch.randn(1, _TOKENS, width, generator=torch.Generator().manual_seed(0))
-    out, calls, outputs, noted = _record(block, inside, x, given)
+    like = next(floats(block))  # of a copy float32; packed weights are tried as they are
+    given |= {n: torch.zeros(1, 1, _TOKENS, _TOKENS).to(like) for n in _MASKS if n in parameters}
+    x = torch.randn(1, _TOKENS, width, generator=torch.Generator().manual_seed(0)).to(like)
+    out, calls, outputs, taken = _record(block, inside, x, given)
     wrapped = isinstance(out, tuple)
     out = out[0] if wrapped else out
     if not isinstance(out, Tensor):
-        raise Unknown(f"it gives a {type(out).__name__}, not one tensor of tokens")
+        raise Unknown(f"give a {type(out).__name__}, not one tensor of tokens")
     first, mid, rest = _branch(block, x, calls, given, None)
     second, end, left = _branch(block, mid, rest, {}, out)
     if left or end is not out:
-        raise Unknown("its parts are called in an order of its own")
+        raise Unknown("call their parts in an order of their own")
     if names[0] not in {call.part for call in first.calls} or names[0] in {call.part for call in second.calls}:
-        raise Unknown("its attention does not come first")
+        raise Unknown("do not attend first")
     takes = tuple(_parameters(type(inside), 1))
     mask = next((name for name in _MASKS if name in takes), "")
-    if len(noted) != 1:
-        raise Unknown(
-            "its attention does not go through transformers' interface, where the sizes of tokens could go in"
-        )
-    query, key = noted[0]
+    if len(taken) != 1:
+        raise Unknown("attend past transformers' interface, where the sizes of merged tokens could go in")
+    query, key = taken[0]
     mean, heads = head_mean(key, key.shape[1]), key.shape[1]
     keys = [path for path, o in outputs.items() if path and _same_keys(o, mean, heads)]
     three = 3 * key.shape[1] * key.shape[-1]
@@ -229,9 +224,9 @@ def examine(block: Any, width: int) -> PreNorm:
         *(tuple(parameters), takes, wrapped),
     )
     if _reads_places(found, block, x):
-        raise Unknown("its attention reads where a token stands in the row (positions or windows inside it)")
+        raise Unknown("attend by where a token stands in the row (positions or windows inside the attention)")
     if not keys and not (fused and _same_keys(found.key_product(block, x), mean, 1)):
-        raise Unknown("none of its parts shows the keys that it compares")
+        raise Unknown("show none of the keys that they compare")
     return found
 
 
@@ -240,7 +235,7 @@ def _record(block: Any, inside: Any, x: Tensor, given: dict[str, Any]) -> tuple[
     attention; and the queries and keys that reached transformers' interface."""
     calls: list[Any] = []
     outputs: dict[str, Any] = {}
-    noted: list[tuple[Tensor, Tensor]] = []
+    taken: list[tuple[Tensor, Tensor]] = []
 
     def called(name: str) -> Callable[..., None]:
         return lambda part, args, kwargs, out: calls.append((name, *_named(part, args, kwargs), out))
@@ -250,12 +245,12 @@ def _record(block: Any, inside: Any, x: Tensor, given: dict[str, Any]) -> tuple[
 
     hooks = [part.register_forward_hook(called(name), with_kwargs=True) for name, part in block.named_children()]
     hooks += [module.register_forward_hook(gave(path)) for path, module in inside.named_modules()]
-    token = _noted.set(noted)
+    token = noted.set(taken)
     try:
         with sized(inside, None):
-            return block(x, **given), calls, outputs, noted
+            return block(x, **given), calls, outputs, taken
     finally:
-        _noted.reset(token)
+        noted.reset(token)
         for hook in hooks:
             hook.remove()
 
@@ -269,7 +264,7 @@ def _reads_places(found: PreNorm, block: Any, x: Tensor) -> bool:
     plain, order, other = attended(x), torch.arange(_TOKENS).flip(0), x.clone()
     other[:, -1] = -other[:, -1]
     causal = torch.equal(attended(other)[:, :-1], plain[:, :-1])
-    return not causal and not torch.allclose(attended(x[:, order]), plain[:, order], rtol=1e-4, atol=1e-4)
+    return not causal and not _near(attended(x[:, order]), plain[:, order])
 
 
 def _same_keys(out: Any, mean: Tensor, heads: int) -> bool:
@@ -279,7 +274,12 @@ def _same_keys(out: Any, mean: Tensor, heads: int) -> bool:
         found = head_mean(out, heads)
     except Exception:  # einops says in its own way that the shape is another
         return False
-    return found.shape == mean.shape and torch.allclose(found, mean, rtol=1e-4, atol=1e-5)
+    return found.shape == mean.shape and _near(found, mean)
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    tolerance = 1e-4 if one.dtype == other.dtype == torch.float32 else 0.05
+    return torch.allclose(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
 
 
 def _branch(
@@ -300,7 +300,7 @@ def _branch(
                 raise LookupError
             return found[-1]
         if isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
-            raise Unknown("a part of it is given several tensors at once")
+            raise Unknown("hand several tensors at once to a part")
         return Ref("is", value)
 
     for at, (name, args, kwargs, out) in enumerate(calls):
@@ -320,7 +320,7 @@ def _branch(
         else:
             known.append((out, Ref("out", number)))
     if last is None:
-        raise Unknown("nothing is added to its tokens behind the attention")
+        raise Unknown("add nothing to their tokens behind the attention")
     if outs and outs[-1] is last:  # the last part adds the residual itself: nothing, in its place, leaves the branch
         *rest, end = made
         zero = Ref("zero")
@@ -343,59 +343,7 @@ def _residual(block: Any, x: Tensor, outs: list, new: Tensor) -> tuple[Ref, str]
             for name, scale in block.named_parameters(recurse=False):
                 if torch.equal(x + scale * value, new):
                     return Ref("out", number, item), name
-    raise Unknown("something between its parts is no residual connection")
-
-
-# -- sizes, where the attention takes no mask -----------------------------------------------------------------------
-
-
-class _Config:
-    """Stands for the config of an attention module: its attention function is ours."""
-
-    _attn_implementation = _NAME
-
-    def __init__(self, real: Any) -> None:
-        self.real = real
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "real" not in self.__dict__:
-            raise AttributeError(name)
-        return getattr(self.real, name)
-
-
-@contextmanager
-def sized(attention: nn.Module, bias: Tensor | None) -> Iterator[None]:
-    """While it runs, an attention adds `bias` [B, 1, 1, N] to its logits, at transformers' attention interface."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    if _NAME not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        ALL_ATTENTION_FUNCTIONS.register(_NAME, _attend)
-    held = [m for m in attention.modules() if hasattr(m.__dict__.get("config"), "_attn_implementation")]
-    real = [m.config for m in held]
-    token = _bias.set(bias)
-    try:
-        for module, config in zip(held, real, strict=True):
-            module.__dict__["config"] = _Config(config)
-        yield
-    finally:
-        for module, config in zip(held, real, strict=True):
-            module.__dict__["config"] = config
-        _bias.reset(token)
-
-
-def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
-    import sys
-
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    noted, bias = _noted.get(), _bias.get()
-    if noted is not None:
-        noted.append((query, key))
-    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config.real._attn_implementation, eager)
-    if bias is not None:
-        attention_mask = bias if attention_mask is None else attention_mask + bias
-    return attend(module, query, key, value, attention_mask, **kwargs)
+    raise Unknown("have something between their parts that is no residual connection")
 
 
 # -- arguments ------------------------------------------------------------------------------------------------------

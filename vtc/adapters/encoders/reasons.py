@@ -70,7 +70,8 @@ def attends(name: str, module: nn.Module) -> bool:
     called = f"{type(module).__name__} {name.rpartition('.')[2]}".lower()
     named = any(word in called for word in ("attention", "attn")) and not isinstance(module, nn.ModuleList)
     headed = isinstance(getattr(module, "num_heads", None), int)  # a block that computes attention itself
-    return (named or headed) and any(parameter.ndim > 1 for parameter in module.parameters())
+    weights = any(p.ndim > 1 for p in module.parameters()) or any(hasattr(m, "in_features") for m in module.modules())
+    return (named or headed) and weights
 
 
 def _mixers(model: nn.Module) -> str:

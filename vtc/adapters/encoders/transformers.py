@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc.adapters.encoders import prenorm, reasons
+from vtc.adapters.encoders.copies import bare_copy, on_meta
 from vtc.adapters.encoders.site import NOT_ROTARY, Block, EncoderSite, Refusal, examined
 from vtc.adapters.encoders.timm import encodes as in_timm
 from vtc.adapters.encoders.transformers_blocks import BEIT, kind_of
@@ -94,7 +95,7 @@ def _site(path: str, model: Any) -> EncoderSite | Refusal:
         if not isinstance(patchify, nn.Linear):
             return Refusal(path, type_name, "it does not cut images into patches with one projection")
     prefix = _prefix(embeddings)
-    resizable: Any = ((embeddings, _interpolation(embeddings)),)
+    resizable: Any = _resizable(embeddings, patchify)
     if hasattr(model, "rope_embeddings"):
         resizable = ((embeddings, {}), (model.rope_embeddings, {}))
     if isinstance(patchify, nn.Conv3d):
@@ -143,8 +144,24 @@ def _block(model: Any, layers: Any) -> Block | str:
         why = str(error)
     reason = reasons.why_not(model, layers, _MASKS)
     if why and any(vague in reason for vague in ("no account of", "takes no mask")):
-        return f"its blocks ({', '.join(dict.fromkeys(type(layer).__name__ for layer in layers))}): {why}"
+        return f"its blocks ({', '.join(dict.fromkeys(type(layer).__name__ for layer in layers))}) {why}"
     return reason
+
+
+def _resizable(embeddings: nn.Module, patchify: Any) -> Any:
+    """The embeddings, and what makes them take another image size; or that a copy of them takes none."""
+    if not isinstance(patchify, nn.Conv2d):
+        return ""
+    more, copied = _interpolation(embeddings), bare_copy(embeddings, on_meta)
+    for sides in ((2, 3), (3, 2)):
+        size = [side * step for side, step in zip(sides, patchify.stride, strict=True)]
+        pixels = torch.empty(1, patchify.in_channels, *size, dtype=patchify.weight.dtype, device="meta")
+        try:
+            with torch.no_grad():
+                copied(pixels, **more)
+        except Exception:  # whatever foreign embeddings may raise
+            return f"its embeddings ({type(embeddings).__name__}) take one image size"
+    return ((embeddings, more),)
 
 
 def _probe(model: Any, patchify: Any) -> Any:
@@ -162,7 +179,12 @@ def _probe(model: Any, patchify: Any) -> Any:
     shape = (1, patchify.in_channels, *size)
     if isinstance(patchify, nn.Conv3d):
         shape = (1, model.config.num_frames, *shape[1:])
-    return lambda net: net.forward(torch.zeros(shape, dtype=like["dtype"], device=next(net.parameters()).device))
+
+    def call(net: Any) -> Any:
+        device = next((p.device for p in net.parameters()), torch.device("meta"))  # a copy on the CPU, else on meta
+        return net.forward(torch.zeros(shape, dtype=like["dtype"], device=device))
+
+    return call
 
 
 def _rotary(model: Any, patch: Any) -> Any:
