@@ -12,10 +12,10 @@ from functools import cache
 from mllm_zoo import PROMPTS
 from torch import Tensor, nn
 
-from . import core, crops, grids, sizes
-from .core import Class, randomise
+from . import core, crops, flat, grids, sizes, squares
+from .core import Class
 
-CLASSES: dict[str, Class] = {**grids.CLASSES, **sizes.CLASSES, **crops.CLASSES}
+CLASSES: dict[str, Class] = {**grids.CLASSES, **flat.CLASSES, **sizes.CLASSES, **crops.CLASSES, **squares.CLASSES}
 CASES: dict[str, list[str]] = {name: family.cases() for name, family in CLASSES.items()}
 
 _cached = cache(lambda name, attn: core.make(CLASSES[name], attn))

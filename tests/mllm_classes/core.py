@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import mllm_zoo as zoo
 import torch
-from mllm_zoo import PAD, PROMPTS, SPECIAL, TEXT_IDS, Family, Item, Visual
+from mllm_zoo import PAD, SPECIAL, TEXT_IDS, Family, Item, Visual
 from torch import Tensor, nn
 
 
@@ -23,6 +22,7 @@ class Class(Family):
     several: Callable[[zoo.Spec], zoo.Spec] | None = None  # the size of an image that is not the prompt's only one
     more: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]] | None = None  # from ids, mask and types
     eager: bool = True  # runs with plain attention
+    sdpa: bool = True
 
     def cases(self) -> list[str]:
         return [case for case in super().cases() if case not in self.lacks]
@@ -53,11 +53,13 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def make(family: Class, attn: str) -> nn.Module:
+def make(family: Class, attn: str | None) -> nn.Module:
     import transformers
 
     torch.manual_seed(0)
     config = family.config()
+    if not family.sdpa and attn == "sdpa":  # refused for the whole, then left to each part
+        attn = None
     if family.model is None:
         model = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation=attn)
     else:

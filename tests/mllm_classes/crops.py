@@ -7,7 +7,7 @@ from typing import Any
 
 import mllm_zoo as zoo
 import torch
-from mllm_zoo import END, FAKE, IMAGE, START, VIDEO, VOCAB, Item, Spec
+from mllm_zoo import END, IMAGE, START, Item, Spec
 from torch import Tensor
 
 from .core import Class
@@ -216,7 +216,12 @@ CLASSES: dict[str, Class] = {
                 "attention_multiplier": 0.3,
             },
             vision_config={**zoo._siglip(32, 4), "hidden_size": 64},
-            qformer_config={"model_type": "blip_2_qformer", "num_hidden_layers": 1, "cross_attention_frequency": 1, "intermediate_size": 64},
+            qformer_config={
+                "model_type": "blip_2_qformer",
+                "num_hidden_layers": 1,
+                "cross_attention_frequency": 1,
+                "intermediate_size": 64,
+            },
             image_grid_pinpoints=zoo._PINPOINTS,
             vision_feature_select_strategy="full",
             vision_feature_layer=-1,

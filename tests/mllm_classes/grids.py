@@ -6,7 +6,7 @@ from typing import Any
 
 import mllm_zoo as zoo
 import torch
-from mllm_zoo import END, FAKE, IMAGE, START, TEXT_IDS, VIDEO, Item, Spec
+from mllm_zoo import END, IMAGE, START, TEXT_IDS, VIDEO, Item, Spec
 from torch import Tensor
 
 from .core import Class
@@ -60,31 +60,6 @@ def _glm(kind: str, text: dict[str, Any], vision: dict[str, Any] | None = None) 
     return Class(config, **{**_QWEN_VIDEO, "ids": _glm_ids}, lacks=("image_video",))
 
 
-def _flat_patches(kind: str, spec: Spec, generator: torch.Generator) -> Tensor:
-    """As they are cut, not flattened, and one frame each."""
-    frames, high, wide = spec
-    return torch.randn(frames * high * wide, 3, 8, 8, generator=generator)
-
-
-# -- Kimi: a video is cut into chunks of up to four frames, whose patches are averaged -------------------------------
-
-
-def _kimi_ids(kind: str, spec: Spec, generator: torch.Generator) -> list[int]:
-    tokens = spec[1] * spec[2] // 4
-    if kind == "image":
-        return [START, FAKE, *[IMAGE] * tokens, END]
-    stamp = torch.randint(*TEXT_IDS, (spec[0], 3), generator=generator).tolist()
-    return [token for i in range(0, spec[0], 2) for token in [*stamp[i], START, FAKE, *[VIDEO] * tokens, END]]
-
-
-def _kimi_pack(items: list[Item], rows: int) -> dict[str, Tensor]:
-    out = zoo._qwen_pack()(items, rows)
-    if "video_grid_thw" in out:  # chunks of two frames, the last of one
-        grids = [[min(2, t - i), h, w] for t, h, w in out["video_grid_thw"].tolist() for i in range(0, t, 2)]
-        out["video_grid_thw"] = torch.tensor(grids)
-    return out
-
-
 # -- Omni thinkers, here without sound: positions are found by the ids alone ------------------------------------------
 
 _OMNI_IDS = {**zoo._QWEN_IDS, "audio_start_token_id": 117, "audio_end_token_id": 118, "tie_word_embeddings": False}
@@ -100,29 +75,9 @@ def _omni_pack(items: list[Item], rows: int) -> dict[str, Tensor]:
 
 _OMNI = {**_QWEN_VIDEO, "ids": zoo._qwen_ids, "types": None, "pack": _omni_pack}
 
-# -- Ernie: two frames of a video are one row of features, and experts are chosen by what a token is ------------------
-
-
-def _ernie_ids(kind: str, spec: Spec, generator: torch.Generator) -> list[int]:
-    if kind == "image":
-        return zoo._qwen_ids(kind, spec, generator)
-    return [VIDEO_START, *[VIDEO] * (spec[0] * spec[1] * spec[2] // 8), VIDEO_END]
-
-
-def _ernie_patches(kind: str, spec: Spec, generator: torch.Generator) -> Tensor:
-    return torch.randn(spec[0] * spec[1] * spec[2], 192, generator=generator)
-
-
-def _ernie_types(ids: Tensor, mask: Tensor, types: Tensor) -> dict[str, Tensor]:
-    images, videos = (torch.isin(ids, torch.tensor(part)) for part in ((START, END), (VIDEO_START, VIDEO_END)))
-    return {"moe_mm_token_type_ids": types + images + 2 * videos}
-
-
 CLASSES: dict[str, Class] = {
     "qwen3_5": Class(
-        zoo._config(
-            "Qwen3_5Config", text_config={**zoo._TEXT, **_LINEAR}, vision_config=_QWEN3_TOWER, **zoo._QWEN_IDS
-        ),
+        zoo._config("Qwen3_5Config", text_config={**zoo._TEXT, **_LINEAR}, vision_config=_QWEN3_TOWER, **zoo._QWEN_IDS),
         **_QWEN_VIDEO,
     ),
     "qwen3_5_moe": Class(
@@ -150,15 +105,6 @@ CLASSES: dict[str, Class] = {
         {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1},
     ),
     "glm_ocr": _glm("GlmOcrConfig", {}),
-    "paddleocr_vl": Class(
-        zoo._config(
-            "PaddleOCRVLConfig",
-            text_config={**zoo._TEXT, "head_dim": 32, "rope_parameters": zoo._rope(4, 6, 6)},
-            vision_config={**zoo._TOWER, "image_size": 64, "patch_size": 8},
-            **zoo._QWEN_IDS,
-        ),
-        **{**_QWEN, "ids": zoo._qwen_ids, "pixels": _flat_patches},
-    ),
     "lfm3_vl": Class(
         zoo._config(
             "Lfm3VlConfig",
@@ -185,41 +131,6 @@ CLASSES: dict[str, Class] = {
         ),
         **{**_QWEN_VIDEO, "types": None},
     ),
-    "kimi_k25": Class(
-        zoo._config(
-            "Kimi_K25Config",
-            text_config={
-                "model_type": "deepseek_v3",
-                **zoo._TEXT,
-                "num_key_value_heads": 4,
-                "moe_intermediate_size": 32,
-                "n_routed_experts": 4,
-                "num_experts_per_tok": 2,
-                "n_group": 2,
-                "topk_group": 1,
-                "first_k_dense_replace": 1,
-                "kv_lora_rank": 16,
-                "q_lora_rank": 24,
-                "qk_rope_head_dim": 8,
-                "qk_nope_head_dim": 16,
-                "v_head_dim": 16,
-            },
-            vision_config={
-                **zoo._TOWER,
-                "patch_size": 8,
-                "pos_emb_height": 8,
-                "pos_emb_width": 8,
-            },
-            projection_hidden_size=48,
-            tie_word_embeddings=False,
-            **zoo._QWEN_IDS,
-        ),
-        images=zoo._QWEN_IMAGES,
-        ids=_kimi_ids,
-        pixels=_flat_patches,
-        pack=_kimi_pack,
-        video=(3, 6, 8),
-    ),
     "qwen2_5_omni_thinker": Class(
         zoo._config(
             "Qwen2_5OmniThinkerConfig",
@@ -244,23 +155,6 @@ CLASSES: dict[str, Class] = {
         ),
         **_OMNI,
     ),
-    "ernie4_5_vl_moe": Class(
-        zoo._config(
-            "Ernie4_5_VLMoeConfig",
-            text_config={
-                **zoo._TEXT,
-                "moe_intermediate_size": [32, 16],
-                "moe_num_experts": 4,
-                "moe_k": 2,
-                "moe_num_shared_experts": 1,
-                "rope_parameters": zoo._rope(3, 3, 2),
-            },
-            vision_config={**_TOWER, "temporal_merge_size": 2},
-            **{k: v for k, v in _GLM_IDS.items()},
-        ),
-        **{**_QWEN_VIDEO, "ids": _ernie_ids, "pixels": _ernie_patches, "video": (4, 6, 8)},
-        more=_ernie_types,
-    ),
     "qwen4_exp": Class(
         zoo._config(
             "Qwen4ExpConfig",
@@ -278,7 +172,7 @@ CLASSES: dict[str, Class] = {
                 "make_ngram_vocab_size_divisible_by": 8,
                 "split_ngram_parts": 8,
                 "heads_per_ngram": 2,
-                "indexer_n_heads": 2,
+                "indexer_n_heads": 8,
                 "indexer_kv_heads": 1,
                 "indexer_head_dim": 32,
                 "indexer_budget": 8,
@@ -307,7 +201,7 @@ CLASSES: dict[str, Class] = {
                 "index_topk": 8,
                 "index_kpool": 2,
                 "index_head_dim": 16,
-                "index_n_heads": 2,
+                "index_n_heads": 8,
                 "linear_head_dim": 16,
                 "linear_num_heads": 4,
                 "hc_mult": 2,
@@ -316,5 +210,127 @@ CLASSES: dict[str, Class] = {
             **_GLM_IDS,
         ),
         **{**_QWEN_VIDEO, "ids": _glm_ids, "types": None},
+    ),
+    "exaone4_5": Class(
+        zoo._config(
+            "Exaone4_5_Config",
+            text_config={
+                "model_type": "exaone4",
+                **zoo._TEXT,
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            },
+            vision_config={**_TOWER, "num_key_value_heads": 2, "window_size": 32, "fullatt_block_indexes": [1, 3]},
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+        ),
+        **{**_QWEN_VIDEO, "ids": zoo._qwen_ids, "types": None},
+    ),
+    "cohere_compass": Class(
+        zoo._config(
+            "CohereCompassConfig",
+            text_config={
+                **zoo._TEXT,
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                "logit_scale": 1.0,
+                "rope_parameters": {
+                    kind: zoo._rope(4, 2, 2, mrope_interleaved=True)
+                    for kind in ("sliding_attention", "full_attention")
+                },
+            },
+            vision_config={**_QWEN3_TOWER, "deepstack_visual_indexes": [0, 2]},
+            **zoo._QWEN_IDS,
+        ),
+        **_QWEN_VIDEO,
+    ),
+    "cosmos3_omni": Class(
+        zoo._config(
+            "Cosmos3OmniConfig",
+            text_config={
+                "model_type": "qwen3_vl_text",
+                **zoo._TEXT,
+                "head_dim": 32,
+                "rope_parameters": _MROPE,
+            },
+            vision_config={
+                "model_type": "qwen3_vl_vision",
+                **_QWEN3_TOWER,
+                "deepstack_visual_indexes": [0, 2],
+            },
+            **zoo._QWEN_IDS,
+        ),
+        **_QWEN_VIDEO,
+    ),
+    "hyperclovax_vision_v2": Class(
+        zoo._config(
+            "HyperCLOVAXVisionV2Config",
+            text_config={
+                "model_type": "hyperclovax",
+                **zoo._TEXT,
+                "embedding_multiplier": 2.0,
+                "residual_multiplier": 0.7,
+            },
+            vision_config={
+                "model_type": "qwen2_5_vl_vision",
+                **_TOWER,
+                "window_size": 32,
+                "fullatt_block_indexes": [1, 3],
+            },
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+        ),
+        **{**_QWEN_VIDEO, "ids": zoo._qwen_ids, "types": None},
+    ),
+    "minimax_m3_vl": Class(
+        zoo._config(
+            "MiniMaxM3VLConfig",
+            text_config={
+                **zoo._TEXT,
+                "head_dim": 16,
+                "rotary_dim": 8,
+                "intermediate_size": 32,
+                "dense_intermediate_size": 80,
+                "shared_intermediate_size": 32,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+                "mlp_layer_types": ["dense", "sparse", "sparse"],
+                "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+                "index_n_heads": 2,
+                "index_head_dim": 16,
+                "index_block_size": 4,
+                "index_topk_blocks": 2,
+                "index_local_blocks": 1,
+            },
+            vision_config={**zoo._TOWER, "image_size": 96, "patch_size": 8},
+            image_token_index=IMAGE,
+            video_token_index=VIDEO,
+            projector_hidden_size=64,
+        ),
+        **{**_QWEN_VIDEO, "types": None},
+    ),
+    "muse_glimmer": Class(
+        zoo._config(
+            "MuseGlimmerConfig",
+            text_config={
+                **zoo._TEXT,
+                "head_dim": 16,
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+                "layer_rope_theta": [1e4, 1e4, 0],
+            },
+            vision_config={
+                **zoo._TOWER,
+                "patch_size": 8,
+                "pos_emb_height": 8,
+                "pos_emb_width": 8,
+                "layer_types": ["window_attention", "full_attention"] * 2,
+            },
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            out_hidden_size=192,
+            projector_hidden_size=64,
+        ),
+        **{**_QWEN_VIDEO, "types": None},
     ),
 }

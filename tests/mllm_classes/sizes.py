@@ -190,6 +190,8 @@ def _lfm2_pack(items: list[Item], rows: int) -> dict[str, Tensor]:
 
 # -- MiniCPM-V: all patches in one line; an overview, then slices; (rows, columns of slices, h, w of both) -----------
 
+_SLICED: list[Spec] = [(0, 0, 12, 16), (1, 2, 8, 12, 12, 8), (2, 2, 8, 8, 8, 8)]
+_SLICED_4: list[Spec] = [(0, 0, 6, 8), (1, 2, 4, 6, 6, 4), (2, 2, 4, 4, 4, 4)]
 SLICE, SLICE_END, NEWLINE, NUMBER, NUMBER_END = 115, 116, 117, 118, 119
 
 
@@ -200,14 +202,17 @@ def _minicpm_shapes(kind: str, spec: Spec) -> list[tuple[int, int]]:
     return [(high, wide)] + [tuple(slices)] * (rows * columns)
 
 
-def _minicpm_ids(kind: str, spec: Spec, generator: torch.Generator) -> list[int]:
-    if kind == "video":
-        return [START, *[VIDEO] * (spec[1] * spec[2] // 16), END] * spec[0]
-    rows, columns, high, wide, *slices = spec
-    out = [NUMBER, 5, NUMBER_END, START, *[IMAGE] * (high * wide // 16), END]
-    for row in range(rows):
-        out += [NEWLINE] * (row > 0) + [SLICE, *[IMAGE] * (slices[0] * slices[1] // 16), SLICE_END] * columns
-    return out
+def _minicpm_ids(merge: int) -> Callable[[str, Spec, torch.Generator], list[int]]:
+    def ids(kind: str, spec: Spec, generator: torch.Generator) -> list[int]:
+        if kind == "video":
+            return [START, *[VIDEO] * (spec[1] * spec[2] // merge), END] * spec[0]
+        rows, columns, high, wide, *slices = spec
+        out = [NUMBER, 5, NUMBER_END, START, *[IMAGE] * (high * wide // merge), END]
+        for row in range(rows):
+            out += [NEWLINE] * (row > 0) + [SLICE, *[IMAGE] * (slices[0] * slices[1] // merge), SLICE_END] * columns
+        return out
+
+    return ids
 
 
 def _minicpm_pixels(kind: str, spec: Spec, generator: torch.Generator) -> Tensor:
@@ -224,7 +229,7 @@ def _minicpm_pack(items: list[Item], rows: int) -> dict[str, Tensor]:
     return out
 
 
-def _minicpm(kind: str, types: str | None, rope: dict[str, Any], **more: Any) -> Class:
+def _minicpm(kind: str, types: str | None, rope: dict[str, Any], merge: int = 16, **more: Any) -> Class:
     return Class(
         zoo._config(
             kind,
@@ -242,13 +247,12 @@ def _minicpm(kind: str, types: str | None, rope: dict[str, Any], **more: Any) ->
             },
             vision_config={**zoo._TOWER, "image_size": 128, "patch_size": 8},
             insert_layer_id=1,
-            image_size=128,
             image_token_id=IMAGE,
             video_token_id=VIDEO,
             **more,
         ),
-        images=[(0, 0, 12, 16), (1, 2, 8, 12, 12, 8), (2, 2, 8, 8, 8, 8)],
-        ids=_minicpm_ids,
+        images=_SLICED if merge == 16 else _SLICED_4,
+        ids=_minicpm_ids(merge),
         pixels=_minicpm_pixels,
         pack=_minicpm_pack,
         types=types,
@@ -300,6 +304,19 @@ def _molmo_pack(items: list[Item], rows: int) -> dict[str, Tensor]:
         out["video_token_pooling"] = torch.cat([_molmo_pool(frame) for frame in frames])
         out["video_grids"] = torch.tensor([[item.spec[0], 2, 2] for item in videos])
     return out
+
+
+# -- Aria: padded to one size, with a mask, and as many queries as that size is due -----------------------------------
+
+
+def _aria_pack(items: list[Item], rows: int) -> dict[str, Tensor]:
+    if not items:
+        return {}
+    pixels, mask = torch.zeros(len(items), 3, 64, 64), torch.zeros(len(items), 64, 64, dtype=torch.bool)
+    for place, item in enumerate(items):
+        high, wide = item.spec
+        pixels[place, :, :high, :wide], mask[place, :high, :wide] = item.pixels, True
+    return {"pixel_values": pixels, "pixel_mask": mask}
 
 
 CLASSES: dict[str, Class] = {
@@ -433,5 +450,50 @@ CLASSES: dict[str, Class] = {
         typed=tuple(range(110, 118)),
         video=(3, 4, 4),
         lacks=("image_video",),  # refused by the class
+    ),
+    "minicpm_ocr": _minicpm("MiniCPMOcrConfig", None, zoo._rope(4, 2, 2, partial_rotary_factor=0.5), merge=4),
+    "mistral_large4": Class(
+        zoo._config(
+            "MistralLarge4Config",
+            image_token_index=IMAGE,
+            text_config={
+                **zoo._TEXT,
+                "num_key_value_heads": 4,
+                "moe_intermediate_size": 32,
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "kv_lora_rank": 16,
+                "qk_rope_head_dim": 8,
+                "qk_nope_head_dim": 16,
+                "v_head_dim": 16,
+                "index_topk": 8,
+                "index_head_dim": 16,
+                "index_n_heads": 8,
+                "no_rope_layers": [1, 0, 1],
+                "rope_parameters": {**_YARN, "attention_factor": 1.0},
+            },
+            vision_config=_PIXTRAL,
+        ),
+        ids=_lines(16),
+        **_NATIVE,
+    ),
+    "aria": Class(
+        zoo._config(
+            "AriaConfig",
+            text_config={
+                **zoo._TEXT,
+                "intermediate_size": 32,
+                "moe_num_experts": 4,
+                "moe_topk": 2,
+                "moe_num_shared_experts": 1,
+            },
+            vision_config={"model_type": "idefics3_vision", **zoo._TOWER, "image_size": 64, "patch_size": 8},
+            projector_patch_to_query_dict={64: 8},
+            image_token_index=IMAGE,
+        ),
+        images=[(48, 64), (64, 32), (56, 56)],
+        ids=zoo._count(8),
+        pixels=_native,
+        pack=_aria_pack,
     ),
 }
