@@ -13,8 +13,6 @@ from torch import Tensor
 
 from . import CASES, CLASSES, alone, build, inputs
 
-_CONTENT = ("pixel", "image_patches", "images_")
-
 
 def _last(model: torch.nn.Module, given: dict[str, Tensor]) -> Tensor:
     """The logits behind the last token of each row, whichever side the padding is on."""
@@ -41,10 +39,7 @@ def _answers(name: str, model: torch.nn.Module) -> str:
     other["input_ids"] = given["input_ids"].clone()
     other["input_ids"][0, [-3, -5]] = given["input_ids"][0, [-5, -3]]
     order = (_last(model, other) - before).abs().max()
-    pixels = {
-        key: value.flip(-1) if any(part in key for part in _CONTENT) and value.is_floating_point() else value
-        for key, value in given.items()
-    }
+    pixels = {key: value.flip(-1) if "pixel_values" in key else value for key, value in given.items()}
     return f"pixels {(_last(model, pixels) - before).abs().max():.1e} order {order:.1e}"
 
 

@@ -19,7 +19,6 @@ class Class(Family):
     marks: tuple[int, ...] = (zoo.IMAGE, zoo.VIDEO)  # placeholders: each stands for one row of features
     typed: tuple[int, ...] | None = None  # what has a type; the placeholders unless said
     lacks: tuple[str, ...] = ()  # cases that the class itself refuses
-    several: Callable[[zoo.Spec], zoo.Spec] | None = None  # the size of an image that is not the prompt's only one
     more: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]] | None = None  # from ids, mask and types
     eager: bool = True  # runs with plain attention
     sdpa: bool = True
@@ -80,7 +79,6 @@ Row = tuple[list[int], list[int], list[Item]]  # ids, types, visuals
 def draw(family: Class, prompt: list[int | Visual], row: int, seed: int) -> Row:
     """A row draws from its own generators, so that it is the same alone and in a batch."""
     ids, types, items = [1], [0], []
-    several = sum(isinstance(part, Visual) and part.kind == "image" for part in prompt) > 1
     for place, part in enumerate(prompt):
         generator = torch.Generator().manual_seed(10_000 * seed + 100 * row + place)
         if isinstance(part, int):
@@ -88,8 +86,6 @@ def draw(family: Class, prompt: list[int | Visual], row: int, seed: int) -> Row:
         else:
             spec = family.video if part.kind == "video" else family.images[part.which % len(family.images)]
             assert spec is not None, f"no {part.kind}"
-            if family.several and several and part.kind == "image":
-                spec = family.several(spec)
             new, kind = family.ids(part.kind, spec, generator), 2 if part.kind == "video" else 1
             items.append(Item(part.kind, row, spec, new, family.pixels(part.kind, spec, generator)))
             items[-1].tokens = sum(token in family.marks for token in new)

@@ -235,8 +235,7 @@ CLASSES: dict[str, Class] = {
                 "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
                 "logit_scale": 1.0,
                 "rope_parameters": {
-                    kind: zoo._rope(4, 2, 2, mrope_interleaved=True)
-                    for kind in ("sliding_attention", "full_attention")
+                    kind: zoo._rope(4, 2, 2, mrope_interleaved=True) for kind in ("sliding_attention", "full_attention")
                 },
             },
             vision_config={**_QWEN3_TOWER, "deepstack_visual_indexes": [0, 2]},
@@ -328,6 +327,37 @@ CLASSES: dict[str, Class] = {
             },
             image_token_id=IMAGE,
             video_token_id=VIDEO,
+            out_hidden_size=192,
+            projector_hidden_size=64,
+        ),
+        **{**_QWEN_VIDEO, "types": None},
+    ),
+    "muse_spark": Class(
+        zoo._config(
+            "MuseSparkConfig",
+            text_config={
+                **zoo._TEXT,
+                "head_dim": 16,
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+                "layer_rope_theta": [1e4, 1e4, 0],
+                "moe_intermediate_size": 32,
+                "moe_hidden_size": 32,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+                "mlp_layer_types": ["dense", "sparse", "sparse"],
+            },
+            vision_config={
+                **zoo._TOWER,
+                "patch_size": 8,
+                "pos_emb_height": 8,
+                "pos_emb_width": 8,
+                "layer_types": ["window_attention", "full_attention"] * 2,
+            },
+            audio_config={"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "out_hidden_size": 64},
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            audio_token_id=117,
             out_hidden_size=192,
             projector_hidden_size=64,
         ),

@@ -357,6 +357,23 @@ CLASSES: dict[str, Class] = {
     ),
     "mistral3": _mistral3({"model_type": "mistral", "sliding_window": None}),
     "mistral3_ministral3": _mistral3({"model_type": "ministral3", "rope_parameters": _YARN}),
+    "mistral3_mistral4": _mistral3(
+        {
+            "model_type": "mistral4",
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 32,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 16,
+            "first_k_dense_replace": 1,
+            "rope_parameters": _YARN,
+        }
+    ),
     "llava_pixtral": Class(
         zoo._config(
             "LlavaConfig",
