@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import torch
 from mllm_zoo import PROMPTS
 from torch import Tensor, nn
 
@@ -109,6 +110,19 @@ def inputs(name: str, case: str, seed: int = 0) -> dict[str, Tensor]:
 def alone(name: str, case: str, row: int, seed: int = 0) -> dict[str, Tensor]:
     """One row of `inputs(name, case, seed)` as a batch of one, without padding."""
     return core.assemble(CLASSES[name], [core.draw(CLASSES[name], PROMPTS[case][row], row, seed)])
+
+
+def text_model(model: nn.Module) -> nn.Module:
+    """The module of the decoder's layers. In Phi-4 and Chameleon it also embeds and merges: it is handed ids."""
+    inner = getattr(model, "model", model)
+    for name in ("language_model", "text_model"):
+        inner = getattr(inner, name, inner)
+    return getattr(inner, "model", inner)
+
+
+def placeholders(name: str, input_ids: Tensor) -> Tensor:
+    """Where features go in."""
+    return torch.isin(input_ids, torch.tensor(CLASSES[name].marks))
 
 
 def tokens_per_item(name: str, case: str) -> list[int]:

@@ -32,15 +32,19 @@ def _first(model: torch.nn.Module, given: dict[str, Tensor]) -> Tensor:
 
 
 def _answers(name: str, model: torch.nn.Module) -> str:
-    """How far the answer moves with the pixels, and with two words changing places."""
+    """How far the answer moves with two words changing places, and with the pixels turned round."""
     given = inputs(name, "single")
     before = _last(model, given)
     other = dict(given)
     other["input_ids"] = given["input_ids"].clone()
     other["input_ids"][0, [-3, -5]] = given["input_ids"][0, [-5, -3]]
     order = (_last(model, other) - before).abs().max()
-    pixels = {key: value.flip(-1) if "pixel_values" in key else value for key, value in given.items()}
-    return f"pixels {(_last(model, pixels) - before).abs().max():.1e} order {order:.1e}"
+    said = [f"order {order:.1e}"]
+    for case in ("single", "video")[: 2 if "video" in CASES[name] else 1]:
+        given = inputs(name, case)
+        pixels = {key: value.flip(-1) if "pixel_values" in key else value for key, value in given.items()}
+        said.append(f"{case} pixels {(_last(model, pixels) - _last(model, given)).abs().max():.1e}")
+    return " ".join(said)
 
 
 def check(name: str) -> str:
@@ -57,7 +61,7 @@ def check(name: str) -> str:
         assert out.shape[1] in (3, given["input_ids"].shape[1] + 3), out.shape
     said.append("generate ok")
     for how, answer in (("forward", _last), ("generate", _first)):
-        for case in ("ragged", "mixed"):
+        for case in ("ragged", "mixed", "ragged_right")[: 3 if how == "forward" else 2]:
             together = answer(model, inputs(name, case))
             single = torch.cat([answer(model, alone(name, case, row)) for row in range(len(PROMPTS[case]))])
             worst = (together - single).abs().amax(1)

@@ -183,7 +183,7 @@ def _lfm2_pack(items: list[Item], rows: int) -> dict[str, Tensor]:
     parts = torch.cat([item.pixels for item in items]).split([h * w for h, w in shapes])
     return {
         "pixel_values": zoo._padded(list(parts)),
-        "pixel_attention_mask": zoo._padded([torch.ones(len(part), dtype=torch.long) for part in parts]),
+        "pixel_attention_mask": zoo._padded([torch.ones(len(part), dtype=torch.int32) for part in parts]),
         "spatial_shapes": torch.tensor(shapes),
     }
 
@@ -295,13 +295,13 @@ def _molmo_pack(items: list[Item], rows: int) -> dict[str, Tensor]:
             pools += [_molmo_pool(low), _molmo_pool(whole[:-1, :-1])]
             start += 16 * len(item.pixels)
         out["pixel_values"] = torch.cat([item.pixels for item in images])
-        out["image_token_pooling"] = torch.cat(pools)
+        out["image_token_pooling"] = torch.cat(pools).int()
         out["image_grids"] = torch.tensor([[2, 2, 2 * item.spec[0], 2 * item.spec[1]] for item in images])
         out["image_num_crops"] = torch.tensor([len(item.pixels) for item in images])
     if videos := zoo._of(items, "video"):
         out["pixel_values_videos"] = torch.cat([item.pixels for item in videos])
         frames = torch.arange(16 * len(out["pixel_values_videos"])).view(-1, 4, 4)
-        out["video_token_pooling"] = torch.cat([_molmo_pool(frame) for frame in frames])
+        out["video_token_pooling"] = torch.cat([_molmo_pool(frame) for frame in frames]).int()
         out["video_grids"] = torch.tensor([[item.spec[0], 2, 2] for item in videos])
     return out
 
@@ -421,7 +421,9 @@ CLASSES: dict[str, Class] = {
         pixels=_lfm2_pixels,
         pack=_lfm2_pack,
     ),
-    "minicpmv4_6": _minicpm("MiniCPMV4_6Config", None, zoo._rope(4, 2, 2, partial_rotary_factor=0.5)),
+    "minicpmv4_6": _minicpm(
+        "MiniCPMV4_6Config", None, zoo._rope(4, 2, 2, mrope_interleaved=True, partial_rotary_factor=0.5)
+    ),
     "minicpmv4_7": _minicpm(
         "MiniCPMV4_7Config",
         "mm_token_type_ids",
@@ -468,7 +470,9 @@ CLASSES: dict[str, Class] = {
         video=(3, 4, 4),
         lacks=("image_video",),  # refused by the class
     ),
-    "minicpm_ocr": _minicpm("MiniCPMOcrConfig", None, zoo._rope(4, 2, 2, partial_rotary_factor=0.5), merge=4),
+    "minicpm_ocr": _minicpm(
+        "MiniCPMOcrConfig", None, zoo._rope(4, 2, 2, mrope_interleaved=True, partial_rotary_factor=0.5), merge=4
+    ),
     "mistral_large4": Class(
         zoo._config(
             "MistralLarge4Config",
