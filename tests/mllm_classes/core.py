@@ -17,7 +17,6 @@ class Class(Family):
 
     model: str | None = None  # the class to build, where the auto class would take another
     marks: tuple[int, ...] = (zoo.IMAGE, zoo.VIDEO)  # placeholders: each stands for one row of features
-    typed: tuple[int, ...] | None = None  # what has a type; the placeholders unless said
     lacks: tuple[str, ...] = ()  # cases that the class itself refuses
     more: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]] | None = None  # from ids, mask and types
     eager: bool = True  # runs with plain attention
@@ -90,7 +89,7 @@ def draw(family: Class, prompt: list[int | Visual], row: int, seed: int) -> Row:
             items.append(Item(part.kind, row, spec, new, family.pixels(part.kind, spec, generator)))
             items[-1].tokens = sum(token in family.marks for token in new)
         ids += new
-        types += [kind * (token in (family.typed or family.marks)) for token in new]
+        types += [kind * (token in family.marks) for token in new]
     return ids, types, items
 
 

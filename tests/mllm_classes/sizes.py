@@ -284,6 +284,11 @@ def _molmo_pool(places: Tensor) -> Tensor:
     return places.unfold(0, 2, 2).unfold(1, 2, 2).reshape(-1, 4)
 
 
+def _molmo_types(ids: Tensor, mask: Tensor, types: Tensor) -> dict[str, Tensor]:
+    """1 on all that belongs to an image or a frame, marks too: these see each other both ways."""
+    return {"mm_token_type_ids": ((ids >= IMAGE) & (ids <= FRAME_END)).long()}
+
+
 def _molmo_pack(items: list[Item], rows: int) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     if images := zoo._of(items, "image"):
@@ -465,8 +470,7 @@ CLASSES: dict[str, Class] = {
         ids=_molmo_ids,
         pixels=_molmo_crops,
         pack=_molmo_pack,
-        types="mm_token_type_ids",
-        typed=tuple(range(110, 118)),
+        more=_molmo_types,
         video=(3, 4, 4),
         lacks=("image_video",),  # refused by the class
     ),
