@@ -100,8 +100,12 @@ def attention_width(block: nn.Module, config: Any) -> int:
     module = attention(block)
     if module is None:
         return 0
-    heads = config.num_attention_heads
-    width = getattr(module, "head_dim", None) or config.hidden_size // heads
+    own = getattr(module, "config", config)  # layers of one decoder may differ
+    width = getattr(module, "head_dim", None)
+    query = getattr(getattr(module, "q_proj", None), "out_features", None)
+    heads = query // width if query and width and query % width == 0 else getattr(module, "num_heads", None)
+    heads = heads or own.num_attention_heads
+    width = width or own.hidden_size // heads
     keys, values = (getattr(module, name, None) or width for name in ("qk_head_dim", "v_head_dim"))
     return heads * (keys + values) // 2
 

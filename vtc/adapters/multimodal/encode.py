@@ -140,7 +140,7 @@ class Encoders:
         """Find where an encoder's tokens go in the prompt."""
         rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in output.pooler_output])
         encoded = self.known(modality, output, rows)
-        token = getattr(self.inner.config, modality.token)
+        token = self.family.token(self.inner, modality, call.get("input_ids"))
         if "input_ids" in call:
             placeholder = call["input_ids"] == token
         else:

@@ -11,6 +11,7 @@ from torch import nn
 from vtc.adapters.encoders.site import Refusal
 from vtc.adapters.multimodal.families import FAMILIES
 from vtc.adapters.multimodal.families.base import Family
+from vtc.adapters.multimodal.families.generic import Generic, Unfit
 from vtc.adapters.multimodal.owners import Owners, around, foreign, known_as
 
 
@@ -39,6 +40,30 @@ def find(model: nn.Module) -> Iterator[MultimodalSite | Refusal]:
                 if isinstance(owners, str)
                 else MultimodalSite(path, known[name], module, owners)
             )
-        elif hasattr(module, "get_placeholder_mask") and hasattr(module, "language_model"):
-            families = "; ".join(family.covers for family in FAMILIES.values())
-            yield Refusal(path, type_name, f"no adapter for this multimodal family; there are {families}")
+        elif _multimodal(module):
+            yield _generic(model, path, module, known)
+
+
+def _multimodal(module: Any) -> bool:
+    """A model of transformers that encodes images, and holds none that does."""
+    encodes = callable(getattr(module, "get_image_features", None)) and hasattr(module, "config")
+    inside = getattr(module, "model", None)
+    return encodes and not callable(getattr(inside, "get_image_features", None))
+
+
+def _head(module: Any) -> str:
+    """The class with a language head that transformers builds around a model, where its name says nothing of it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as HEADS
+
+    return HEADS.get(getattr(module.config, "model_type", ""), "")
+
+
+def _generic(model: nn.Module, path: str, module: Any, known: dict[str, Family]) -> MultimodalSite | Refusal:
+    type_name = type(module).__name__
+    try:
+        family = Generic(module)
+        family.projector(module)
+    except Unfit as error:
+        return Refusal(path, type_name, f"{type_name} {error}")
+    owners = around(model, module, {*known, type_name}, _head(module))
+    return Refusal(path, type_name, owners) if isinstance(owners, str) else MultimodalSite(path, family, module, owners)

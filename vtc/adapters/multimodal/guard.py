@@ -41,10 +41,13 @@ class Guard:
         self.parent.family.projector(self.parent.inner).register_forward_hook(Hook("projected", self))
 
     def projected(self, hook: Hook, args: tuple, output: Any) -> None:
-        if torch.compiler.is_compiling() or recomputing() or not isinstance(output, Tensor) or not output.numel():
+        if torch.compiler.is_compiling() or recomputing():
             return
-        rows = output.detach().flatten(0, -2)
-        self.images, self.ends = self.images + 1, rows[[0, -1]]
+        if isinstance(output, Tensor) and output.numel():
+            self.ends = output.detach().flatten(0, -2)[[0, -1]]
+        elif isinstance(output, Tensor) or getattr(output, "last_hidden_state", None) is None:
+            return
+        self.images += 1
 
     def enter(self, module: Any) -> None:
         if torch.compiler.is_compiling():

@@ -40,6 +40,7 @@ from vtc.adapters.multimodal.trial import try_positions
 from vtc.adapters.report import Report, plain
 from vtc.checks import check_finite
 from vtc.decide import decide, in_events
+from vtc.errors import InputError
 from vtc.layout import Grid
 from vtc.macs import decoder_macs
 from vtc.methods.base import Method
@@ -179,12 +180,18 @@ class MultimodalPatch:
         if "past_key_values" in call:  # newer versions still accept this name
             call.setdefault(cache_name(), call.pop("past_key_values"))
         given = dict(call.pop("mm_encoder_outputs", None) or {})  # `generate` encodes images before the call
+        unknown = sorted({n for n, x in given.items() if x is not None} - {m.name for m in self.family.modalities})
+        if unknown:
+            raise InputError(
+                f"vtc compresses the images of {type(self.inner).__name__} alone, and the call holds a {unknown[0]}: "
+                "call vtc.remove(model)"
+            )
         for modality in self.family.modalities:
             if modality.pixels in call:
                 encode = self.encoders.by[modality.name]
                 wanted = {name for name in {*encode.names[1:], *self.family.passed} if name in call}
                 wanted -= self.family.ignored
-                more = {name: call[name] for name in wanted}
+                more = self.family.filled(self.inner, encode.names) | {name: call[name] for name in wanted}
                 given[modality.name] = encode(call[modality.pixels], **more, return_dict=True)
         items = [
             self.encoders.placed(modality, given[modality.name], call)

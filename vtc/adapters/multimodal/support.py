@@ -8,6 +8,7 @@ from typing import Any
 from vtc.adapters.encoders.find import find as find_encoders
 from vtc.adapters.encoders.site import EncoderSite, Refusal
 from vtc.adapters.encoders.support import refusal
+from vtc.adapters.multimodal.capture import CAPTURED
 from vtc.adapters.multimodal.families.base import VIDEO
 from vtc.adapters.multimodal.find import MultimodalSite
 from vtc.adapters.multimodal.rotary import axes
@@ -17,6 +18,7 @@ from vtc.errors import OptionError
 from vtc.macs import attention
 from vtc.methods import Method
 from vtc.positions import sections, slots_for
+from vtc.tokens import FIELDS
 
 
 def explained(site: MultimodalSite, method: Method | None) -> Encoder:
@@ -75,6 +77,12 @@ def _refusal(site: MultimodalSite, method: Method | None) -> str:
     missing = method.lacks("input")
     if missing:
         return missing
+    unknown = sorted((method.needs - method.optional) & CAPTURED)
+    if unknown and not site.family.evidence:
+        return (
+            f"{method.name} reads {' and '.join(FIELDS[field] for field in unknown)}, which vtc does not know of "
+            f'{site.family.name}: use a method that reads the tokens alone, such as divprune, or importance="norm"'
+        )
     needs = (method.needs - method.optional) & {"attention", "middle", "keys"}
     if needs and not site.family.attentions(site.inner):
         return (

@@ -63,12 +63,17 @@ def _try(decoder: Any) -> Trial:
     device, dtype = _place(start)
     x = torch.randn(1, 4, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
     shut = torch.full((1, 1, 4, 4), torch.finfo(dtype).min, dtype=dtype, device=device).triu(1)
-    near = torch.arange(4, device=device)[None]
+    near, each = torch.arange(4, device=device)[None], {}
+    width = getattr(decoder.config, "hidden_size_per_layer_input", 0)  # Gemma: what every layer is told of each word
+    if width and hasattr(start, "per_layer_model_projection"):
+        each["per_layer_inputs"] = torch.zeros(
+            1, 4, decoder.config.num_hidden_layers, width, device=device, dtype=dtype
+        )
     far = torch.tensor([[0, 1, 70_000, _FAR]], device=device)
 
     def run(ids: Tensor, cache: Any = None) -> Tensor:
         given: dict[str, Any] = {"inputs_embeds": x.to(device, dtype), "attention_mask": shut, "position_ids": ids}
-        given |= {"use_cache": cache is not None, cache_name(): cache}
+        given |= {"use_cache": cache is not None, cache_name(): cache, **each}
         return torch.func.functional_call(start, weights, (), given)[0]
 
     with _at_rest(start), torch.no_grad(), torch.autocast(device.type, enabled=False):

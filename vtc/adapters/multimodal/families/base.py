@@ -57,15 +57,16 @@ class Family:
         in_tower: why methods cannot merge inside the tower so that fewer tokens reach the decoder; "" = they can.
     """
 
-    name: ClassVar[str]
+    name: str
     covers: ClassVar[str]
     classes: ClassVar[tuple[str, ...]]
-    decoder: ClassVar[str] = "language_model"
-    modalities: ClassVar[tuple[Modality, ...]] = (IMAGE,)
+    decoder: str = "language_model"
+    modalities: tuple[Modality, ...] = (IMAGE,)
     ignored: ClassVar[frozenset[str]] = (
         frozenset()
     )  # arguments of the encoder that the model's forward does not pass on
     passed: ClassVar[frozenset[str]] = frozenset()
+    evidence: ClassVar[bool] = True  # vtc knows its tower and projector: attention, keys and sensitivity can be had
     middle: ClassVar[float] = 0.375  # depth of the tower's "middle" layer (HiPrune: 9 of CLIP's 24)
     in_tower: ClassVar[str] = "its tower's tokens are rearranged on the way to the decoder"
 
@@ -107,6 +108,14 @@ class Family:
     def folded(self, inner: Any, grid: Grid) -> Grid | None:
         """The grid of the tokens that the projector makes from a grid of patches; None = they do not fill a grid."""
         return grid
+
+    def token(self, inner: Any, modality: Modality, ids: Tensor | None) -> int:
+        """The placeholder's id, in a prompt of `ids`."""
+        return getattr(inner.config, modality.token)
+
+    def filled(self, inner: Any, names: Any) -> dict[str, Any]:
+        """Arguments of the encoder, among `names`, that the model's forward reads off its configuration."""
+        return {}
 
     def trailing(self, inner: Any, modality: Modality) -> int:
         """Placeholders behind every item that the model's forward fills itself, after the encoder."""

@@ -1,0 +1,165 @@
+"""What a compressed model of any class must compute, without any code of `vtc`: the plain decoder, one row at a time
+and without padding, on the embeddings of the columns that stay, at the positions that the plain model gives them.
+
+Everything is read where `generate` enters the decoder: embeddings, positions (of however many axes), and whatever else
+has a place for every column. What comes out of the decoder is compared, so that nothing behind it matters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mllm_classes as classes
+import torch
+from mllm_zoo import CACHE
+from torch import Tensor, nn
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+
+
+_NOT_HANDED_ON = {"attention_mask", "use_cache", "cache_position", "position_ids", "return_dict", "logits_to_keep"}
+
+
+class _Reached(Exception):
+    pass
+
+
+def entry(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """What the decoder is handed in the first call of `generate`."""
+    seen: dict[str, Any] = {}
+
+    def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        seen.update(kwargs)
+        raise _Reached
+
+    hook = classes.text_model(model).register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    except _Reached:
+        pass
+    finally:
+        hook.remove()
+    return seen
+
+
+def said(model: nn.Module, inputs: dict[str, Tensor], tokens: Tensor) -> list[Tensor]:
+    """The decoder's output in every call of `generate` while it is made to say `tokens` [B, steps]: [B, S, D], then
+    [B, 1, D] for every step."""
+
+    class Force(LogitsProcessor):
+        step = 0
+
+        def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+            wanted = tokens[:, min(self.step, tokens.shape[1] - 1)]
+            self.step += 1
+            return torch.full_like(scores, -torch.inf).scatter(1, wanted[:, None], 0.0)
+
+    outs: list[Tensor] = []
+    text = classes.text_model(model)
+    hook = text.register_forward_hook(
+        lambda module, args, out: outs.append(out[0] if isinstance(out, tuple) else out.last_hidden_state)
+    )
+    try:
+        with torch.no_grad():
+            model.generate(
+                **inputs,
+                max_new_tokens=tokens.shape[1] + 1,
+                do_sample=False,
+                logits_processor=LogitsProcessorList([Force()]),
+            )
+    finally:
+        hook.remove()
+    return outs
+
+
+def expected(
+    name: str, model: nn.Module, inputs: dict[str, Tensor], kept: Tensor, tokens: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Prefill of every row [kept and real, D], and decoding [B, steps, D]."""
+    seen, mask = entry(model, inputs), inputs["attention_mask"].bool()
+    visual = classes.placeholders(name, inputs["input_ids"])
+    batch, length = mask.shape
+    prefill, decode = [], []
+    for row in range(batch):
+        columns = (kept[row] & mask[row]).nonzero().flatten()
+        first, then = _row(model, seen, row, columns, visual, (batch, length), tokens[row])
+        prefill.append(first)
+        decode.append(then)
+    return prefill, torch.stack(decode)
+
+
+@torch.no_grad()
+def _row(
+    model: nn.Module,
+    seen: dict[str, Any],
+    row: int,
+    columns: Tensor,
+    visual: Tensor,
+    shape: tuple[int, int],
+    tokens: Tensor,
+) -> tuple[Tensor, Tensor]:
+    text = classes.text_model(model)
+    given: dict[str, Any] = {}
+    for key, value in seen.items():
+        if key in (
+            "attention_mask",
+            CACHE,
+            "use_cache",
+            "cache_position",
+            "position_ids",
+            "return_dict",
+            "logits_to_keep",
+        ):
+            continue
+        if key in ("deepstack_visual_embeds",) and value is not None:
+            number = (visual.flatten().long().cumsum(0) - 1).view(shape)
+            at = number[row, columns[visual[row, columns]]]
+            given[key] = [plane[at] for plane in value]
+        elif isinstance(value, Tensor) and tuple(value.shape[:2]) == shape:
+            given[key] = value[row : row + 1, columns]
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            given[key] = value
+        else:
+            raise NotImplementedError(f"{key} of {type(value).__name__} {getattr(value, 'shape', '')}")
+    positions = seen.get("position_ids")
+    if positions is None:  # then the decoder counts columns
+        positions = torch.arange(shape[1])[None]
+    positions = positions.expand(*positions.shape[:-2], shape[0], -1)[..., row : row + 1, :][..., columns]
+    cache, count = DynamicCache(config=text.config), len(columns)
+
+    def run(**more: Any) -> Tensor:
+        out = text(use_cache=True, **{CACHE: cache}, **more)
+        return out.last_hidden_state[0]
+
+    def mask(rows: int) -> Tensor:
+        return torch.ones(1, rows, dtype=torch.long)
+
+    handed = _short(seen.get("attention_mask"), row, columns, text.config)
+    first = run(attention_mask=mask(count) if handed is None else handed, position_ids=positions, **given)
+    then = []
+    for step, token in enumerate(tokens):
+        after, ids = positions[..., -1:] + 1 + step, token.view(1, 1)  # a word: the model around embeds it
+        out = model.model(
+            input_ids=ids, attention_mask=mask(count + 1 + step), position_ids=after, use_cache=True, **{CACHE: cache}
+        )
+        then.append(out.last_hidden_state[0, -1])
+    return first, torch.stack(then)
+
+
+def _short(mask: Any, row: int, columns: Tensor, config: Any) -> Any:
+    """A mask that the model makes in front of its decoder, [B, 1, L, L] or one for every type of layer, for the columns
+    that stay: which pairs see each other both ways is kept, a window counts the tokens that are there."""
+    if isinstance(mask, dict):
+        cut = {kind: _short(one, row, columns, config if "sliding" in kind else None) for kind, one in mask.items()}
+        return None if all(one is None for one in cut.values()) else cut
+    if mask is None or mask.ndim < 4:
+        return None
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    seen = seen[row, 0][columns][:, columns]
+    place = torch.arange(len(columns))
+    allowed = place[None] <= place[:, None]
+    if config is not None and getattr(config, "sliding_window", None):
+        allowed &= place[None] > place[:, None] - config.sliding_window
+    ahead = seen & (place[None] > place[:, None])  # inside an image, whatever the window
+    allowed = allowed | ahead | ahead.T
+    return torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]

@@ -1,0 +1,116 @@
+"""Seventy classes of transformers through the one generic way in: supported, against the oracle, or refused by name."""
+
+from __future__ import annotations
+
+import mllm_classes as classes
+import pytest
+import torch
+from classes_oracle import expected, said
+from mllm_zoo import fingerprint
+from pairs import matrix
+
+import vtc
+from vtc.adapters.multimodal.families.generic import PROVEN
+
+TOLERANCE = 1e-4  # of hidden states of size 1 to 6; linear attention adds in another order when its chunks shift
+STEPS = 10
+REFUSED = {
+    "qwen4_exp": "reads the words before each token",
+    "glm5_next": "has no rotary positions in its decoder",
+    "minimax_m3_vl": "takes positions for numbers of columns",
+    "hunyuan_vl": "numbers the images of a batch on a fourth axis",
+    "nemotron_h_omni": "holds its decoder in another model",
+    "inkling_mm_model": "counts distances by columns",
+    "inkling2": "counts distances by columns",
+    "inkling2_loop": "counts distances by columns",
+    "unlimited_ocr": "counts its window's reference from the prompt's ids",
+    "fuyu": "puts patches into the prompt without an encoder",
+    "granite4_vision": "adds image features in front of layers of its decoder",
+    "phi4_multimodal": "attends causally",  # its tower, which is found as an encoder: it has no get_image_features
+    "deepseek_vl_hybrid": "encodes every image at two sizes",
+    "chameleon": "embeds, merges and decodes in one forward",
+}
+NAMES = [name for name in classes.CLASSES if name not in REFUSED]
+# Padding on the right counts into sliding windows in the plain models, so a row there is not what it is alone.
+CASES = {name: [c for c in classes.CASES[name] if c not in ("text", "image_video")] for name in NAMES}
+CASES["video_llama_3"] = [case for case in CASES["video_llama_3"] if case != "video"]  # refused in the call
+CASES["perception_lm"] = [case for case in CASES["perception_lm"] if case != "video"]  # the same
+
+
+def test_every_class_is_supported_or_refused():
+    assert {classes.build(name).config.model_type for name in NAMES} == PROVEN
+    assert len(PROVEN) + 11 >= 60  # with the families of their own
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_say_why(name):
+    model = classes.build(name)
+    before = fingerprint(model)
+    plan = vtc.explain(model, "random", keep=0.5)
+    assert not plan.ok and REFUSED[name] in str(plan)
+    with pytest.raises(vtc.UnsupportedModelError, match=REFUSED[name]):
+        vtc.compress(model, "random", keep=0.5)
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_keep_all_and_off_again(name):
+    """keep=1.0 is the model itself to the bit, units hold what the prompt holds, and nothing is left behind."""
+    model, inputs = classes.build(name), classes.inputs(name, "ragged")
+    dense, before = model(**inputs).logits, fingerprint(model)
+    with vtc.compress(model, "divprune", keep=1.0) as handle:
+        assert torch.equal(model(**inputs).logits, dense)
+        assert sum(handle.report.before) == sum(classes.tokens_per_item(name, "ragged")) and handle.kept.all()
+    with vtc.compress(model, "tome", keep=0.5) as handle:
+        out = model(**inputs).logits
+        assert out.isfinite().all() and not torch.equal(out[:, -1], dense[:, -1])
+        assert str(handle.report) and handle.token_map.mask().sum(1).tolist() == list(handle.report.after)
+    assert fingerprint(model) == before and torch.equal(model(**inputs).logits, dense)
+
+
+def shown(case):
+    """Every class with either attention and either share; every kind of prompt with both, in every class's turn."""
+    name, kind, attn, keep = case
+    return {(name, attn), (name, keep), (kind, attn, keep), (name, kind == "video")}
+
+
+PRODUCT = [
+    (name, kind, attn, keep)
+    for name in NAMES
+    for kind in CASES[name]
+    for attn in ("sdpa", "eager")
+    if attn == "sdpa" or classes.CLASSES[name].eager
+    for keep in (0.5, 0.25)
+]
+
+
+@matrix("name, kind, attn, keep", PRODUCT, shown)
+def test_oracle(name, kind, attn, keep):
+    """Prefill and ten steps of decoding are those of the plain decoder on the tokens that stay, each row alone."""
+    model, inputs = classes.build(name, attn), classes.inputs(name, kind)
+    rows = len(inputs["input_ids"])
+    tokens = torch.randint(5, 100, (rows, STEPS), generator=torch.Generator().manual_seed(3))
+    with vtc.compress(model, "random", keep=keep) as handle:
+        got = said(model, inputs, tokens)
+        kept, columns, report = handle.kept, handle.patches[0].record.columns, handle.report
+    assert list(report.after) == [max(1, round(keep * n)) for n in report.before]
+    visual = classes.placeholders(name, inputs["input_ids"])
+    assert kept[~visual].all() and not kept[visual].all()
+    prefill, decode = expected(name, model, inputs, kept, tokens)
+    for row in range(rows):
+        here = columns[row] >= 0
+        assert torch.allclose(got[0][row, here], prefill[row], atol=TOLERANCE, rtol=0), "prefill"
+    # Of rows padded on the right `generate` reads the last column; Janus has a `generate` of its own.
+    if kind != "ragged_right" and name != "janus":
+        for step in range(STEPS):
+            assert torch.allclose(got[1 + step][:, -1], decode[:, step], atol=TOLERANCE, rtol=0), f"step {step}"
+
+
+@pytest.mark.parametrize("name", ["video_llama_3", "perception_lm"])
+def test_videos_that_are_not_known_are_refused(name):
+    model, inputs = classes.build(name), classes.inputs(name, "video")
+    with vtc.compress(model, "random", keep=0.5):
+        for call in (model, lambda **given: model.generate(**given, max_new_tokens=1)):
+            with pytest.raises(vtc.InputError, match="alone|filled in before"), torch.no_grad():
+                call(**inputs)
