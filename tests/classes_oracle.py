@@ -15,7 +15,6 @@ from mllm_zoo import CACHE
 from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
-
 _NOT_HANDED_ON = {"attention_mask", "use_cache", "cache_position", "position_ids", "return_dict", "logits_to_keep"}
 
 
@@ -101,15 +100,7 @@ def _row(
     text = classes.text_model(model)
     given: dict[str, Any] = {}
     for key, value in seen.items():
-        if key in (
-            "attention_mask",
-            CACHE,
-            "use_cache",
-            "cache_position",
-            "position_ids",
-            "return_dict",
-            "logits_to_keep",
-        ):
+        if key in _NOT_HANDED_ON or key == CACHE:
             continue
         if key in ("deepstack_visual_embeds",) and value is not None:
             number = (visual.flatten().long().cumsum(0) - 1).view(shape)

@@ -212,6 +212,10 @@ CASES = {"timm": timm_cases, "open_clip": open_clip_cases, "transformers": trans
 # -- what vtc says of it --------------------------------------------------------------------------------------------
 
 
+class _Broken(Exception):
+    """The model itself does not run."""
+
+
 def answer(case: Case) -> dict[str, Any]:
     """{kind, names, verdict, wrong}: "supported" or the reason; what does not hold, or ""."""
     record: dict[str, Any] = {"kind": case.kind, "names": list(case.names), "wrong": ""}
@@ -231,6 +235,8 @@ def answer(case: Case) -> dict[str, Any]:
             return {**record, "verdict": "supported", "wrong": _runs(case, plan)}
         verdict = "; ".join(encoder.refusal for encoder in plan.encoders if encoder.refusal) or "no vision encoder"
         return {**record, "verdict": verdict, "wrong": _refuses(model, plan)}
+    except _Broken as error:
+        return {**record, "verdict": "not built", "note": str(error)[:200]}
     except Exception as error:
         return {**record, "verdict": "raw exception", "wrong": f"{type(error).__name__}: {error}"[:300]}
 
@@ -268,7 +274,10 @@ def _runs(case: Case, plan: Any) -> str:
             torch.manual_seed(0)  # some shuffle the patches
             return _tensor(_probed(found, encoder))
 
-        dense = run()
+        try:
+            dense = run()
+        except Exception as error:  # its configuration, shortened to two layers, does not fit together
+            raise _Broken(f"{type(error).__name__}: {error}") from error
         with vtc.compress(encoder, "tome", keep=1.0):
             if not torch.equal(run(), dense):
                 return "keep=1.0 is not the model"

@@ -38,6 +38,20 @@ words.**
 Multimodal LLMs of transformers are in [the next table](#multimodal-llms) instead.
 
 """
+MORE_HEAD = """
+### Other classes
+
+Through one generic family, on transformers 5.24 and newer, with methods that read the tokens alone (`random`, `norm`,
+`divprune`, `dpc_knn`, `tome`, `pitome`, `downsample` where an image's tokens fill a grid, `cdpruner`, and `idpruner`,
+`scope`, `vispruner` with `importance="norm"`). Tiny models of these {count} model types, with real towers and pixels,
+give what their plain decoder gives on the tokens that stay (`tests/test_mllm_classes.py`: one image, two, ragged
+batches, videos where the class has them; {tolerance} in float32):
+
+{names}.
+
+Refused, each class because it
+
+"""
 LLM_HEAD = """
 ## Multimodal LLMs
 
@@ -71,7 +85,16 @@ def table() -> str:
     notes = [f"{number}. {reason}" for number, reason in enumerate(notes, 1)]
     covers = [f"- **{name}**: {families}" for name, families in vtc.list_adapters().items()]
     page = HEAD + "\n".join(covers) + "\n\n" + "\n".join(lines) + "\n\n" + "\n".join(notes) + "\n"
-    return page + registry() + LLM_HEAD + "\n".join(multimodal()) + "\n"
+    return page + registry() + LLM_HEAD + "\n".join(multimodal()) + "\n" + others()
+
+
+def others() -> str:
+    """What the generic family takes, and what not."""
+    from vtc.adapters.multimodal.families.generic import PROVEN, UNFIT
+
+    names = ", ".join(f"`{name}`" for name in sorted(PROVEN))
+    refused = "\n".join(f"- `{name}`: {reason}" for name, reason in sorted(UNFIT.items()))
+    return MORE_HEAD.format(count=len(PROVEN), tolerance="1e-4", names=names) + refused + "\n"
 
 
 def registry() -> str:

@@ -13,6 +13,7 @@ from vtc.adapters.encoders.find import find as find_encoders
 from vtc.adapters.encoders.site import EncoderSite, Refusal
 from vtc.adapters.encoders.support import reduced, refusal
 from vtc.adapters.multimodal.families import FAMILIES
+from vtc.adapters.multimodal.families.generic import Generic
 from vtc.adapters.multimodal.find import MultimodalSite
 from vtc.adapters.multimodal.find import find as find_llms
 from vtc.adapters.multimodal.support import explained
@@ -90,4 +91,4 @@ class Explanation:
 def list_adapters() -> dict[str, str]:
     """Name of every adapter and the model families it covers."""
     known = {name: adapter.covers for name, adapter in ADAPTERS.items()}
-    return {**known, **{name: family.covers for name, family in FAMILIES.items()}}
+    return {**known, **{name: family.covers for name, family in FAMILIES.items()}, "generic": Generic.covers}

@@ -46,6 +46,12 @@ def _refusal(site: MultimodalSite, method: Method | None) -> str:
     reason = _positions_refuse(decoder, method)
     if reason or method is None:
         return reason
+    if not site.family.evidence and method.where != "tower":
+        asked = {"positions=": method.ppe, "cascade=": method.cascade, "proportional=True": method.proportional}
+        asked |= {method.name: method.in_decoder, "events=": method.groups_frames}
+        untried = next((name for name, given in asked.items() if given), "")
+        if untried:
+            return f"{untried} was not tried on {site.family.name}: use a method at its decoder's input, as divprune"
     if method.ppe:
         try:
             slots_for(method.ppe, sections(axes(decoder.rotary_emb)))

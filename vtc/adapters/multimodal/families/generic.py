@@ -21,7 +21,7 @@ _FROM_CONFIG = ("vision_feature_layer", "vision_feature_select_strategy")  # whi
 
 
 # What is known not to fit, though it has all that is asked for.
-_UNFIT = {
+UNFIT = {
     "minimax_m3_vl": "takes positions for numbers of columns in its sparse attention, and tokens that stay leave gaps",
     "deepseek_vl_hybrid": "encodes every image at two sizes, given as two arguments",
     "granite4_vision": "adds image features in front of layers of its decoder, not at the placeholders alone",
@@ -50,6 +50,9 @@ PROVEN = frozenset(
 _IMAGES_ONLY = {"video_llama_3"}  # its forward drops features of videos behind the encoder
 
 
+_SINCE = (5, 24)  # of transformers
+
+
 class Unfit(Exception):
     """Why a model cannot be served by the generic family, behind its class's name."""
 
@@ -57,14 +60,17 @@ class Unfit(Exception):
 class Generic(Family):
     """One model: where its decoder is, what it sees, how its features lie, what positions it gives."""
 
-    covers = "other multimodal LLMs of transformers that put image features at placeholders"
+    covers = "other multimodal LLMs of transformers (docs/models.md lists them), methods that read the tokens alone"
     classes = ()
     evidence = False
+    in_tower = "vtc does not know its tower"
 
     def __init__(self, inner: Any) -> None:
         self.name = getattr(inner.config, "model_type", type(inner).__name__)
-        if self.name in _UNFIT:
-            raise Unfit(_UNFIT[self.name])
+        if self.name in UNFIT:
+            raise Unfit(UNFIT[self.name])
+        if _version() < _SINCE:
+            raise Unfit(f"was tried on transformers {_SINCE[0]}.{_SINCE[1]} and newer alone: update transformers")
         if self.name not in PROVEN:
             raise Unfit("is none of the classes that vtc was tried on: please ask for it")
         self.decoder = next((n for n in _DECODERS if hasattr(getattr(inner, n, None), "layers")), "")
@@ -187,6 +193,13 @@ class Generic(Family):
         if not parts:
             raise Unfit("holds no vision tower")
         return max(parts, key=lambda part: sum(p.numel() for p in part.parameters()))
+
+
+def _version() -> tuple[int, int]:
+    import transformers
+
+    major, minor, *_ = transformers.__version__.split(".")
+    return int(major), int(minor)
 
 
 def _grid(high: int, wide: int, tokens: int) -> Grid | None:
