@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import mllm_classes
 import mllm_zoo as zoo
 import pytest
 import torch
@@ -292,13 +293,10 @@ def test_explain_says_why_not(vtc_, tmp_path):
     zoo.FAMILIES["gemma3"].config().save_pretrained(tmp_path / "gemma3")
     code, text, _ = vtc_("explain", "--model", tmp_path / "gemma3", "--method", "fastv")
     assert code == 1 and "windows" in text
-    tiny = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {"model_type": "llama", **tiny, "vocab_size": 99}
-    vision = {"model_type": "clip_vision_model", **tiny, "image_size": 32, "patch_size": 8}
-    transformers.VipLlavaConfig(text_config=text, vision_config=vision).save_pretrained(tmp_path / "vip")
-    code, text, _ = vtc_("explain", "--model", tmp_path / "vip", "--json")
+    mllm_classes.CLASSES["granite4_vision"].config().save_pretrained(tmp_path / "granite")
+    code, text, _ = vtc_("explain", "--model", tmp_path / "granite", "--json")
     found = json.loads(text)
-    assert code == 1 and "no adapter" in found["text"] and found["cost"] is None
+    assert code == 1 and "in front of layers of its decoder" in found["text"] and found["cost"] is None
 
 
 def test_explain_bad_input(fails, folders):

@@ -10,6 +10,7 @@ import mllm_processor
 import mllm_zoo
 import pytest
 import torch
+import transformers
 from PIL import Image
 from torch import nn
 from zoo import model, pixels
@@ -227,9 +228,12 @@ def test_models_without_a_gate():
     class Unknown(nn.Module):
         """Looks like a multimodal LLM of transformers, of no family that is known."""
 
-        language_model = get_placeholder_mask = None
+        config, get_placeholder_mask = transformers.PreTrainedConfig(), None
 
-    with pytest.raises(vtc.UnsupportedModelError, match="^Unknown: no adapter for this multimodal family"):
+        def get_image_features(self, pixel_values):
+            raise NotImplementedError
+
+    with pytest.raises(vtc.UnsupportedModelError, match="^Unknown: Unknown is none of the classes that vtc"):
         prefill.site_of(Unknown())
     with pytest.raises(vtc.UnsupportedModelError, match="^VisionTransformer is no multimodal LLM that vtc knows"):
         prefill.site_of(model("timm-vit"))

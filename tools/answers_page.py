@@ -24,10 +24,7 @@ KEPT = ROOT / "benchmarks" / "results"
 MODELS = ("tiny_llava", "tiny_qwen")
 RUNS = (*MODELS, "clips-2", "clips-8")
 CHOICES = tuple(f"validation-{model}" for model in MODELS)  # what was chosen was chosen on these
-SHORT = (  # on the front page
-    *("visionzip+proportional", "pitome+proportional", "dpc_knn+proportional", "fastv", "dart", "pitome", "tome"),
-    *("divprune", "idpruner", "zoo_prune", "downsample", "random"),
-)
+SHORT = ("pitome+proportional", "divprune", "downsample", "random")  # on the front page
 
 # What was said of a method, whose answers should then be better, and on which questions
 CLAIMS = (

@@ -102,9 +102,10 @@ def attention_width(block: nn.Module, config: Any) -> int:
         return 0
     own = getattr(module, "config", config)  # layers of one decoder may differ
     width = getattr(module, "head_dim", None)
-    query = getattr(getattr(module, "q_proj", None), "out_features", None)
-    heads = query // width if query and width and query % width == 0 else getattr(module, "num_heads", None)
-    heads = heads or own.num_attention_heads
+    try:
+        heads = own.num_attention_heads
+    except AttributeError:  # another number in every layer
+        heads = getattr(module, "num_heads", None) or module.q_proj.out_features // width
     width = width or own.hidden_size // heads
     keys, values = (getattr(module, name, None) or width for name in ("qk_head_dim", "v_head_dim"))
     return heads * (keys + values) // 2

@@ -11,7 +11,7 @@ from torch import nn
 from vtc.adapters.encoders.site import Refusal
 from vtc.adapters.multimodal.families import FAMILIES
 from vtc.adapters.multimodal.families.base import Family
-from vtc.adapters.multimodal.families.generic import Generic, Unfit
+from vtc.adapters.multimodal.families.generic import TOKENS, Generic, Unfit
 from vtc.adapters.multimodal.owners import Owners, around, foreign, known_as
 
 
@@ -45,10 +45,13 @@ def find(model: nn.Module) -> Iterator[MultimodalSite | Refusal]:
 
 
 def _multimodal(module: Any) -> bool:
-    """A model of transformers that encodes images, and holds none that does."""
-    encodes = callable(getattr(module, "get_image_features", None)) and hasattr(module, "config")
+    """A model that encodes images for placeholders in a prompt, and holds none that does."""
+    if not callable(getattr(module, "get_image_features", None)) or not hasattr(module, "config"):
+        return False
     inside = getattr(module, "model", None)
-    return encodes and not callable(getattr(inside, "get_image_features", None))
+    ids = (getattr(module.config, name, None) for name in TOKENS["image"])
+    takes = hasattr(module, "get_placeholder_mask") or any(isinstance(token, int) for token in ids)
+    return takes and not callable(getattr(inside, "get_image_features", None))
 
 
 def _head(module: Any) -> str:

@@ -39,7 +39,7 @@ class Owners:
 def around(root: nn.Module, inner: nn.Module, families: Collection[str], head: str = "") -> Owners | str:
     """The models in `root` that contain `inner`; or why one of them is not known. `families`: the class names of
     possible inner models; their heads have similar names and come from transformers, or from the package of `inner`."""
-    names = {f"{name.removesuffix('Model')}ForConditionalGeneration" for name in families} | {head}
+    names = {f"{name.removesuffix('Model')}ForConditionalGeneration" for name in families} | ({head} - {""})
     home = type(inner).__module__.split(".")[0]
     heads, classifiers = [], []
     for owner, path in _holders(root, inner):

@@ -16,7 +16,7 @@ from vtc.errors import InputError
 from vtc.layout import Grid, Layout, Unit
 
 _DECODERS = ("language_model", "text_model")
-_TOKENS = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
+TOKENS = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
 _FROM_CONFIG = ("vision_feature_layer", "vision_feature_select_strategy")  # which a forward hands to its encoder
 
 
@@ -82,7 +82,7 @@ class Generic(Family):
             if not callable(getattr(inner, encode, None)):
                 continue
             pixels = list(inspect.signature(getattr(inner, encode)).parameters)[0]
-            token = next((n for n in _TOKENS[name] if isinstance(getattr(inner.config, n, None), int)), "")
+            token = next((n for n in TOKENS[name] if isinstance(getattr(inner.config, n, None), int)), "")
             if pixels in takes and token:
                 found.append(Modality(name, pixels, token, encode))
         if not found or found[0].name != "image":
