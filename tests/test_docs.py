@@ -29,6 +29,7 @@ llm, inputs = mllm_zoo.build("llava_next"), mllm_zoo.inputs("llava_next", "singl
 """
 
 
+@pytest.mark.slow
 def test_the_support_matrix_is_up_to_date():
     import support_matrix
 

@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from pairs import matrix
 from zoo import ZOO, model, pixels, randomise
 
 import vtc
@@ -32,7 +33,7 @@ def positional(name, net):
     return Net().eval(), inputs[image]
 
 
-@pytest.mark.parametrize(("name", "method"), GRAPHS)
+@matrix("name, method", GRAPHS, lambda case: {case[0].split("-")[0], case[1]})  # every library, every method
 @torch.no_grad()
 def test_compile_fullgraph(name, method):
     net, x = positional(name, model(name))
