@@ -1,5 +1,6 @@
 """Any multimodal LLM of transformers that puts image features at placeholders in front of a decoder: read off the model
-itself, and tried before it is patched (multimodal/selfcheck.py). A family file is for what cannot be read off."""
+itself; how its decoder uses positions is tried before it is patched (multimodal/trial.py). A family file is for what
+cannot be read off."""
 
 from __future__ import annotations
 
@@ -72,7 +73,7 @@ class Generic(Family):
         if _version() < _SINCE:
             raise Unfit(f"was tried on transformers {_SINCE[0]}.{_SINCE[1]} and newer alone: update transformers")
         if self.name not in PROVEN:
-            raise Unfit("is none of the classes that vtc was tried on: please ask for it")
+            raise Unfit("is none of the classes that vtc was tried on: ask for it, or add it (docs/add-an-adapter.md)")
         self.decoder = next((n for n in _DECODERS if hasattr(getattr(inner, n, None), "layers")), "")
         if not self.decoder:
             raise Unfit("has no decoder of layers as language_model or text_model")
