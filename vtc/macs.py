@@ -100,13 +100,11 @@ def attention_width(block: nn.Module, config: Any) -> int:
     module = attention(block)
     if module is None:
         return 0
-    own = getattr(module, "config", config)  # layers of one decoder may differ
-    width = getattr(module, "head_dim", None)
-    try:
-        heads = own.num_attention_heads
-    except AttributeError:  # another number in every layer
-        heads = getattr(module, "num_heads", None) or module.q_proj.out_features // width
-    width = width or own.hidden_size // heads
+    own = getattr(module, "config", config)  # layers of one decoder may differ, by a configuration for each
+    if getattr(own, "per_layer_config", None):
+        own = own.per_layer_config[module.layer_idx]
+    heads = own.num_attention_heads
+    width = getattr(module, "head_dim", None) or own.hidden_size // heads
     keys, values = (getattr(module, name, None) or width for name in ("qk_head_dim", "v_head_dim"))
     return heads * (keys + values) // 2
 
