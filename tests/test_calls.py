@@ -58,7 +58,7 @@ def test_two_models_are_checkpointed_on_one_buffer(reentrant):
     torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["timm-dinov2", "hf-dinov2", "hf-siglip2", "open_clip-vit"])
+@pytest.mark.parametrize("name", ["timm-dinov2", "hf-dinov2", "hf-siglip2", "hf-blip2", "open_clip-vit"])
 @torch.no_grad()
 def test_threads_in_one_model(name):
     """Each gives what it gives alone, and the report speaks of a whole call."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vtc.adapters.attention_tap import listen
 from vtc.adapters.hooks import Hook, unhook
 from vtc.adapters.patch import FORWARDS, Patch, forward_name
 from vtc.adapters.tracing import SCRIPT, Unscriptable
@@ -48,6 +49,9 @@ class BlockPatch(Patch):
 
     def install(self) -> None:
         super().install()
+        taps = self.tower.site.block.taps
+        for module in () if taps is None else taps(self.module):
+            listen(module)
         self.module.__dict__[SCRIPT] = Unscriptable()
 
     def remove(self) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtc.adapters.attention_tap import AttentionTap, biased, interfaced, tapped
 from vtc.adapters.encoders.copies import floats, kind_of, stand_in, width_of
-from vtc.adapters.encoders.interface import noted, sized
 from vtc.adapters.encoders.reasons import attends
 from vtc.adapters.encoders.site import Block, projected_keys
 from vtc.adapters.encoders.state import CallState
@@ -60,20 +60,26 @@ class Branch:
     ends: Ref
     scale: str = ""
 
-    def run(self, block: Any, x: Tensor, attention: str, bias: Any, given: dict[str, Any]) -> Tensor:
+    def run(self, block: Any, x: Tensor, given: dict[str, Any], attention: str = "", attend: Any = None) -> Tensor:
+        """given: the block's own arguments; attend: what is called with the part named `attention`, and its arguments,
+        instead of that part."""
         outs: list[Any] = []
 
         def value(ref: Ref) -> Any:
-            if ref.kind in ("x", "zero"):
-                return x if ref.kind == "x" else torch.zeros_like(x)
+            if ref.kind == "x":
+                return x
+            if ref.kind == "zero":
+                return torch.zeros_like(x)
             if ref.kind == "given":
                 return given.get(ref.value)
-            return ref.value if ref.kind == "is" else outs[ref.value] if ref.item is None else outs[ref.value][ref.item]
+            if ref.kind == "is":
+                return ref.value
+            return outs[ref.value] if ref.item is None else outs[ref.value][ref.item]
 
         for call in self.calls:
             part, args = getattr(block, call.part), [value(ref) for ref in call.args]
             kwargs = {name: value(ref) for name, ref in call.kwargs}
-            outs.append(bias(part, args, kwargs) if call.part == attention else part(*args, **kwargs))
+            outs.append(attend(part, args, kwargs) if call.part == attention else part(*args, **kwargs))
         end = value(self.ends)
         return end if not self.scale else getattr(block, self.scale) * end
 
@@ -115,13 +121,13 @@ class PreNorm:
             sizes = stage.bias(x)
             if self.mask:
                 return part(**own | {self.mask: sizes})
-            with sized(part, sizes):
+            with biased(sizes):
                 return part(**own)
 
-        return self.first.run(block, x, self.attention, call, given)
+        return self.first.run(block, x, given, self.attention, call)
 
     def feed(self, block: Any, x: Tensor) -> Tensor:
-        return self.second.run(block, x, "", None, {})
+        return self.second.run(block, x, {})
 
     def parts(self, block: Any) -> tuple[nn.Module, nn.Module]:
         names = dict.fromkeys(call.part for call in self.second.calls)
@@ -144,14 +150,17 @@ class PreNorm:
             before.append(args[0] if args else own[self.takes[0]])
             return x if self.first.ends.item is None else (x,) * 4
 
-        self.first.run(block, x, self.attention, stop, {})
+        self.first.run(block, x, {}, self.attention, stop)
         fused: Any = getattr(block, self.attention).get_submodule(self.fused)
         return projected_keys(before[0].detach(), fused.weight, fused.bias, self.heads)
 
     def block(self) -> Block:
         keys: dict[str, Any] = {"keys": self.key_module} if self.keys else {"project": self.key_product}
-        keys |= {"example": self.example, "wrapped": self.wrapped}
+        keys |= {"example": self.example, "wrapped": self.wrapped, "taps": None if self.mask else self.interface}
         return Block(self.attend, self.feed, self.parts, self.width, self.count, **keys)
+
+    def interface(self, block: Any) -> list[nn.Module]:
+        return interfaced(getattr(block, self.attention))
 
     def example(self, block: Any, prefix: int) -> tuple[int, tuple, dict]:
         required = [n for n, p in _parameters(type(block)).items() if p.default is p.empty]
@@ -198,7 +207,14 @@ def examine(block: Any, width: int) -> PreNorm:
     like = next(floats(block))  # of a copy float32; packed weights are tried as they are
     given |= {n: torch.zeros(1, 1, _TOKENS, _TOKENS).to(like) for n in _MASKS if n in parameters}
     x = torch.randn(1, _TOKENS, width, generator=torch.Generator().manual_seed(0)).to(like)
-    out, calls, outputs, taken = _record(block, inside, x, given)
+    with tapped(interfaced(inside), plain=True) as taps:
+        return _examined(block, names[0], x, given, taps)
+
+
+def _examined(block: Any, name: str, x: Tensor, given: dict[str, Any], taps: list[AttentionTap]) -> PreNorm:
+    """The same, with taps on its attention, the part called `name`; given: the block's other arguments."""
+    inside = getattr(block, name)
+    out, calls, outputs, taken = _record(block, inside, x, given, taps)
     wrapped = isinstance(out, tuple)
     out = out[0] if wrapped else out
     if not isinstance(out, Tensor):
@@ -207,35 +223,37 @@ def examine(block: Any, width: int) -> PreNorm:
     second, end, left = _branch(block, mid, rest, {}, out)
     if left or end is not out:
         raise Unknown("call their parts in an order of their own")
-    if names[0] not in {call.part for call in first.calls} or names[0] in {call.part for call in second.calls}:
+    if name not in {call.part for call in first.calls} or name in {call.part for call in second.calls}:
         raise Unknown("do not attend first")
     takes = tuple(_parameters(type(inside), 1))
     mask = next((name for name in _MASKS if name in takes), "")
     if len(taken) != 1:
         raise Unknown("attend past transformers' interface, where the sizes of merged tokens could go in")
-    query, key = taken[0]
+    query, key, *_ = taken[0]
     mean, heads = head_mean(key, key.shape[1]), key.shape[1]
     keys = [path for path, o in outputs.items() if path and _same_keys(o, mean, heads)]
     three = 3 * key.shape[1] * key.shape[-1]
     fused = [path for path, module in inside.named_modules() if getattr(module, "out_features", 0) == three]
     size = query.shape[1] * query.shape[-1]
-    found = PreNorm(
-        *(first, second, names[0], heads, size, (keys or [""])[-1], (fused or [""])[0], mask),
-        *(tuple(parameters), takes, wrapped),
+    made = PreNorm(
+        *(first, second, name, heads, size, (keys or [""])[-1], (fused or [""])[0], mask),
+        *(tuple(given), takes, wrapped),
     )
-    if _reads_places(found, block, x):
+    if _reads_places(made, block, x):
         raise Unknown("attend by where a token stands in the row (positions or windows inside the attention)")
-    if not keys and not (fused and _same_keys(found.key_product(block, x), mean, 1)):
+    if not keys and not (fused and _same_keys(made.key_product(block, x), mean, 1)):
         raise Unknown("show none of the keys that they compare")
-    return found
+    return made
 
 
-def _record(block: Any, inside: Any, x: Tensor, given: dict[str, Any]) -> tuple[Any, list, dict[str, Any], list]:
+def _record(
+    block: Any, inside: Any, x: Tensor, given: dict[str, Any], taps: list[AttentionTap]
+) -> tuple[Any, list, dict[str, Any], list]:
     """Run a block: what it gives; the calls of its parts (name, arguments, output); the outputs of all modules of its
     attention; and the queries and keys that reached transformers' interface."""
     calls: list[Any] = []
     outputs: dict[str, Any] = {}
-    taken: list[tuple[Tensor, Tensor]] = []
+    taken: list[tuple] = []
 
     def called(name: str) -> Callable[..., None]:
         return lambda part, args, kwargs, out: calls.append((name, *_named(part, args, kwargs), out))
@@ -245,12 +263,13 @@ def _record(block: Any, inside: Any, x: Tensor, given: dict[str, Any]) -> tuple[
 
     hooks = [part.register_forward_hook(called(name), with_kwargs=True) for name, part in block.named_children()]
     hooks += [module.register_forward_hook(gave(path)) for path, module in inside.named_modules()]
-    token = noted.set(taken)
     try:
-        with sized(inside, None):
-            return block(x, **given), calls, outputs, taken
+        for tap in taps:
+            tap.calls = taken
+        return block(x, **given), calls, outputs, taken
     finally:
-        noted.reset(token)
+        for tap in taps:
+            tap.calls = None
         for hook in hooks:
             hook.remove()
 

@@ -38,6 +38,7 @@ class Block:
             to a block.
         relative: the attention mask is a relative position bias, never padding.
         wrapped: its forward gives the tokens in a tuple.
+        taps: (block) -> the modules whose attention takes no mask, so that sizes go in at transformers' interface.
         mask: (block, x, args, kwargs) -> the caller's mask among them, as masks.py describes it.
     """
 
@@ -51,6 +52,7 @@ class Block:
     example: Callable[[Any, int], tuple[int, tuple, dict]] = plain_example
     relative: bool = False
     wrapped: bool = False
+    taps: Callable[[Any], list[nn.Module]] | None = None
     mask: Callable[..., Tensor | None] = given_mask
 
 

@@ -9,7 +9,7 @@ model on the meta device, one that is offloaded and one in half precision get th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtc.adapters.attention_tap import tapped
 from vtc.adapters.encoders.copies import bare_copy, floats, kind_of, on_meta, stand_in, width_of, zeros
 from vtc.adapters.encoders.site import EncoderSite, unforeseen
 from vtc.adapters.encoders.state import CallState
@@ -113,29 +114,21 @@ def check_entry(site: EncoderSite) -> str:
 def _probe(site: EncoderSite, calls: list, patches: list) -> None:
     """Call a copy on the meta device; where that fails for a tensor that its forward makes on the CPU, with those on
     meta too; where it reads numbers, on the CPU, with zeros."""
-    whole, probe, last = site.encoder, site.probe, len(site.blocks) - 1
-    assert whole is not None and probe is not None
-
-    def call(tensor: Callable[[str, Tensor], Tensor]) -> None:
+    assert site.encoder is not None and site.probe is not None
+    last = len(site.blocks) - 1
+    for tensor, default in ((on_meta, "cpu"), (on_meta, "meta"), (zeros, "cpu")):
         calls.clear()
         patches.clear()
         known: dict[int, Any] = {id(b): _Passage(i, i == last, calls) for i, b in enumerate(site.blocks)}
-        encoder = bare_copy(whole, tensor, known)
+        encoder = bare_copy(site.encoder, tensor, known)
         known[id(site.patchify)].register_forward_hook(lambda module, args, output: patches.append(output))
-        probe(encoder)
-
-    try:
-        call(on_meta)
-    except RuntimeError as error:
-        if "meta" not in str(error):
-            raise
         try:
-            with torch.device("meta"):
-                call(on_meta)
-        except RuntimeError as second:
-            if "meta" not in str(second):
+            with torch.device(default):
+                site.probe(encoder)
+            return
+        except RuntimeError as error:
+            if "meta" not in str(error) or tensor is zeros:
                 raise
-            call(zeros)
 
 
 def _form(x: Any) -> str:
@@ -215,7 +208,7 @@ def _sizes(site: EncoderSite, copied: nn.Module, block: nn.Module) -> str:
 def _sizes_of(site: EncoderSite, block: nn.Module, tolerance: float) -> str:
     about = site.block
     x, args, kwargs = _example(site, block, 0)
-    tokens = x.shape[1]
+    tokens, taps = x.shape[1], [] if about.taps is None else about.taps(block)
 
     def attended(which: list[int], size: list[float] | None) -> Tensor:
         """The attention branch of tokens `which`, with sizes."""
@@ -223,7 +216,8 @@ def _sizes_of(site: EncoderSite, block: nn.Module, tolerance: float) -> str:
         sizes = None if size is None else torch.tensor([size], device=x.device)
         total = replace(TokenMap.identity(1, tokens, x.device), anchor=anchor)
         stage = CallState(0, site.prefix, tokens, (), None, total=total, size=sizes)
-        return about.attend(block, x[:, which], stage, args, kwargs)
+        with tapped(taps):
+            return about.attend(block, x[:, which], stage, args, kwargs)
 
     every, twin = list(range(tokens)), site.prefix + 1
     copies = sorted([*every, *[twin] * 3])

@@ -6,66 +6,25 @@ implementation (sdpa, eager, flash) and nothing is computed twice. The full atte
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtc import scores
+from vtc.adapters.attention_tap import AttentionTap, listen
 from vtc.adapters.hooks import Hook
 from vtc.adapters.multimodal import masks
 from vtc.adapters.multimodal.families.base import Family, Modality
-from vtc.adapters.patch import Patch
 from vtc.errors import InputError, VTCError
 from vtc.layout import Layout
 from vtc.scores.attention import head_mean
 
 CAPTURED = {"attention", "middle", "keys", "inputs", "projector"}  # fields of Tokens
-_NAME = "vtc_listen"
 # For large images, the attention from all patches would cost more than a layer of the decoder: only the queries of each
 # _EVERYth patch are used (with 2x2 patches to a token, one per token).
 _ALL, _EVERY = 1024, 4
-
-
-class AttentionTap(Patch):
-    """Replaces the `config` of one attention module. While `calls` is a list, the module's attention function is ours,
-    which records queries and keys and calls the one that the config names. Otherwise it behaves as that config."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module, "config")
-        self.real = module.config
-        self.calls: list | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "real" not in self.__dict__:  # while being copied
-            raise AttributeError(name)
-        if name == "_attn_implementation" and self.calls is not None:
-            return _NAME
-        return getattr(self.real, name)
-
-
-def _listen(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    module.config.calls.append((query.detach(), key.detach(), attention_mask, kwargs.get("scaling")))
-    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config.real._attn_implementation, eager)
-    return attend(module, query, key, value, attention_mask, **kwargs)
-
-
-def listen(module: Any) -> AttentionTap:
-    """Record the calls of an attention module; `strip` removes this."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    if _NAME not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        ALL_ATTENTION_FUNCTIONS.register(_NAME, _listen)
-    tap = module.__dict__.get("config")
-    if not isinstance(tap, AttentionTap):
-        tap = AttentionTap(module)
-        tap.install()
-    return tap
 
 
 @dataclass(eq=False)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from vtc import scores
+from vtc.adapters.attention_tap import AttentionTap, listen
 from vtc.adapters.multimodal import masks
 from vtc.adapters.multimodal.cache import Entries, Shortened
-from vtc.adapters.multimodal.capture import AttentionTap, listen
 from vtc.adapters.multimodal.families.base import Family
 from vtc.adapters.multimodal.rotary import Positions
 from vtc.adapters.multimodal.token_batch import CallRecord, TokenBatch
