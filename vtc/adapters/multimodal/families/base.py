@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vtc.adapters.multimodal.cache import cache_name
+from vtc.errors import InputError
 from vtc.layout import Grid, Layout, Unit
 
 
@@ -44,6 +47,21 @@ def _one_patch(module: nn.Module, x: Tensor) -> Tensor:
 def prompt(call: Mapping[str, Any]) -> Tensor:
     """A call's ids [B, L], or its embeddings [B, L, C] if it has no ids."""
     return call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
+
+
+def axes_of(inner: Any, call: dict[str, Any], embeds: Tensor) -> Tensor | None:
+    """[axes, B, L]: what a model's compute_3d_position_ids gives for a call without positions; None = columns count.
+
+    Raises InputError for a mask that is not [B, L]."""
+    mask = call.get("attention_mask")
+    if mask is not None and getattr(mask, "ndim", 0) != 2:
+        raise InputError("attention_mask is not [B, L], of which the model makes its positions: give position_ids")
+    cache = call.get(cache_name())
+    known = {**call, "inputs_embeds": embeds, "past_key_values": cache, cache_name(): cache}
+    takes = inspect.signature(inner.compute_3d_position_ids).parameters
+    given = {n: known.get(n) for n, p in takes.items() if n in known or p.default is p.empty}
+    positions = inner.compute_3d_position_ids(**given)
+    return None if positions is None else positions[..., -embeds.shape[1] :]
 
 
 class Family:

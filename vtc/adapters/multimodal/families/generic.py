@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.adapters.multimodal.cache import cache_name
-from vtc.adapters.multimodal.families.base import Family, Modality
-from vtc.errors import InputError
+from vtc.adapters.multimodal.families.base import Family, Modality, axes_of
 from vtc.layout import Grid, Layout, Unit
 
 _DECODERS = ("language_model", "text_model")
@@ -49,8 +47,6 @@ PROVEN = frozenset(
     """.split()
 )
 _IMAGES_ONLY = {"video_llama_3"}  # its forward drops features of videos behind the encoder
-
-
 _SINCE = (5, 24)  # of transformers
 
 
@@ -100,12 +96,12 @@ class Generic(Family):
     def layout(self, inner: Any, modality: Modality, lengths: list[int], call: dict[str, Any]) -> Layout:
         """A unit for every item, or for every frame where `grid_thw` tells frames."""
         units, start = [], 0
-        frames = self.frames(modality, lengths, call)
-        sizes, several = self.sizes(modality, lengths, call), self.several(modality, lengths, call)
+        several = self.several(modality, lengths, call)
+        frames = self.frames(modality, lengths, call) or [(1, grid) for grid in self.sizes(modality, lengths, call)]
         for item, length in enumerate(lengths):
             if not length:  # a prompt without images, where an item is all that a prompt holds
                 continue
-            count, grid = (several[item], None) if several else frames[item] if frames else (1, sizes[item])
+            count, grid = (several[item], None) if several else frames[item]
             each = length // count
             for _ in range(count):
                 units.append(Unit(torch.arange(start, start + each), item, grid))
@@ -159,25 +155,8 @@ class Generic(Family):
         counted = super().positions(inner, call, past, embeds)
         if not hasattr(inner, "compute_3d_position_ids"):
             return counted
-        given = {
-            "inputs_embeds": embeds,
-            "past_key_values": call.get(cache_name()),
-            cache_name(): call.get(cache_name()),
-        }
-        mask = call.get("attention_mask")
-        if mask is not None and getattr(mask, "ndim", 0) != 2:
-            raise InputError("attention_mask is not [B, L], of which the model makes its positions: give position_ids")
-        takes = inspect.signature(inner.compute_3d_position_ids).parameters
-        found = inner.compute_3d_position_ids(
-            **{
-                n: given.get(n, call.get(n))
-                for n, p in takes.items()
-                if n in given or n in call or p.default is p.empty
-            }
-        )
-        if found is None:
-            return counted.expand(3, -1, -1)
-        return found[..., -embeds.shape[1] :]
+        found = axes_of(inner, call, embeds)
+        return counted.expand(3, -1, -1) if found is None else found
 
     # -- the tower ----------------------------------------------------------------------------------------------
 

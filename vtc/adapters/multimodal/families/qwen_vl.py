@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.adapters.multimodal.cache import cache_name
-from vtc.adapters.multimodal.families.base import IMAGE, VIDEO, Family, Modality, Projection
-from vtc.errors import InputError
+from vtc.adapters.multimodal.families.base import IMAGE, VIDEO, Family, Modality, Projection, axes_of
 from vtc.layout import Layout, Unit
 
 
@@ -52,17 +50,8 @@ class QwenVL(Family):
         return index.argsort()
 
     def positions(self, inner: Any, call: dict[str, Any], past: int, embeds: Tensor) -> Tensor:
-        names = ("image_grid_thw", "video_grid_thw", "attention_mask", cache_name(), "mm_token_type_ids")
-        given = {name: call.get(name) for name in (*names, "input_ids")}
-        mask = given["attention_mask"]
-        if mask is not None and getattr(mask, "ndim", 0) != 2:
-            raise InputError("attention_mask is not [B, L], of which the model makes its positions: give position_ids")
-        if call.get("second_per_grid_ts") is not None:
-            given["second_per_grid_ts"] = call["second_per_grid_ts"]
-        found = inner.compute_3d_position_ids(inputs_embeds=embeds, **given)
-        if found is None:
-            return super().positions(inner, call, past, embeds).expand(3, -1, -1)
-        return found[..., -embeds.shape[1] :]
+        found = axes_of(inner, call, embeds)
+        return super().positions(inner, call, past, embeds).expand(3, -1, -1) if found is None else found
 
     def tower(self, inner: Any) -> nn.Module:
         return inner.visual
