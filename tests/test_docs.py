@@ -40,6 +40,8 @@ def test_the_method_cards_are_up_to_date():
     import method_cards
 
     assert method_cards.stale() == [], "run tools/method_cards.py"
+    card = method_cards.filled(method_cards.begun("dart"), [["facts"]], "a new card")
+    assert "# DART" in card and "facts" in card and "few pivots" in card and card.count("<!-- /answers -->") == 1
 
 
 def name(page):

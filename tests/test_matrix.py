@@ -9,16 +9,12 @@ from zoo import ZOO, model, naflex_inputs
 
 import vtc
 
-METHODS = {
-    "pitome": {},
+METHODS: dict[str, dict] = {name: {} for name, cls in vtc.methods.METHODS.items() if cls.encoder} | {
     "pitome-nearest": {"preset": "nearest", "protect": True},
     "pitome-paper": {"preset": "paper"},
     "pitome-head": {"preset": "head"},
     "pitome-text": {"preset": "text"},
     "pitome-hidden": {"metric": "hidden"},
-    "tome": {},
-    "random": {},
-    "downsample": {},
     "downsample-resize": {"mode": "resize"},
 }
 CASES = [

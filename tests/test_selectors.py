@@ -463,8 +463,7 @@ def evidence(n, batch=2, seed=0, width=16):
     )
 
 
-NEW = ["idpruner", "zoo_prune", "divprune", "cdpruner", "scope", "vispruner", "hiprune", "visionzip", "dpc_knn"]
-NEW += ["fastv", "dart", "norm"]
+NEW = [name for name, cls in METHODS.items() if not cls.encoder]
 VARIANTS = [(name, {}) for name in NEW]
 RANKED = [name for name in NEW if issubclass(METHODS[name], Ranked)]  # each of them by each score
 VARIANTS += [

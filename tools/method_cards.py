@@ -2,7 +2,7 @@
 """Write the facts in docs/methods.md and docs/methods/*.md: what the code says of every method, never stale.
 
 `.venv/bin/python tools/method_cards.py` writes what stands between the marks, `--check` fails if it is out of date (a
-test runs that). Everything else on these pages is written by hand.
+test runs that). Everything else on these pages is written by hand; the card of a new method is begun from its docstring.
 """
 
 from __future__ import annotations
@@ -166,6 +166,19 @@ def pages() -> dict[Path, list[list[str]]]:
     return {DOCS / "methods.md": [overview(), shared()], **cards}
 
 
+def begun(name: str) -> str:
+    """The card of a method that has none yet."""
+    from vtc.methods import METHODS
+
+    decides = (inspect.getdoc(METHODS[name]) or "").partition("\nArgs:\n")[0].strip()
+    answers = (
+        "Share of correct answers about drawn scenes with the [small models](../answers.md); that page explains them\n"
+        "and gives intervals:\n\n<!-- answers -->\nNot asked yet.\n<!-- /answers -->"
+    )
+    parts = [f"# {METHODS[name].__name__}", f"{BEGIN}\n{END}", "## How it decides", decides, "## What was measured", answers]
+    return "\n\n".join([*parts, "## When not to use it", "Not known yet: it was compared with nothing."]) + "\n"
+
+
 def filled(text: str, parts: list[list[str]], page: str) -> str:
     """The page with what is between its marks written anew."""
     pattern = re.compile(f"{re.escape(BEGIN)}\n.*?{re.escape(END)}", re.DOTALL)
@@ -179,10 +192,8 @@ def stale(write: bool = False) -> list[str]:
     """Which pages are out of date; with `write`, they are no longer."""
     wrong = []
     for page, parts in pages().items():
-        if not page.exists():
-            raise SystemExit(f"{page.relative_to(ROOT)} is missing: a method has a card")
-        text = page.read_text()
-        now = filled(text, parts, str(page.relative_to(ROOT)))
+        text = page.read_text() if page.exists() else ""
+        now = filled(text or begun(page.stem), parts, str(page.relative_to(ROOT)))
         if now != text:
             wrong.append(str(page.relative_to(ROOT)))
             if write:

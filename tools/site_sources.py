@@ -4,6 +4,7 @@ Pages link to files of the repository (`../benchmarks/results/elpv.csv`), which 
 these is copied to `files/` and the link led there; markdown becomes a page. A link to a folder keeps its text alone.
 
 A line `<!-- all of vtc.scores -->` becomes the reference of every name in that module's `__all__`, from its docstring.
+The cards of the methods stand below methods.md in the navigation, in the registry's order.
 """
 
 from __future__ import annotations
@@ -23,6 +24,15 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 _ALL = re.compile(r"^<!-- all of (vtc[.\w]*)(?: but ([\w, ]+))? -->$", re.MULTILINE)
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!\w+:)([^)#\s]+)(#[^)]*)?\)")
+
+
+def on_config(config: Any) -> Any:
+    from vtc.methods import METHODS
+
+    for entry in config.nav:
+        if "Methods" in entry:
+            entry["Methods"] += [f"methods/{name}.md" for name in METHODS]
+    return config
 
 
 def leads_to(page: Path, target: str) -> Path | None:

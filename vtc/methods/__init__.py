@@ -1,4 +1,4 @@
-"""One file per published method. `METHODS` is the registry: name -> class."""
+"""One file per published method. `METHODS` is the registry: name -> class; `vtc` exports what `__all__` names here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from vtc.errors import OptionError
-from vtc.methods.base import Method
+from vtc.methods.base import Method as Method
 from vtc.methods.cdpruner import CDPruner
 from vtc.methods.dart import DART
 from vtc.methods.divprune import DivPrune
@@ -25,7 +25,7 @@ from vtc.methods.tome import ToMe
 from vtc.methods.visionzip import VisionZip
 from vtc.methods.vispruner import VisPruner
 from vtc.methods.zoo_prune import ZOOPrune
-from vtc.tokens import Tokens
+from vtc.tokens import Tokens as Tokens
 
 _MATCHING = (PiToMe, ToMe)
 _AT_THE_INPUT = (IDPruner, ZOOPrune, DivPrune, CDPruner, SCOPE, VisPruner, HiPrune, VisionZip, DPCKNN)
@@ -96,7 +96,6 @@ def _number(text: str) -> float | str:
 __all__ = [
     "DART",
     "DPCKNN",
-    "METHODS",
     "SCOPE",
     "CDPruner",
     "DivPrune",
@@ -104,14 +103,11 @@ __all__ = [
     "FastV",
     "HiPrune",
     "IDPruner",
-    "Method",
     "Norm",
     "PiToMe",
     "Random",
     "ToMe",
-    "Tokens",
     "VisPruner",
     "VisionZip",
     "ZOOPrune",
-    "make",
 ]
