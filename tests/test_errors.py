@@ -233,7 +233,7 @@ def test_models_without_a_gate():
         def get_image_features(self, pixel_values):
             raise NotImplementedError
 
-    with pytest.raises(vtc.UnsupportedModelError, match="^Unknown: Unknown is none of the classes that vtc"):
+    with pytest.raises(vtc.UnsupportedModelError, match="^Unknown: Unknown has no decoder of layers"):
         prefill.site_of(Unknown())
     with pytest.raises(vtc.UnsupportedModelError, match="^VisionTransformer is no multimodal LLM that vtc knows"):
         prefill.site_of(model("timm-vit"))

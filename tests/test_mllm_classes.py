@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import mllm_classes as classes
 import pytest
 import torch
@@ -10,7 +12,7 @@ from mllm_zoo import fingerprint
 from pairs import matrix
 
 import vtc
-from vtc.adapters.multimodal.families.generic import PROVEN
+from vtc.adapters.multimodal.families.generic import PROVEN, RASTER, Generic
 
 TOLERANCE = 1e-4  # of hidden states of size 1 to 6; linear attention adds in another order when its chunks shift
 LOOSER = {"qwen3_5_moe": 1e-3}  # 2.5e-4 measured: that rounding, weighed by its router
@@ -116,3 +118,64 @@ def test_videos_that_are_not_known_are_refused(name):
         for call in (model, lambda **given: model.generate(**given, max_new_tokens=1)):
             with pytest.raises(vtc.InputError, match="alone|filled in before"), torch.no_grad():
                 call(**inputs)
+
+
+def grids_of(name, kind):
+    """The units of a call's images, with what the encoder was given."""
+    seen, own = [], Generic.layout
+
+    def layout(self, inner, modality, lengths, call):
+        seen.append((modality, inner, dict(call), own(self, inner, modality, lengths, call)))
+        return seen[-1][-1]
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(Generic, "layout", layout)
+        with vtc.compress(classes.build(name), "random", keep=0.5):
+            classes.build(name)(**classes.inputs(name, kind))
+    return seen[-1]  # the first ones are of the trial at `compress`
+
+
+# Their convolutions see the whole of an image this small: rows of cells in the code (flatten(2), then permute).
+WIDE = {"gemma3n", "fast_vlm"}
+NO_GRADIENT = {"apertus1p5"}  # codes
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if classes.build(n).config.model_type in RASTER - WIDE - NO_GRADIENT]
+)
+def test_a_token_is_its_cell(name):
+    """Where an image's tokens have rows and columns: each depends on the pixels of its own cell more than on others."""
+    modality, inner, call, layout = grids_of(name, "ragged")
+    pixels = call[modality.pixels].detach().float().clone().requires_grad_(True)
+    encode = getattr(inner, modality.encode)
+    takes = inspect.signature(encode).parameters
+    more = {key: value for key, value in call.items() if key in takes and key != modality.pixels}
+    pooled = encode(**{modality.pixels: pixels}, **more).pooler_output
+    rows = torch.cat([each.reshape(-1, each.shape[-1]) for each in pooled])
+    unit = next(unit for unit in layout.units if unit.grid is not None)
+    high, wide = unit.grid
+    right = 0
+    for place, row in enumerate(unit.rows.tolist()):
+        (moves,) = torch.autograd.grad(rows[row].square().sum(), pixels, retain_graph=True)
+        moves = moves.abs().sum(-3).flatten(0, -3)
+        moves = moves[moves.sum((1, 2)).argmax()]
+        if call.get("image_sizes") is not None:  # padded to the largest
+            sides = torch.as_tensor(call["image_sizes"])[unit.item].tolist()
+            moves = moves[: sides[0], : sides[1]]
+        high_, wide_ = moves.shape[0] // high, moves.shape[1] // wide
+        cells = moves[: high * high_, : wide * wide_].reshape(high, high_, wide, wide_).sum((1, 3))
+        right += int(cells.argmax()) == place
+    assert right >= 0.7 * high * wide, f"{right} of {high} x {wide}"
+
+
+@pytest.mark.parametrize("name", ["aria", "idefics2", "deepseek_ocr2"])
+def test_queries_of_a_resampler_have_no_rows(name):
+    """Their number may be a square, or fit the image, by chance."""
+    _, inner, call, layout = grids_of(name, "ragged")
+    assert all(unit.grid is None for unit in layout.units)
+    family = Generic(inner)
+    pixels = torch.zeros(1, 3, 64, 64)
+    assert (
+        family.layout(inner, family.modalities[0], [16], {**call, family.modalities[0].pixels: pixels}).units[0].grid
+        is None
+    )

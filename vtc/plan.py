@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -16,6 +16,7 @@ from vtc.adapters.multimodal.families import FAMILIES
 from vtc.adapters.multimodal.families.generic import Generic
 from vtc.adapters.multimodal.find import MultimodalSite
 from vtc.adapters.multimodal.find import find as find_llms
+from vtc.adapters.multimodal.self_check import failed
 from vtc.adapters.multimodal.support import explained
 from vtc.adapters.report import Encoder
 from vtc.errors import OptionError
@@ -40,6 +41,8 @@ def explain(model: nn.Module, method: str | Method | None = None, **options: Any
             continue
         if isinstance(item, MultimodalSite):
             found.append(explained(item, chosen))
+            if not found[-1].refusal:
+                found[-1] = replace(found[-1], refusal=failed(item))
         else:
             reason = refusal(item, chosen)
             depth = len(item.blocks)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from vtc.errors import UnsupportedModelError
 
-_INSTANCE = ("forward", "_old_forward", "_hf_hook", "forward_intermediates")  # what others put on an instance
+# What others, and vtc, put on an instance.
+_INSTANCE = ("forward", "_old_forward", "_hf_hook", "forward_intermediates", "get_image_features", "get_video_features")
 
 
 def bare_copy(module: nn.Module, tensor: Callable[[str, Tensor], Tensor], known: dict[int, Any] | None = None) -> Any:
@@ -27,7 +28,7 @@ def bare_copy(module: nn.Module, tensor: Callable[[str, Tensor], Tensor], known:
             if name in vars(part):
                 memo[id(vars(part)[name])] = None
         if "config" in vars(part):
-            memo[id(part.config)] = part.config
+            memo.setdefault(id(part.config), part.config)
     for name, parameter in module.named_parameters():
         if id(parameter) not in memo:
             memo[id(parameter)] = nn.Parameter(tensor(name, parameter), requires_grad=False)

@@ -21,7 +21,7 @@ from vtc.adapters.multimodal.cache import cache_name
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _HUNG_ON = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
-_FAR = 10_000_000  # beyond every length at which decoders start to scale by position
+FAR = 10_000_000  # beyond every length at which decoders start to scale by position
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ def _try(decoder: Any) -> Trial:
         """An empty cache that claims to be full."""
 
         def get_seq_length(self, layer_idx: int = 0) -> int:
-            return _FAR
+            return FAR
 
     start = _start(getattr(decoder, "_orig_mod", decoder))  # as it was before torch.compile
-    weights = _weights(start)
-    device, dtype = _place(start)
+    made = weights(start)
+    device, dtype = place(start)
     x = torch.randn(1, 4, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
     shut = torch.full((1, 1, 4, 4), torch.finfo(dtype).min, dtype=dtype, device=device).triu(1)
     near, each = torch.arange(4, device=device)[None], {}
@@ -69,12 +69,12 @@ def _try(decoder: Any) -> Trial:
         each["per_layer_inputs"] = torch.zeros(
             1, 4, decoder.config.num_hidden_layers, width, device=device, dtype=dtype
         )
-    far = torch.tensor([[0, 1, 70_000, _FAR]], device=device)
+    far = torch.tensor([[0, 1, 70_000, FAR]], device=device)
 
     def run(ids: Tensor, cache: Any = None) -> Tensor:
         given: dict[str, Any] = {"inputs_embeds": x.to(device, dtype), "attention_mask": shut, "position_ids": ids}
         given |= {"use_cache": cache is not None, cache_name(): cache, **each}
-        return torch.func.functional_call(start, weights, (), given)[0]
+        return torch.func.functional_call(start, made, (), given)[0]
 
     with _at_rest(start), torch.no_grad(), torch.autocast(device.type, enabled=False):
         try:
@@ -82,9 +82,7 @@ def _try(decoder: Any) -> Trial:
             again = run(near)
         except Exception as error:  # a foreign decoder may raise anything
             return Trial(error=" ".join(str(error).split()) or type(error).__name__)
-        # kernels do not always add in the same order; scaling by position changes the output a thousand times as much
-        rounding = max(64 * torch.finfo(torch.float32).eps, 2 * torch.finfo(dtype).eps) * float(alone.abs().max())
-        noise = max(float((again - alone).abs().max()), rounding / 4)
+        noise = max(float((again - alone).abs().max()), rounding(alone) / 4)
         reads = _moves(alone, lambda: run(far), noise)
         try:
             cached = run(near, DynamicCache(config=decoder.config))
@@ -100,14 +98,29 @@ def _moves(before: Tensor, run: Callable[[], Tensor], noise: float) -> bool:
         return True
 
 
+def rounding(out: Tensor) -> float:
+    """How far two ways to compute `out` may be apart, since kernels do not always add in the same order. Scaling by
+    position changes the output a thousand times as much."""
+    return max(64 * torch.finfo(torch.float32).eps, 2 * torch.finfo(out.dtype).eps) * float(out.abs().max())
+
+
+def first(layers: Any) -> nn.ModuleList:
+    """The first of a decoder's layers, up to the one with which there is one of every kind."""
+    kinds = [_kind(layer) for layer in layers]
+    return nn.ModuleList(layers[: 1 + max(kinds.index(kind) for kind in kinds)])
+
+
+def on_hand(rotary: Any) -> Any:
+    """A copy of a rotary embedding, made anew on the CPU if its buffers are on meta."""
+    if not any(buffer.is_meta for buffer in rotary.buffers()):
+        return bare(rotary)
+    with torch.device("cpu"):
+        return type(rotary)(rotary.config)
+
+
 def _start(decoder: Any) -> Any:
     """The decoder cut after the first layers that include every kind of layer. Shares all weights."""
-    kinds = [_kind(layer) for layer in decoder.layers]
-    last = max(kinds.index(kind) for kind in kinds)
-    start, rotary = _bare(decoder), _bare(decoder.rotary_emb)
-    if any(buffer.is_meta for buffer in rotary.buffers()):
-        with torch.device("cpu"):
-            rotary = type(rotary)(rotary.config)
+    start, rotary = bare(decoder), on_hand(decoder.rotary_emb)
 
     def fixed(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Rotates tokens by their index, whatever positions it receives."""
@@ -115,11 +128,11 @@ def _start(decoder: Any) -> Any:
         return type(rotary).forward(rotary, x, counted, *args, **kwargs)
 
     rotary.__dict__["forward"] = fixed
-    start._modules |= {"layers": nn.ModuleList(decoder.layers[: last + 1]), "rotary_emb": rotary}
+    start._modules |= {"layers": first(decoder.layers), "rotary_emb": rotary}
     return start
 
 
-def _bare(module: nn.Module) -> Any:
+def bare(module: nn.Module) -> Any:
     """A module with the same parts and tensors, without what others have added (hooks, a `forward` of accelerate).
     Attributes set on it later, such as growing rotary tables, are not set on `module`."""
     bare = object.__new__(type(module))
@@ -132,7 +145,7 @@ def _bare(module: nn.Module) -> Any:
     return bare
 
 
-def _place(start: nn.Module) -> tuple[torch.device, torch.dtype]:
+def place(start: nn.Module) -> tuple[torch.device, torch.dtype]:
     """The device and dtype of the layers' computation; for weights on meta, the CPU, or the device accelerate loads
     them to."""
     own = next((p for p in start.parameters() if p.is_floating_point() and p.element_size() > 1), None)
@@ -154,7 +167,7 @@ def _kind(layer: nn.Module) -> tuple:
     return tuple(found)
 
 
-def _weights(start: nn.Module) -> dict[str, Tensor]:
+def weights(start: nn.Module) -> dict[str, Tensor]:
     """Random weights for the parameters on meta, each a view of few numbers; not for those that accelerate loads."""
     found = {}
     for path, module in start.named_modules():
@@ -198,3 +211,8 @@ def _at_rest(start: Any) -> Iterator[None]:
         for module, mode in training.items():
             module.training = mode
             module.__dict__.update(hooks[module])
+
+
+def remember(copied: nn.Module, decoder: nn.Module) -> None:
+    """A copy of a decoder uses positions as the decoder does."""
+    _tried[copied] = try_positions(decoder)

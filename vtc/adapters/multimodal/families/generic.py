@@ -1,6 +1,6 @@
 """Any multimodal LLM of transformers that puts image features at placeholders in front of a decoder: read off the model
-itself; how its decoder uses positions is tried before it is patched (multimodal/trial.py). A family file is for what
-cannot be read off."""
+itself, and tried before it is patched (multimodal/trial.py, self_check.py). A family file is for what cannot be read
+off."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKENS = {"image": ("image_token_id", "image_token_index"), "video": ("video_tok
 _FROM_CONFIG = ("vision_feature_layer", "vision_feature_select_strategy")  # which a forward hands to its encoder
 
 
-# What is known not to fit, though it has all that is asked for.
+# What is known not to fit, and why: a trial would say less, or nothing.
 UNFIT = {
     "minimax_m3_vl": "takes positions for numbers of columns in its sparse attention, and tokens that stay leave gaps",
     "deepseek_vl_hybrid": "encodes every image at two sizes, given as two arguments",
@@ -46,8 +46,15 @@ PROVEN = frozenset(
     qwen3_omni_moe_thinker qwen3_vl_moe step3p7 video_llama_3 video_llava vipllava
     """.split()
 )
+# Those whose tokens are an image's cells, row by row. Where a resampler's queries make them, they are no cells.
+RASTER = frozenset(
+    """
+    apertus1p5 aya_vision cohere2_vision deepseek_vl fast_vlm gemma3n got_ocr2 janus lighton_ocr mistral3
+    mistral_large4 ovis2 perception_lm qianfan_ocr video_llava vipllava
+    """.split()
+)
 _IMAGES_ONLY = {"video_llama_3"}  # its forward drops features of videos behind the encoder
-_SINCE = (5, 24)  # of transformers
+_SINCE = (5, 24)  # of transformers, on which they passed
 
 
 class Unfit(Exception):
@@ -66,10 +73,7 @@ class Generic(Family):
         self.name = getattr(inner.config, "model_type", type(inner).__name__)
         if self.name in UNFIT:
             raise Unfit(UNFIT[self.name])
-        if _version() < _SINCE:
-            raise Unfit(f"was tried on transformers {_SINCE[0]}.{_SINCE[1]} and newer alone: update transformers")
-        if self.name not in PROVEN:
-            raise Unfit("is none of the classes that vtc was tried on: ask for it, or add it (docs/add-an-adapter.md)")
+        self.proven = self.name in PROVEN and _version() >= _SINCE
         self.decoder = next((n for n in _DECODERS if hasattr(getattr(inner, n, None), "layers")), "")
         if not self.decoder:
             raise Unfit("has no decoder of layers as language_model or text_model")
@@ -143,6 +147,8 @@ class Generic(Family):
     def sizes(self, modality: Modality, lengths: list[int], call: dict[str, Any]) -> list[Grid | None]:
         """Rows and columns of every item by the image's own size: where some size of a token makes as many."""
         told, pixels = call.get("image_sizes"), call.get(modality.pixels)
+        if self.name not in RASTER:
+            return [None] * len(lengths)
         if told is not None and len(told) == len(lengths):
             sides = [tuple(int(n) for n in size[:2]) for size in torch.as_tensor(told).tolist()]
         elif isinstance(pixels, Tensor) and pixels.ndim >= 4 and pixels.shape[:-3].numel() == len(lengths):
