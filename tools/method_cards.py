@@ -2,7 +2,7 @@
 """Write the facts in docs/methods.md and docs/methods/*.md: what the code says of every method, never stale.
 
 `.venv/bin/python tools/method_cards.py` writes what stands between the marks, `--check` fails if it is out of date (a
-test runs that). Everything else on these pages is written by hand; the card of a new method is begun from its docstring.
+test runs that). All else on these pages is written by hand; the card of a new method is begun from its docstring.
 """
 
 from __future__ import annotations
@@ -175,7 +175,14 @@ def begun(name: str) -> str:
         "Share of correct answers about drawn scenes with the [small models](../answers.md); that page explains them\n"
         "and gives intervals:\n\n<!-- answers -->\nNot asked yet.\n<!-- /answers -->"
     )
-    parts = [f"# {METHODS[name].__name__}", f"{BEGIN}\n{END}", "## How it decides", decides, "## What was measured", answers]
+    parts = [
+        f"# {METHODS[name].__name__}",
+        f"{BEGIN}\n{END}",
+        "## How it decides",
+        decides,
+        "## What was measured",
+        answers,
+    ]
     return "\n\n".join([*parts, "## When not to use it", "Not known yet: it was compared with nothing."]) + "\n"
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +34,12 @@ from vtc.methods import make
 STEPS = 3
 GRIDS: tuple[Grid, ...] = ((3, 4), (2, 6))  # rows and columns of the tokens of two images
 _APART = {"attention_mask", "use_cache", "cache_position", "position_ids", "return_dict"}  # given in other ways
+# How an encoder's features, and those for DeepStack, are handed on: one tensor of all images, or a tensor for each.
+_FORMS: tuple[tuple[Callable, Callable], ...] = (
+    (torch.clone, tuple),
+    (tuple, tuple),
+    (tuple, lambda x: x.flatten(0, 1)),
+)
 _SHUT = torch.finfo(torch.float32).min
 _checked: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()
 
@@ -80,31 +86,27 @@ def _check(site: MultimodalSite) -> tuple[str, str]:
 class Rehearsal:
     """A small copy of a model that shares its weights, and a prompt for it with two images."""
 
+    form = _FORMS[0]
+
     def __init__(self, family: Family, inner: Any) -> None:
         self.family, self.image = family, family.modalities[0]
         self.inner = _small(family, inner)
         self.text = getattr(self.inner, family.decoder)
         self.device, self.dtype = trial.place(self.text)
         self.weights = trial.weights(self.inner)
-        token = family.token(self.inner, self.image, None)
-        self.prompt = {name: x.to(self.device) for name, x in _prompt(self.inner, token).items()}
-        self.visual = (self.prompt["input_ids"] == token)[0]
+        self.token = family.token(self.inner, self.image, None)
+        self.prompt = {name: x.to(self.device) for name, x in _prompt(self.inner, self.token).items()}
+        self.visual = (self.prompt["input_ids"] == self.token)[0]
         generator = torch.Generator().manual_seed(0)
         shape = (len(GRIDS), int(self.visual.sum()) // len(GRIDS), self.text.config.hidden_size)
         self.features = torch.randn(shape, generator=generator).to(self.device, self.dtype)
         self.planes = [self.features * (2 + n) for n in range(_planes(self.inner.config))]
-        self.apart = False
         self.inner.__dict__[self.image.encode] = _Encoder(self, self.image.encode)
 
     def run(self) -> None:
         """Raises Wrong, and what the model raises."""
-        try:
-            dense = self.entry()
-        except (AttributeError, TypeError):  # some classes take one tensor of all images, and some one for each
-            self.apart = True
-            dense = self.entry()
+        whole, dense = self.taken(), self.entry()
         self.placed(dense["inputs_embeds"])
-        whole = self.call(**self.prompt).last_hidden_state
         with self.patched(1.0):
             if not torch.equal(self.call(**self.prompt).last_hidden_state, whole):
                 raise Wrong("with all tokens kept, its output is not what it is without vtc")
@@ -123,8 +125,17 @@ class Rehearsal:
 
     # -- the model ----------------------------------------------------------------------------------------------
 
+    def taken(self) -> Tensor:
+        """The output for the prompt, with features in the first form that the class takes."""
+        for self.form in _FORMS:
+            try:
+                return self.call(**self.prompt).last_hidden_state
+            except (AttributeError, TypeError) as error:
+                failed = error
+        raise failed
+
     def call(self, **given: Any) -> Any:
-        if "input_ids" in given and bool((given["input_ids"] == self.prompt["input_ids"][0, self.visual][0]).any()):
+        if bool((given["input_ids"] == self.token).any()):
             given[self.image.pixels] = torch.empty(1, 0)  # the encoder is not run
         given = {"use_cache": False, "return_dict": True, **given}
         return torch.func.functional_call(self.inner, self.weights, (), given)
@@ -240,9 +251,9 @@ class _Encoder:
         self.rehearsal, self.__signature__ = rehearsal, inspect.signature(getattr(rehearsal.inner, name))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        rows = self.rehearsal.features
-        planes = [tuple(plane) for plane in self.rehearsal.planes]
-        return SimpleNamespace(pooler_output=tuple(rows) if self.rehearsal.apart else rows, deepstack_features=planes)
+        rows, planes = self.rehearsal.form
+        each = [planes(plane) for plane in self.rehearsal.planes]
+        return SimpleNamespace(pooler_output=rows(self.rehearsal.features), deepstack_features=each)
 
 
 def _small(family: Family, inner: Any) -> Any:
