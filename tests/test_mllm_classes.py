@@ -19,7 +19,6 @@ LOOSER = {"qwen3_5_moe": 1e-3}  # 2.5e-4 measured: that rounding, weighed by its
 STEPS = 10
 REFUSED = {
     "qwen4_exp": "reads the words before each token",
-    "glm5_next": "has no rotary positions in its decoder",
     "minimax_m3_vl": "takes positions for numbers of columns",
     "hunyuan_vl": "numbers the images of a batch on a fourth axis",
     "nemotron_h_omni": "holds its decoder in another model",

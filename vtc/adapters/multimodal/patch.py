@@ -148,7 +148,9 @@ class MultimodalPatch:
 
     def install(self, root: nn.Module) -> None:
         decoder = getattr(self.inner, self.family.decoder)
-        self.positions = Positions(decoder.rotary_emb, self.method.ppe)
+        rotary = getattr(decoder, "rotary_emb", None)
+        # a decoder without a rotary table reads no positions (support.py), and nothing calls what stands for it
+        self.positions = Positions(nn.Identity() if rotary is None else rotary, self.method.ppe)
         self.told = try_positions(decoder).reads
         forward = ModelForward(self)
         self.guard = Guard(self)

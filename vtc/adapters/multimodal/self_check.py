@@ -260,7 +260,9 @@ def _small(family: Family, inner: Any) -> Any:
     """The model with the first layers of its decoder, one of every kind at least: weights shared, all else copied."""
     cut, text = trial.bare(inner), getattr(inner, family.decoder)
     text = trial.bare(getattr(text, "_orig_mod", text))  # as it was before torch.compile
-    text._modules |= {"layers": trial.first(text.layers), "rotary_emb": trial.on_hand(text.rotary_emb)}
+    text._modules["layers"] = trial.first(text.layers)
+    if getattr(text, "rotary_emb", None) is not None:
+        text._modules["rotary_emb"] = trial.on_hand(text.rotary_emb)
     cut._modules[family.decoder] = text
     known: dict[int, Any] = {id(tensor): tensor for tensor in [*cut.parameters(), *cut.buffers()]}
     config = copy.deepcopy(inner.config, known)

@@ -10,6 +10,7 @@ from vtc.adapters.encoders.site import EncoderSite, Refusal
 from vtc.adapters.encoders.support import refusal
 from vtc.adapters.multimodal.capture import CAPTURED
 from vtc.adapters.multimodal.families.base import VIDEO
+from vtc.adapters.multimodal.families.generic import ORDERED
 from vtc.adapters.multimodal.find import MultimodalSite
 from vtc.adapters.multimodal.rotary import axes
 from vtc.adapters.multimodal.trial import try_positions
@@ -42,7 +43,13 @@ def explained(site: MultimodalSite, method: Method | None) -> Encoder:
 def _refusal(site: MultimodalSite, method: Method | None) -> str:
     decoder = getattr(site.inner, site.family.decoder)
     if getattr(decoder, "rotary_emb", None) is None:
-        return f"its decoder ({type(decoder).__name__}) has no rotary positions, which kept tokens would keep"
+        kind = type(decoder).__name__
+        if site.family.name not in ORDERED:
+            return f"its decoder ({kind}) has no rotary positions, which kept tokens would keep"
+        if method is not None and method.turned:
+            return (
+                f'frame="rotary" reads a rotary table, and its decoder ({kind}) has none: give a share, as frame=0.25'
+            )
     reason = _positions_refuse(decoder, method)
     if reason or method is None:
         return reason

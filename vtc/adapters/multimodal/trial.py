@@ -120,7 +120,11 @@ def on_hand(rotary: Any) -> Any:
 
 def _start(decoder: Any) -> Any:
     """The decoder cut after the first layers that include every kind of layer. Shares all weights."""
-    start, rotary = bare(decoder), on_hand(decoder.rotary_emb)
+    start = bare(decoder)
+    start._modules["layers"] = first(decoder.layers)
+    if getattr(decoder, "rotary_emb", None) is None:
+        return start
+    rotary = on_hand(decoder.rotary_emb)
 
     def fixed(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Rotates tokens by their index, whatever positions it receives."""
@@ -128,7 +132,7 @@ def _start(decoder: Any) -> Any:
         return type(rotary).forward(rotary, x, counted, *args, **kwargs)
 
     rotary.__dict__["forward"] = fixed
-    start._modules |= {"layers": first(decoder.layers), "rotary_emb": rotary}
+    start._modules["rotary_emb"] = rotary
     return start
 
 

@@ -26,7 +26,6 @@ UNFIT = {
     "granite4_vision": "adds image features in front of layers of its decoder, not at the placeholders alone",
     "fuyu": "puts patches into the prompt without an encoder",
     "hunyuan_vl": "numbers the images of a batch on a fourth axis of its positions",
-    "glm5_next": "has no rotary positions in its decoder, which tokens that stay would keep",
     "inkling_mm_model": "counts distances by columns, and tokens that stay would move together",
     "inkling2": "counts distances by columns, and tokens that stay would move together",
     "inkling2_loop": "counts distances by columns, and tokens that stay would move together",
@@ -40,12 +39,14 @@ PROVEN = frozenset(
     """
     apertus1p5 aria aya_vision cohere2_vision cohere_compass cosmos3_edge cosmos3_omni deepseek_ocr2 deepseek_vl
     dots3_note emu3 ernie4_5_vl_moe exaone4_5 fast_vlm gemma3n gemma4 gemma4_unified glm46v glm4v glm4v_moe
-    glm_ocr got_ocr2 granite_docling hy_v4_vl hyperclovax_vision_v2 idefics2 janus kimi_k25 lfm2_vl lfm3_vl
+    glm5_next glm_ocr got_ocr2 granite_docling hy_v4_vl hyperclovax_vision_v2 idefics2 janus kimi_k25 lfm2_vl lfm3_vl
     lighton_ocr llava llava_next_video minicpm_ocr minicpmv4_6 minicpmv4_7 mistral3 mistral_large4 molmo2
     muse_glimmer muse_spark ovis2 paddleocr_vl perception_lm qianfan_ocr qwen2_5_omni_thinker qwen3_5 qwen3_5_moe
     qwen3_omni_moe_thinker qwen3_vl_moe step3p7 video_llama_3 video_llava vipllava
     """.split()
 )
+# Those whose decoders read no positions: for their linear attention and their attention to all, order is all there is.
+ORDERED = frozenset({"glm5_next"})
 # Those whose tokens are an image's cells, row by row. Where a resampler's queries make them, they are no cells.
 RASTER = frozenset(
     """
