@@ -106,6 +106,10 @@ def _row(
             number = (visual.flatten().long().cumsum(0) - 1).view(shape)
             at = number[row, columns[visual[row, columns]]]
             given[key] = [plane[at] for plane in value]
+        elif key == "deepstack_features" and value is not None:  # by layer
+            number = (visual.flatten().long().cumsum(0) - 1).view(shape)
+            at = number[row, columns[visual[row, columns]]]
+            given[key] = {layer: plane[at] for layer, plane in value.items()}
         elif isinstance(value, Tensor) and tuple(value.shape[:2]) == shape:
             given[key] = value[row : row + 1, columns]
         elif value is None or isinstance(value, (bool, int, float, str)):

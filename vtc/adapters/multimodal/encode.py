@@ -96,7 +96,7 @@ class Encoders:
             self.running = False
             self.guard.leave(encode)
             heard = {} if self.capture is None else self.capture.stop()
-        pooled = getattr(output, "pooler_output", None)
+        pooled = self.family.pooled(output)
         if pooled is None:  # return_dict=False: not for us
             return output
         call = arguments(encode, args, kwargs)
@@ -138,7 +138,8 @@ class Encoders:
 
     def placed(self, modality: Modality, output: Any, call: dict[str, Any]) -> PlacedTokens:
         """Find where an encoder's tokens go in the prompt."""
-        rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in output.pooler_output])
+        pooled = self.family.pooled(output)
+        rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in pooled])
         encoded = self.known(modality, output, rows)
         token = self.family.token(self.inner, modality, call.get("input_ids"))
         if "input_ids" in call:
@@ -153,7 +154,7 @@ class Encoders:
             own = torch.cat([torch.arange(n + behind, device=columns.device) < n for n in encoded.lengths])
             columns = columns[own] if len(own) == len(columns) else columns
         if len(columns) != len(rows):
-            name, count = modality.name, len(output.pooler_output)
+            name, count = modality.name, len(pooled)
             raise InputError(
                 f"the prompt has {len(columns)} {name} placeholders (id {token}), but the {count} {name}"
                 f"{'s' * (count != 1)} given make {len(rows)} tokens: the number of {name}s does not match the prompt"

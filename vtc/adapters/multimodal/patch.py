@@ -297,19 +297,24 @@ class MultimodalPatch:
                 x = x.index_copy(0, at[inside] - span.start, merged[inside].to(x.dtype))
             return x[stays]
 
+        def plane(level: Any) -> Any:
+            """Of DeepStack: one tensor of all items, one for each, or the layer and one for each."""
+            if isinstance(level, tuple) and isinstance(level[0], int):
+                return level[0], plane(level[1])
+            return shorter(level) if isinstance(level, Tensor) else (shorter(torch.cat(list(level))),)
+
         output = item.output = copy.copy(item.output)
         small = shorter(item.rows)
-        if not isinstance(output.pooler_output, Tensor):
+        if getattr(output, "pooler_output", None) is None:  # then all features are planes
+            pass
+        elif not isinstance(output.pooler_output, Tensor):
             output.pooler_output = (small,)
         elif self.family.trailing(self.inner, item.modality):  # one row per item, for the model to add to
             output.pooler_output = small.view(len(item.encoded.lengths), -1, small.shape[-1])
         else:
             output.pooler_output = small[:, None]
         if getattr(output, "deepstack_features", None) is not None:
-            output.deepstack_features = [
-                shorter(level) if isinstance(level, Tensor) else (shorter(torch.cat(list(level))),)
-                for level in output.deepstack_features
-            ]
+            output.deepstack_features = [plane(level) for level in output.deepstack_features]
 
     # -- the shorter prompt -------------------------------------------------------------------------------------
 

@@ -29,6 +29,9 @@ IMAGE = Modality("image", "pixel_values", "image_token_id", "get_image_features"
 VIDEO = Modality("video", "pixel_values_videos", "video_token_id", "get_video_features")
 
 
+_FROM_CONFIG = ("vision_feature_layer", "vision_feature_select_strategy")  # which a forward hands to its encoder
+
+
 class Projection:
     """A projector as methods see it: [..., P, V] -> [..., C], P patches per token. `module` is the model's own
     module."""
@@ -90,6 +93,10 @@ class Family:
 
     # -- the prompt ---------------------------------------------------------------------------------------------
 
+    def pooled(self, output: Any) -> Any:
+        """The features of every item [tokens, C] in an encoder's output; None = not an output as an object."""
+        return getattr(output, "pooler_output", None)
+
     def lengths(self, inner: Any, modality: Modality, features: list[int], call: dict[str, Any]) -> list[int]:
         """Number of tokens of every item, given the number of rows of each tensor that the encoder returned
         (`features`)."""
@@ -133,7 +140,8 @@ class Family:
 
     def filled(self, inner: Any, names: Any) -> dict[str, Any]:
         """Arguments of the encoder, among `names`, that the model's forward reads off its configuration."""
-        return {}
+        known = {name: getattr(inner.config, name, None) for name in _FROM_CONFIG if name in names}
+        return {name: value for name, value in known.items() if value is not None}
 
     def trailing(self, inner: Any, modality: Modality) -> int:
         """Placeholders behind every item that the model's forward fills itself, after the encoder."""

@@ -16,14 +16,12 @@ from vtc.layout import Grid, Layout, Unit
 
 _DECODERS = ("language_model", "text_model")
 TOKENS = {"image": ("image_token_id", "image_token_index"), "video": ("video_token_id", "video_token_index")}
-_FROM_CONFIG = ("vision_feature_layer", "vision_feature_select_strategy")  # which a forward hands to its encoder
 
 
 # What is known not to fit, and why: a trial would say less, or nothing.
 UNFIT = {
     "minimax_m3_vl": "takes positions for numbers of columns in its sparse attention, and tokens that stay leave gaps",
     "deepseek_vl_hybrid": "encodes every image at two sizes, given as two arguments",
-    "granite4_vision": "adds image features in front of layers of its decoder, not at the placeholders alone",
     "fuyu": "puts patches into the prompt without an encoder",
     "hunyuan_vl": "numbers the images of a batch on a fourth axis of its positions",
     "inkling_mm_model": "counts distances by columns, and tokens that stay would move together",
@@ -92,11 +90,6 @@ class Generic(Family):
         self.modalities = tuple(found[:1] if self.name in _IMAGES_ONLY else found)
 
     # -- the prompt ---------------------------------------------------------------------------------------------
-
-    def filled(self, inner: Any, names: Any) -> dict[str, Any]:
-        """Arguments of the encoder that the model's forward reads off its configuration."""
-        known = {name: getattr(inner.config, name, None) for name in _FROM_CONFIG if name in names}
-        return {name: value for name, value in known.items() if value is not None}
 
     def layout(self, inner: Any, modality: Modality, lengths: list[int], call: dict[str, Any]) -> Layout:
         """A unit for every item, or for every frame where `grid_thw` tells frames."""

@@ -1,13 +1,15 @@
-"""LLaVA-NeXT and LLaVA-OneVision: images in crops, stitched together, cut to the image's shape, with newline tokens."""
+"""LLaVA-NeXT, LLaVA-OneVision and Granite 4 Vision: images in crops, stitched together, cut to the image's shape, with
+newline tokens."""
 
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtc.adapters.multimodal.families.base import IMAGE, VIDEO, Family, Modality
 from vtc.errors import VTCError
@@ -27,8 +29,7 @@ class LlavaNext(Family):
     def layout(self, inner: Any, modality: Modality, lengths: list[int], call: dict[str, Any]) -> Layout:
         if modality == VIDEO:
             return self.frames(inner, lengths, call)
-        side = inner.config.vision_config.image_size // inner.config.vision_config.patch_size
-        crops = self.crops(inner, call)
+        side, crops = self.side(inner), self.crops(inner, call)
         packed = self.pack(inner, [_coordinates(count, side, grid) for count, grid in crops], call)
         units: list[Unit] = []
         sources: list[Tensor] = []
@@ -51,6 +52,10 @@ class LlavaNext(Family):
             start += length
             first += count
         return Layout(tuple(units), torch.cat(sources))
+
+    def side(self, inner: Any) -> int:
+        """Tokens along a crop's side."""
+        return inner.config.vision_config.image_size // inner.config.vision_config.patch_size
 
     def crops(self, inner: Any, call: dict[str, Any]) -> list[tuple[int, tuple[int, int]]]:
         """(number of crops with the base image, their rows and columns) of every image."""
@@ -113,7 +118,7 @@ class LlavaOnevision(LlavaNext):
     def frames(self, inner: Any, lengths: list[int], call: dict[str, Any]) -> Layout:
         newline = 1 - self.trailing(inner, VIDEO)
         frames = call[VIDEO.pixels].shape[1]
-        side = inner.config.vision_config.image_size // inner.config.vision_config.patch_size
+        side = self.side(inner)
         coarse = math.ceil(side / 2)
         cells = torch.arange(coarse)
         near = torch.stack([(cells * 2).clamp(max=side - 1), (cells * 2 + 1).clamp(max=side - 1)], dim=1)
@@ -128,6 +133,31 @@ class LlavaOnevision(LlavaNext):
             sources.append(torch.full((newline, 4), -1))
             start += length
         return Layout(tuple(units), torch.cat(sources))
+
+
+class Granite4Vision(LlavaNext):
+    """In addition: every crop is made smaller, and its features are several sets, each added in front of a layer of the
+    decoder. Methods decide by the first set."""
+
+    name = "granite4_vision"
+    covers = "Granite 4 Vision, methods that read the tokens alone"
+    classes = ("Granite4VisionModel",)
+    evidence = False
+    in_tower = "its features come from several layers of the tower"
+
+    def side(self, inner: Any) -> int:
+        return int(super().side(inner) * Fraction(inner.config.downsample_rate))
+
+    def pack(self, inner: Any, crops: list[Tensor], call: dict[str, Any]) -> list[Tensor]:
+        newline = torch.full((3,), _NEWLINE)
+        return inner.pack_image_features(crops, call["image_sizes"], "full", image_newline=newline)
+
+    def pooled(self, output: Any) -> Any:
+        sets = getattr(output, "deepstack_features", None)
+        return None if sets is None else sets[0][1]
+
+    def projector(self, inner: Any) -> nn.Module:
+        return inner.layerwise_projectors[0]
 
 
 def _coordinates(count: int, side: int, grid: tuple[int, int]) -> Tensor:
