@@ -12,6 +12,7 @@ from mllm_zoo import fingerprint
 from pairs import matrix
 
 import vtc
+from vtc.adapters.multimodal.families import prompts
 from vtc.adapters.multimodal.families.generic import PROVEN, RASTER, Generic
 
 TOLERANCE = 1e-4  # of hidden states of size 1 to 6; linear attention adds in another order when its chunks shift
@@ -177,3 +178,14 @@ def test_queries_of_a_resampler_have_no_rows(name):
         family.layout(inner, family.modalities[0], [16], {**call, family.modalities[0].pixels: pixels}).units[0].grid
         is None
     )
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name in prompts._FAMILIES])
+@torch.no_grad()
+def test_the_typical_prompt_is_one(name):
+    """What `vtc bench` and `vtc explain` make up for a configuration alone: the class takes it, and units hold it."""
+    model = classes.build(name)
+    made = prompts.picture(model.config, 64)
+    with vtc.compress(model, "divprune", keep=0.5) as handle:
+        model(**made.inputs(model.config))
+        assert handle.report.before == (made.tokens,)

@@ -112,13 +112,15 @@ def _first_special(config: Any) -> int:
     return min([text.vocab_size, *(token for token in known if token)])
 
 
+_LIKE_QWEN = """
+    cohere_compass cosmos3_omni exaone4_5 glm46v glm4v glm4v_moe glm5_next glm_ocr hyperclovax_vision_v2 lfm3_vl
+    qwen2_5_omni_thinker qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe
+""".split()
 _FAMILIES: dict[str, Callable[[Any, int], Picture]] = {
     "llava": _one(_llava),
     "llava_next": _anyres,
     "llava_onevision": _anyres,
-    "qwen2_vl": _qwen,
-    "qwen2_5_vl": _qwen,
-    "qwen3_vl": _qwen,
+    **dict.fromkeys(_LIKE_QWEN, _qwen),
     "internvl": _one(_internvl),
     "idefics3": _tiles,
     "smolvlm": _tiles,
