@@ -246,7 +246,7 @@ class MultimodalPatch:
                 token_map, notes = batch.from_tower(), ""
             else:
                 fields: dict[str, Any] = {}
-                if "projector" in method.needs:
+                if "projector" in method.needs & self.family.evidence:
                     fields["projector"] = self.family.projection(self.inner)
                 if "text" in method.needs:
                     words = text(method.name, self.family, self.inner, call, batch.prompts)

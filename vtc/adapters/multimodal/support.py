@@ -46,7 +46,7 @@ def _refusal(site: MultimodalSite, method: Method | None) -> str:
     reason = _positions_refuse(decoder, method)
     if reason or method is None:
         return reason
-    if not site.family.evidence and method.where != "tower":
+    if not site.family.classes and method.where != "tower":
         asked = {"positions=": method.ppe, "cascade=": method.cascade, "proportional=True": method.proportional}
         asked |= {method.name: method.in_decoder, "events=": method.groups_frames}
         untried = next((name for name, given in asked.items() if given), "")
@@ -83,11 +83,12 @@ def _refusal(site: MultimodalSite, method: Method | None) -> str:
     missing = method.lacks("input")
     if missing:
         return missing
-    unknown = sorted((method.needs - method.optional) & CAPTURED)
-    if unknown and not site.family.evidence:
+    unknown = sorted((method.needs - method.optional) & CAPTURED - site.family.evidence)
+    if unknown:
+        why = site.family.withheld.get(unknown[0], f"vtc does not know of {site.family.name}")
         return (
-            f"{method.name} reads {' and '.join(FIELDS[field] for field in unknown)}, which vtc does not know of "
-            f'{site.family.name}: use a method that reads the tokens alone, such as divprune, or importance="norm"'
+            f"{method.name} reads {' and '.join(FIELDS[field] for field in unknown)}, which {why}: use a method that "
+            'reads the tokens alone, such as divprune, or importance="norm"'
         )
     needs = (method.needs - method.optional) & {"attention", "middle", "keys"}
     if needs and not site.family.attentions(site.inner):
