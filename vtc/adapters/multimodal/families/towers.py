@@ -230,10 +230,11 @@ class Lfm2(Rastered):
 
 
 def _minicpm(module: Any, x: Tensor) -> Tensor:
-    square = module.merge_kernel_size[0] ** 2
+    shape, square = x.shape[:-2], module.merge_kernel_size[0] ** 2
+    rows = x.flatten(0, -2)
     for mlp in module.mlp:
-        x = mlp(x.unflatten(-2, (-1, square)).flatten(-2))
-    return x.squeeze(-2)
+        rows = mlp(rows.reshape(-1, square * rows.shape[-1]))
+    return rows.view(*shape, -1)
 
 
 class MiniCPM(Rastered):
