@@ -7,14 +7,15 @@ a token are those which its feature has a gradient at.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import ClassVar
 
 import mllm_classes as classes
 import pytest
 import torch
-from mllm_zoo import fingerprint
+from mllm_classes import core, sizes
+from mllm_zoo import PROMPTS, fingerprint
 
 import vtc
 from vtc.adapters.multimodal.families.base import CAPTURED
@@ -44,9 +45,24 @@ ATTENDED = {"attention", "middle", "keys"}
 
 
 def kinds(names):
-    return [
-        (name, case) for name in names for case in ("single", "ragged", "video") if case in classes.CASES[name]
-    ]
+    """Every model with one image, with a batch of several sizes, with videos of two lengths, and what is its own."""
+    cases = [(name, case) for name in names for case in ("single", "ragged")]
+    cases += [(name, "videos") for name in names if "video" in classes.CASES[name]]
+    return cases + [(name, "4x") for name in names if name.startswith("minicpmv")]
+
+
+@cache
+def given(name, case):
+    family = classes.CLASSES[name]
+    if case == "videos":
+        frames, rows, columns = family.video
+        families = [family, replace(family, video=(frames - 1, columns, rows))]
+        return core.assemble(family, [core.draw(one, PROMPTS["video"][0], i, 0) for i, one in enumerate(families)])
+    if case == "4x":  # the tower does not merge
+        family = replace(family, ids=sizes._minicpm_ids(4))
+        rows = [core.draw(family, prompt, i, 0) for i, prompt in enumerate(PROMPTS["ragged"])]
+        return {**core.assemble(family, rows), "downsample_mode": "4x"}
+    return classes.inputs(name, case)
 
 
 @dataclass(frozen=True)
@@ -69,7 +85,7 @@ def handed(name, case, asked):
     """What a method is handed: every field in the order of the images' tokens, without padding; and the projector."""
     Reader.seen.clear()
     with vtc.compress(classes.build(name), Reader(keep=0.5, asked=tuple(sorted(asked)))), torch.no_grad():
-        classes.build(name)(**classes.inputs(name, case))
+        classes.build(name)(**given(name, case))
     (tokens,) = Reader.seen
     real = torch.ones(tokens.features.shape[:2], dtype=torch.bool) if tokens.mask is None else tokens.mask
     fields = {field: getattr(tokens, field) for field in {"features", *asked} - {"projector", "text"}}
@@ -81,7 +97,7 @@ class Run:
     the values are made a leaf, so that features have gradients there and no further back."""
 
     def __init__(self, name, case, shift=None):
-        self.model, self.inputs = classes.build(name, "eager"), classes.inputs(name, case)
+        self.model, self.inputs = classes.build(name, "eager"), given(name, case)
         self.maps, self.keys, self.leaf, self.features = {}, {}, None, None
         inner = self.model.model
         undo = []
@@ -238,7 +254,7 @@ def test_methods(name, method):
     model, inputs = classes.build(name), classes.inputs(name, "ragged")
     chosen = vtc.methods.make(method, keep=0.4)
     lacking = (chosen.needs - chosen.optional) & CAPTURED - TOWERS[name].evidence
-    before = fingerprint(model)
+    dense, before = model(**inputs).logits, fingerprint(model)
     plan = vtc.explain(model, chosen)
     assert plan.ok == (not lacking), str(plan)
     if lacking:
@@ -246,7 +262,6 @@ def test_methods(name, method):
             vtc.compress(model, chosen)
         assert fingerprint(model) == before
         return
-    dense = model(**inputs).logits
     if "grid" in chosen.needs and None in grids(name):
         with vtc.compress(model, chosen), pytest.raises(vtc.InputError, match="fill a grid"):
             model(**inputs)
