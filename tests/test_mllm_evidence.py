@@ -25,8 +25,9 @@ from vtc.scores.sensitivity import sensitivity
 _ENCODER = "vision_tower.encoder.layers"
 LAYERS = {  # where the layers of the tower are
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen3_vl_moe", "qwen3_omni_moe_thinker"), "visual.blocks"),
+    **dict.fromkeys(("cohere_compass", "cosmos3_omni"), "visual.blocks"),
     **dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glm_ocr"), "visual.blocks"),
-    "mistral3": "vision_tower.transformer.layers",
+    **dict.fromkeys(("mistral3", "mistral_large4"), "vision_tower.transformer.layers"),
     "paddleocr_vl": "visual.vision_model.encoder.layers",
     "kimi_k25": "vision_tower.layers",
     **dict.fromkeys(("gemma4", "lfm2_vl", "minicpmv4_6", "minicpmv4_7"), _ENCODER),
@@ -36,7 +37,7 @@ PROJECTORS = {
     "gemma4": "embed_vision",
     "kimi_k25": "mm_projector",
     "paddleocr_vl": "projector",
-    **dict.fromkeys(("mistral3", "lfm2_vl"), "multi_modal_projector"),
+    **dict.fromkeys(("mistral3", "mistral_large4", "lfm2_vl"), "multi_modal_projector"),
     **dict.fromkeys(("minicpmv4_6", "minicpmv4_7"), "merger"),
     **{name: "visual.merger" for name, path in LAYERS.items() if path == "visual.blocks"},
 }

@@ -277,8 +277,9 @@ class MiniCPM(Rastered):
 
 TOWERS: dict[str, type[Towered]] = {
     **dict.fromkeys(("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen3_omni_moe_thinker"), Qwen),
+    **dict.fromkeys(("cohere_compass", "cosmos3_omni"), Qwen),
     **dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glm_ocr"), Glm),
-    "mistral3": Mistral3,
+    **dict.fromkeys(("mistral3", "mistral_large4"), Mistral3),
     "paddleocr_vl": PaddleOCR,
     "kimi_k25": Kimi,
     "gemma4": Gemma4,
