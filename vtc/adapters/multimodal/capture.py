@@ -113,7 +113,7 @@ class Capture:
     def states(
         self, calls: list, lengths: list[int] | None, call: dict
     ) -> tuple[Tensor, Tensor, Tensor | None, float | None, int]:
-        """Queries and keys [F, H, P, D], one row per image or frame, the mask of real patches, the scaling and the
+        """Queries and keys [F, H, P, D], one row per image, frame or window, the mask of real patches, the scaling and the
         prefix."""
         if not calls:
             raise VTCError(
@@ -123,6 +123,8 @@ class Capture:
         query = torch.cat([c[0] for c in calls], dim=2 if len(calls) > 1 else 0)
         key = torch.cat([c[1] for c in calls], dim=2 if len(calls) > 1 else 0)
         if lengths is not None:  # all images or frames packed in one row, or padded
+            if len(calls) > 1:  # the tower parted them itself: in images, frames or windows
+                lengths = [c[0].shape[2] for c in calls]
             query, key = (_pad(x, lengths) for x in (query, key))
             longest = torch.arange(max(lengths), device=query.device)
             mask = longest < torch.tensor(lengths, device=query.device)[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from vtc.adapters.multimodal.families.base import CAPTURED, Family, Modality, Pr
 from vtc.adapters.multimodal.families.generic import Generic
 from vtc.adapters.multimodal.families.qwen_vl import QwenTower, told
 from vtc.errors import InputError
-from vtc.layout import Grid
+from vtc.layout import Grid, Layout
 
 _PROJECTED = frozenset({"inputs", "projector"})
 
@@ -26,6 +27,13 @@ class Towered(Generic):
 
 class Qwen(QwenTower, Towered):
     """Qwen 3.5, Qwen3-VL-MoE and others with that tower."""
+
+
+class QwenWindowed(Qwen):
+    """Some layers attend in windows, by which the tokens are ordered."""
+
+    def layout(self, inner: Any, modality: Modality, lengths: list[int], call: dict[str, Any]) -> Layout:
+        return replace(super().layout(inner, modality, lengths, call), source=self.windows(inner, told(modality, call)))
 
 
 class Glm(Qwen):
@@ -278,6 +286,7 @@ class MiniCPM(Rastered):
 TOWERS: dict[str, type[Towered]] = {
     **dict.fromkeys(("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen3_omni_moe_thinker"), Qwen),
     **dict.fromkeys(("cohere_compass", "cosmos3_omni"), Qwen),
+    **dict.fromkeys(("qwen2_5_omni_thinker", "exaone4_5"), QwenWindowed),
     **dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glm_ocr"), Glm),
     **dict.fromkeys(("mistral3", "mistral_large4"), Mistral3),
     "paddleocr_vl": PaddleOCR,
