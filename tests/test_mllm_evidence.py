@@ -50,7 +50,8 @@ def kinds(names):
     """Every model with one image, with a batch of several sizes, with videos of two lengths, and what is its own."""
     cases = [(name, case) for name in names for case in ("single", "ragged")]
     cases += [(name, "videos") for name in names if "video" in classes.CASES[name]]
-    return cases + [(name, "4x") for name in names if name.startswith("minicpmv")]
+    own = {"minicpmv4_6": "4x", "minicpmv4_7": "4x", "mistral3": "odd"}
+    return cases + [(name, case) for name, case in own.items() if name in names]
 
 
 @cache
@@ -60,6 +61,9 @@ def given(name, case):
         frames, rows, columns = family.video
         families = [family, replace(family, video=(frames - 1, columns, rows))]
         return core.assemble(family, [core.draw(one, PROMPTS["video"][0], i, 0) for i, one in enumerate(families)])
+    if case == "odd":  # a row or a column of patches that is in no token
+        family = replace(family, images=[(88, 64), (48, 104), (64, 64)])
+        return core.assemble(family, [core.draw(family, prompt, i, 0) for i, prompt in enumerate(PROMPTS["ragged"])])
     if case == "4x":  # the tower does not merge
         family = replace(family, ids=sizes._minicpm_ids(4))
         rows = [core.draw(family, prompt, i, 0) for i, prompt in enumerate(PROMPTS["ragged"])]

@@ -175,7 +175,14 @@ def begun(name: str) -> str:
         "Share of correct answers about drawn scenes with the [small models](../answers.md); that page explains them\n"
         "and gives intervals:\n\n<!-- answers -->\nNot asked yet.\n<!-- /answers -->"
     )
-    parts = [f"# {METHODS[name].__name__}", f"{BEGIN}\n{END}", "## How it decides", decides, "## What was measured", answers]
+    parts = [
+        f"# {METHODS[name].__name__}",
+        f"{BEGIN}\n{END}",
+        "## How it decides",
+        decides,
+        "## What was measured",
+        answers,
+    ]
     return "\n\n".join([*parts, "## When not to use it", "Not known yet: it was compared with nothing."]) + "\n"
 
 

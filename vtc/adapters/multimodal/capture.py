@@ -16,7 +16,7 @@ from vtc import scores
 from vtc.adapters.attention_tap import AttentionTap, listen
 from vtc.adapters.hooks import Hook
 from vtc.adapters.multimodal import masks
-from vtc.adapters.multimodal.families.base import CAPTURED, Family, Modality
+from vtc.adapters.multimodal.families.base import Family, Modality
 from vtc.errors import InputError, VTCError
 from vtc.layout import Layout
 from vtc.scores.attention import head_mean
@@ -41,7 +41,6 @@ class Capture:
     note: str = ""  # what a report should say about the recording
 
     def install(self) -> None:
-        self.needs &= self.family.evidence
         attentions = self.family.attentions(self.inner) if self.needs & _ATTENDED else []
         if not attentions:
             self.needs -= _ATTENDED
@@ -113,8 +112,8 @@ class Capture:
     def states(
         self, calls: list, lengths: list[int] | None, call: dict
     ) -> tuple[Tensor, Tensor, Tensor | None, float | None, int]:
-        """Queries and keys [F, H, P, D], one row per image, frame or window, the mask of real patches, the scaling and the
-        prefix."""
+        """Queries and keys [F, H, P, D], one row per image, frame or window, the mask of real patches, the scaling
+        and the prefix."""
         if not calls:
             raise VTCError(
                 f"{type(self.inner).__name__}: its tower attended past transformers' attention interface, where vtc "

@@ -8,8 +8,7 @@ from typing import Any
 from vtc.adapters.encoders.find import find as find_encoders
 from vtc.adapters.encoders.site import EncoderSite, Refusal
 from vtc.adapters.encoders.support import refusal
-from vtc.adapters.multimodal.capture import CAPTURED
-from vtc.adapters.multimodal.families.base import VIDEO
+from vtc.adapters.multimodal.families.base import CAPTURED, VIDEO
 from vtc.adapters.multimodal.find import MultimodalSite
 from vtc.adapters.multimodal.rotary import axes
 from vtc.adapters.multimodal.trial import try_positions
@@ -85,7 +84,7 @@ def _refusal(site: MultimodalSite, method: Method | None) -> str:
         return missing
     unknown = sorted((method.needs - method.optional) & CAPTURED - site.family.evidence)
     if unknown:
-        why = site.family.withheld.get(unknown[0], f"vtc does not know of {site.family.name}")
+        why = site.family.withheld.get(unknown[0], "vtc does not know of {name}").format(name=site.family.name)
         return (
             f"{method.name} reads {' and '.join(FIELDS[field] for field in unknown)}, which {why}: use a method that "
             'reads the tokens alone, such as divprune, or importance="norm"'

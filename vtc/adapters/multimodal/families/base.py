@@ -87,7 +87,7 @@ class Family:
     )  # arguments of the encoder that the model's forward does not pass on
     passed: ClassVar[frozenset[str]] = frozenset()
     evidence: ClassVar[frozenset[str]] = CAPTURED  # which of these fields vtc can read off its tower and projector
-    withheld: ClassVar[dict[str, str]] = {}  # why it cannot read one of the others, where that is known
+    withheld: ClassVar[dict[str, str]] = {}  # why it cannot read one of the others ("which ...", {name})
     middle: ClassVar[float] = 0.375  # depth of the tower's "middle" layer (HiPrune: 9 of CLIP's 24)
     in_tower: ClassVar[str] = "its tower's tokens are rearranged on the way to the decoder"
 

@@ -18,11 +18,13 @@ _PROJECTED = frozenset({"inputs", "projector"})
 
 
 class Towered(Generic):
-    """A model of the generic family whose tower and projector are described."""
+    """A model of the generic family whose tower and projector are described: more may be read than its tokens."""
 
-    covers = Generic.covers
     evidence = CAPTURED
     in_tower = Family.in_tower
+
+    def tower(self, inner: Any) -> nn.Module:
+        return inner.vision_tower
 
 
 class Qwen(QwenTower, Towered):
@@ -69,14 +71,13 @@ class Rastered(Towered):
 
 
 def squares(rasters: list[Grid], edge: int) -> Tensor:
-    """[tokens, edge * edge] long: the patches of every token, counted over all rasters. Raises InputError for one that
-    does not part into squares."""
+    """[tokens, edge * edge] long: the patches of every token, counted over all rasters. What is left of a row or a
+    column that does not part into squares is in none, as the models have it."""
     out, start = [], 0
     for rows, columns in rasters:
-        if rows % edge or columns % edge:
-            raise InputError(f"{rows} x {columns} patches do not part into tokens of {edge} x {edge}")
-        index = torch.arange(start, start + rows * columns).view(rows // edge, edge, columns // edge, edge)
-        out.append(index.transpose(1, 2).reshape(-1, edge * edge))
+        index = torch.arange(start, start + rows * columns).view(rows, columns)
+        index = index.unfold(0, edge, edge).unfold(1, edge, edge)  # [rows, columns, edge, edge] of tokens
+        out.append(index.reshape(-1, edge * edge))
         start += rows * columns
     return torch.cat(out)
 
@@ -191,8 +192,9 @@ def _embed(module: nn.Module, x: Tensor) -> Tensor:
 
 class Gemma3n(Towered):
     evidence = _PROJECTED
+    in_tower = "its tower is of convolutions"
     withheld = dict.fromkeys(
-        ("attention", "middle", "keys"), "the tower of gemma3n, a MobileNet of convolutions from timm, does not show"
+        ("attention", "middle", "keys"), "the tower of {name}, a MobileNet of convolutions from timm, does not show"
     )
 
     def projector(self, inner: Any) -> nn.Module:
@@ -206,10 +208,14 @@ class Gemma4Unified(Towered):
     """Pixels go to the decoder's width by a few layers, with their places added in between."""
 
     evidence = frozenset()
+    in_tower = "it has no vision tower"
     withheld = {
-        **dict.fromkeys(("attention", "middle", "keys"), "gemma4_unified does not have: it has no vision tower"),
-        **dict.fromkeys(_PROJECTED, "gemma4_unified does not have: a token is made of pixels and of its place"),
+        **dict.fromkeys(("attention", "middle", "keys"), "{name} does not have: it has no vision tower"),
+        **dict.fromkeys(_PROJECTED, "{name} does not have: a token is made of pixels and of its place"),
     }
+
+    def tower(self, inner: Any) -> nn.Module:
+        return inner.embed_vision
 
 
 def _unshuffle(module: Any, x: Tensor) -> Tensor:
@@ -249,10 +255,7 @@ class MiniCPM(Rastered):
     """The tower merges squares of patches after some layers, and its last layers attend between what became of them."""
 
     evidence = CAPTURED - {"middle"}
-
-    def __init__(self, inner: Any) -> None:
-        super().__init__(inner)
-        self.withheld = {"middle": f"vtc does not know of {self.name}, whose tower merges patches on the way"}
+    withheld = {"middle": "vtc does not know of {name}, whose tower merges patches on the way"}
 
     def edge(self, inner: Any) -> int:
         return inner.merger.merge_kernel_size[0]
