@@ -171,7 +171,7 @@ def test_models_that_work_otherwise_than_vtc_knows(monkeypatch):
         with pytest.raises(vtc.VTCError, match="LlavaModel: its tower attended past transformers' attention interface"):
             llava(**inputs)
     with vtc.compress(llava, "zoo_prune", keep=0.5), monkeypatch.context() as patch:
-        patch.setattr(evidence.Capture, "saw_projected", lambda self, hook, args: None)
+        patch.setattr(evidence.Capture, "saw_projected", lambda *given: None)
         with pytest.raises(vtc.VTCError, match="LlavaModel: its projector did not run as a module, so"):
             llava(**inputs)
     with pytest.raises(vtc.VTCError, match="3 rows of the tower for 4 image tokens: this model"):

@@ -43,11 +43,17 @@ MORE_HEAD = """
 
 Through one generic family, on transformers 5.24 and newer, with methods that read the tokens alone (`random`, `norm`,
 `divprune`, `dpc_knn`, `tome`, `pitome`, `downsample` where an image's tokens fill a grid, `cdpruner`, and `idpruner`,
-`scope`, `vispruner` with `importance="norm"`). Tiny models of these {count} model types, with real towers and pixels,
-give what their plain decoder gives on the tokens that stay (`tests/test_mllm_classes.py`: one image, two, ragged
-batches, videos where the class has them; {tolerance} in float32):
+`scope`, `vispruner` with `importance="norm"`), and where the tower is described with those that read it.
+Tiny models of these {count} model types, with real towers and pixels, give what their plain decoder gives on the tokens
+that stay (`tests/test_mllm_classes.py`: one image, two, ragged batches, videos where the class has them; {tolerance} in
+float32):
 
 {names}.
+
+What methods may read of the towers of these (`tests/test_mllm_evidence.py`: against the maps of eager attention in the
+plain model, gradients and finite differences; of all others nothing, and methods that read them are refused by name):
+
+{towers}
 
 Refused, each class because it
 
@@ -88,13 +94,27 @@ def table() -> str:
     return page + registry() + LLM_HEAD + "\n".join(multimodal()) + "\n" + others()
 
 
+_TOLD = {
+    "attention near its end": "attention",
+    "attention in its middle": "middle",
+    "keys": "keys",
+    "the projector and its inputs": "projector",
+}
+
+
 def others() -> str:
     """What the generic family takes, and what not."""
     from vtc.adapters.multimodal.families.generic import PROVEN, UNFIT
+    from vtc.adapters.multimodal.families.towers import TOWERS
 
     names = ", ".join(f"`{name}`" for name in sorted(PROVEN))
+    by: dict[str, list[str]] = {}
+    for name, tower in sorted(TOWERS.items()):
+        told = [words for words, field in _TOLD.items() if field in tower.evidence]
+        by.setdefault(", ".join(told) or "nothing", []).append(f"`{name}`")
+    towers = "\n".join(f"- {told}: {', '.join(those)}" for told, those in by.items())
     refused = "\n".join(f"- `{name}`: {reason}" for name, reason in sorted(UNFIT.items()))
-    return MORE_HEAD.format(count=len(PROVEN), tolerance="1e-4", names=names) + refused + "\n"
+    return MORE_HEAD.format(count=len(PROVEN), tolerance="1e-4", names=names, towers=towers) + refused + "\n"
 
 
 def registry() -> str:

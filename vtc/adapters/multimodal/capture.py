@@ -21,10 +21,10 @@ from vtc.errors import InputError, VTCError
 from vtc.layout import Layout
 from vtc.scores.attention import head_mean
 
-CAPTURED = {"attention", "middle", "keys", "inputs", "projector"}  # fields of Tokens
 # For large images, the attention from all patches would cost more than a layer of the decoder: only the queries of each
 # _EVERYth patch are used (with 2x2 patches to a token, one per token).
 _ALL, _EVERY = 1024, 4
+_ATTENDED = {"attention", "middle", "keys"}
 
 
 @dataclass(eq=False)
@@ -41,23 +41,23 @@ class Capture:
     note: str = ""  # what a report should say about the recording
 
     def install(self) -> None:
-        attentions = self.family.attentions(self.inner)
+        attentions = self.family.attentions(self.inner) if self.needs & _ATTENDED else []
         if not attentions:
-            self.needs -= {"attention", "middle", "keys"}
+            self.needs -= _ATTENDED
         if self.needs & {"attention", "keys"}:
             self.taps["attention"] = listen(attentions[-1])
         if "middle" in self.needs:
             self.taps["middle"] = listen(attentions[round(self.family.middle * len(attentions))])
         if "projector" in self.needs:
             projector = self.family.projector(self.inner)
-            projector.register_forward_pre_hook(Hook("saw_projected", self))
+            projector.register_forward_pre_hook(Hook("saw_projected", self), with_kwargs=True)
             entrance = scores.entrance(projector)
             if entrance is not None:
                 entrance.register_forward_hook(Hook("saw_hidden", self))
 
-    def saw_projected(self, hook: Hook, args: tuple) -> None:
+    def saw_projected(self, hook: Hook, args: tuple, kwargs: dict[str, Any]) -> None:
         if self.listening:
-            self.projected = args[0].detach()
+            self.projected = (args or tuple(kwargs.values()))[0].detach()
 
     def saw_hidden(self, hook: Hook, args: tuple, output: Tensor) -> None:
         if self.listening and output.dtype == torch.float32:  # decisions are made in float32, so halves are no help
@@ -81,27 +81,28 @@ class Capture:
     ) -> dict[str, Tensor]:
         """The evidence for each of the modality's tokens: [tokens, ...] by field name of `Tokens`."""
         found: dict[str, Tensor] = {}
-        packed = self.family.segments(self.inner, modality, call) is not None
+        lengths = self.family.segments(self.inner, modality, call)
+        members = None if lengths is None else self.family.members(self.inner, modality, call, sum(lengths))
         for name in self.needs & {"attention", "middle"}:
-            query, key, mask, scale, prefix = self.states(heard[name], modality, call)
+            query, key, mask, scale, prefix = self.states(heard[name], lengths, call)
             if prefix:
                 received = scores.cls_attention(query, key, prefix=prefix, scale=scale)
             else:
                 every = 1 if query.shape[2] <= _ALL else _EVERY
                 received = scores.attention_received(query, key, scale=scale, mask=mask, every=every)
                 self.note = "" if every == 1 else f"attention asked of every {every}th patch"
-            found[name] = self.to_tokens(received[..., None], mask, layout, tokens, packed, total=True)[:, 0]
+            found[name] = self.to_tokens(received[..., None], mask, members, layout, tokens, total=True)[:, 0]
         if "keys" in self.needs:
-            _, key, mask, _, prefix = self.states(heard["attention"], modality, call)
+            _, key, mask, _, prefix = self.states(heard["attention"], lengths, call)
             mean = head_mean(key, key.shape[1])[:, prefix:]
-            found["keys"] = self.to_tokens(mean, mask, layout, tokens, packed, total=False)
+            found["keys"] = self.to_tokens(mean, mask, members, layout, tokens, total=False)
         if "projector" in self.needs:
             if self.projected is None:
                 raise VTCError(
                     f"{type(self.inner).__name__}: its projector did not run as a module, so vtc did not see what it "
                     "reads; use a method that reads the tokens alone, such as divprune"
                 )
-            blocks = self.family.blocks(self.inner, self.projected)
+            blocks = self.family.blocks(self.inner, self.projected, modality, call)
             found["inputs"] = _at(blocks.float(), layout.source, tokens)
             if self.hidden is not None and self.hidden[..., 0].numel() == len(blocks):
                 found["hidden"] = _at(self.hidden.flatten(0, -2), layout.source, tokens)
@@ -109,10 +110,10 @@ class Capture:
         return found
 
     def states(
-        self, calls: list, modality: Modality, call: dict
+        self, calls: list, lengths: list[int] | None, call: dict
     ) -> tuple[Tensor, Tensor, Tensor | None, float | None, int]:
-        """Queries and keys [F, H, P, D], one row per image or frame, the mask of real patches, the scaling and the
-        prefix."""
+        """Queries and keys [F, H, P, D], one row per image, frame or window, the mask of real patches, the scaling
+        and the prefix."""
         if not calls:
             raise VTCError(
                 f"{type(self.inner).__name__}: its tower attended past transformers' attention interface, where vtc "
@@ -120,8 +121,9 @@ class Capture:
             )
         query = torch.cat([c[0] for c in calls], dim=2 if len(calls) > 1 else 0)
         key = torch.cat([c[1] for c in calls], dim=2 if len(calls) > 1 else 0)
-        lengths = self.family.segments(self.inner, modality, call)
-        if lengths is not None:  # all images or frames packed in one row
+        if lengths is not None:  # all images or frames packed in one row, or padded
+            if len(calls) > 1:  # the tower parted them itself: in images, frames or windows
+                lengths = [c[0].shape[2] for c in calls]
             query, key = (_pad(x, lengths) for x in (query, key))
             longest = torch.arange(max(lengths), device=query.device)
             mask = longest < torch.tensor(lengths, device=query.device)[:, None]
@@ -133,21 +135,26 @@ class Capture:
         return query, key, mask, calls[0][3], self.family.prefix(self.inner, call)
 
     def to_tokens(
-        self, x: Tensor, mask: Tensor | None, layout: Layout, tokens: int, packed: bool, total: bool
+        self, x: Tensor, mask: Tensor | None, members: Tensor | None, layout: Layout, tokens: int, total: bool
     ) -> Tensor:
-        """[F, P, C] of every patch -> [tokens, C], summed or averaged over the patches of each token."""
-        if packed:  # consecutive patches make a row
-            x = x if mask is None else x[mask]
-            x = x.reshape(-1, self.family.patches_per_token(self.inner), x.shape[-1])
-        else:
-            per_image = self.family.rows_per_image(self.inner, x.shape[1])
-            members = self.family.patches(self.inner, x.shape[1], per_image).to(x.device)
-            x = x[:, members].flatten(0, 1)
+        """[F, P, C] of every patch -> [tokens, C], summed or averaged over the patches of each token. members: [rows,
+        P] of packed or padded images, -1 = none."""
+        if members is not None:
+            x = x.flatten(0, 1) if mask is None else x[mask]
+            members = members.to(x.device)
+            there = (members >= 0)[..., None]
+            x = x[members.clamp(min=0)] * there
+            return _at(x.sum(1) if total else x.sum(1) / there.sum(1), layout.source, tokens)
+        per_image = self.family.rows_per_image(self.inner, x.shape[1])
+        own = self.family.patches(self.inner, x.shape[1], per_image).to(x.device)
+        x = x[:, own].flatten(0, 1)
         return _at(x.sum(1) if total else x.mean(1), layout.source, tokens)
 
 
 def _pad(x: Tensor, lengths: list[int]) -> Tensor:
-    """[1, H, sum(lengths), D] -> [F, H, max(lengths), D]."""
+    """[1, H, sum(lengths), D], or [F, H, more, D] -> [F, H, max(lengths), D]."""
+    if len(x) == len(lengths):
+        return x[:, :, : max(lengths)]
     parts = x[0].transpose(0, 1).split(lengths)
     return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True).transpose(1, 2)
 

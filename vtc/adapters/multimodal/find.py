@@ -11,7 +11,8 @@ from torch import nn
 from vtc.adapters.encoders.site import Refusal
 from vtc.adapters.multimodal.families import FAMILIES
 from vtc.adapters.multimodal.families.base import Family
-from vtc.adapters.multimodal.families.generic import TOKENS, Generic, Unfit
+from vtc.adapters.multimodal.families.generic import TOKENS, Unfit
+from vtc.adapters.multimodal.families.towers import generic
 from vtc.adapters.multimodal.owners import Owners, around, foreign, known_as
 
 
@@ -64,8 +65,8 @@ def _head(module: Any) -> str:
 def _generic(model: nn.Module, path: str, module: Any, known: dict[str, Family]) -> MultimodalSite | Refusal:
     type_name = type(module).__name__
     try:
-        family = Generic(module)
-        family.projector(module)
+        family = generic(module)
+        family.watched(module)
     except Unfit as error:
         return Refusal(path, type_name, f"{type_name} {error}")
     owners = around(model, module, {*known, type_name}, _head(module))

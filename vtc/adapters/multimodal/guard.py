@@ -38,7 +38,7 @@ class Guard:
         for module in enclosing(root, self.parent.inner):
             module.register_forward_pre_hook(Scope("enter", self))
             module.register_forward_hook(Scope("close", self), always_call=True)
-        self.parent.family.projector(self.parent.inner).register_forward_hook(Hook("projected", self))
+        self.parent.family.watched(self.parent.inner).register_forward_hook(Hook("projected", self))
 
     def projected(self, hook: Hook, args: tuple, output: Any) -> None:
         if torch.compiler.is_compiling() or recomputing():

@@ -23,7 +23,7 @@ from vtc.adapters.encoders.state import CallState
 from vtc.adapters.encoders.state import report as encoder_report
 from vtc.adapters.multimodal import masks
 from vtc.adapters.multimodal.cache import Entries, Shortened, cache_name, goes_on, shorten
-from vtc.adapters.multimodal.capture import CAPTURED, Capture, text
+from vtc.adapters.multimodal.capture import Capture, text
 from vtc.adapters.multimodal.columns import as_asked, check_arguments, check_asked
 from vtc.adapters.multimodal.encode import Encoders
 from vtc.adapters.multimodal.families.base import Family, prompt
@@ -168,7 +168,7 @@ class MultimodalPatch:
         if self.method.in_decoder:
             return
         idle = self.tower is not None or self.method.keep == 1.0  # everything stays, so no evidence is needed
-        needs = frozenset() if idle else self.method.needs & CAPTURED
+        needs = frozenset() if idle else self.method.needs & self.family.evidence
         if needs:
             self.encoders.capture = Capture(self.family, self.inner, needs)
             self.encoders.capture.install()
@@ -248,7 +248,7 @@ class MultimodalPatch:
                 token_map, notes = batch.from_tower(), ""
             else:
                 fields: dict[str, Any] = {}
-                if "projector" in method.needs:
+                if "projector" in method.needs & self.family.evidence:
                     fields["projector"] = self.family.projection(self.inner)
                 if "text" in method.needs:
                     words = text(method.name, self.family, self.inner, call, batch.prompts)

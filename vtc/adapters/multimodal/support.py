@@ -8,8 +8,7 @@ from typing import Any
 from vtc.adapters.encoders.find import find as find_encoders
 from vtc.adapters.encoders.site import EncoderSite, Refusal
 from vtc.adapters.encoders.support import refusal
-from vtc.adapters.multimodal.capture import CAPTURED
-from vtc.adapters.multimodal.families.base import VIDEO
+from vtc.adapters.multimodal.families.base import CAPTURED, VIDEO
 from vtc.adapters.multimodal.families.generic import ORDERED
 from vtc.adapters.multimodal.find import MultimodalSite
 from vtc.adapters.multimodal.rotary import axes
@@ -53,7 +52,7 @@ def _refusal(site: MultimodalSite, method: Method | None) -> str:
     reason = _positions_refuse(decoder, method)
     if reason or method is None:
         return reason
-    if not site.family.evidence and method.where != "tower":
+    if not site.family.classes and method.where != "tower":
         asked = {"positions=": method.ppe, "cascade=": method.cascade, "proportional=True": method.proportional}
         asked |= {method.name: method.in_decoder, "events=": method.groups_frames}
         untried = next((name for name, given in asked.items() if given), "")
@@ -90,11 +89,12 @@ def _refusal(site: MultimodalSite, method: Method | None) -> str:
     missing = method.lacks("input")
     if missing:
         return missing
-    unknown = sorted((method.needs - method.optional) & CAPTURED)
-    if unknown and not site.family.evidence:
+    unknown = sorted((method.needs - method.optional) & CAPTURED - site.family.evidence)
+    if unknown:
+        why = site.family.withheld.get(unknown[0], "vtc does not know of {name}").format(name=site.family.name)
         return (
-            f"{method.name} reads {' and '.join(FIELDS[field] for field in unknown)}, which vtc does not know of "
-            f'{site.family.name}: use a method that reads the tokens alone, such as divprune, or importance="norm"'
+            f"{method.name} reads {' and '.join(FIELDS[field] for field in unknown)}, which {why}: use a method that "
+            'reads the tokens alone, such as divprune, or importance="norm"'
         )
     needs = (method.needs - method.optional) & {"attention", "middle", "keys"}
     if needs and not site.family.attentions(site.inner):

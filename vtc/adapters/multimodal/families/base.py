@@ -25,6 +25,8 @@ class Modality:
     encode: str
 
 
+# Fields of `Tokens` that are read off a tower and its projector.
+CAPTURED = frozenset({"attention", "middle", "keys", "inputs", "projector"})
 IMAGE = Modality("image", "pixel_values", "image_token_id", "get_image_features")
 VIDEO = Modality("video", "pixel_values_videos", "video_token_id", "get_video_features")
 
@@ -87,7 +89,8 @@ class Family:
         frozenset()
     )  # arguments of the encoder that the model's forward does not pass on
     passed: ClassVar[frozenset[str]] = frozenset()
-    evidence: ClassVar[bool] = True  # vtc knows its tower and projector: attention, keys and sensitivity can be had
+    evidence: ClassVar[frozenset[str]] = CAPTURED  # which of these fields vtc can read off its tower and projector
+    withheld: ClassVar[dict[str, str]] = {}  # why it cannot read one of the others ("which ...", {name})
     middle: ClassVar[float] = 0.375  # depth of the tower's "middle" layer (HiPrune: 9 of CLIP's 24)
     in_tower: ClassVar[str] = "its tower's tokens are rearranged on the way to the decoder"
 
@@ -186,8 +189,13 @@ class Family:
         return int((call.get("vision_feature_select_strategy") or own) == "default")
 
     def segments(self, inner: Any, modality: Modality, call: dict[str, Any]) -> list[int] | None:
-        """Patches per image or frame, if the tower packs all into one row; None = one image per row."""
+        """Patches per image or frame, if the tower packs all into one row, or pads rows at their end; None = one image
+        per row."""
         return None
+
+    def watched(self, inner: Any) -> nn.Module:
+        """A module that runs when images are encoded, and at no other time."""
+        return self.projector(inner)
 
     # -- the projector ------------------------------------------------------------------------------------------
 
@@ -198,7 +206,7 @@ class Family:
     def projection(self, inner: Any) -> Projection:
         return Projection(self.projector(inner), _one_patch)
 
-    def blocks(self, inner: Any, seen: Tensor) -> Tensor:
+    def blocks(self, inner: Any, seen: Tensor, modality: Modality, call: dict[str, Any]) -> Tensor:
         """The projector's input -> [rows, P, V], the patches of each of its output rows."""
         return seen.reshape(-1, 1, seen.shape[-1])
 
@@ -209,6 +217,11 @@ class Family:
     def patches_per_token(self, inner: Any) -> int:
         """Consecutive patches per projector row, if images are packed."""
         return 1
+
+    def members(self, inner: Any, modality: Modality, call: dict[str, Any], count: int) -> Tensor:
+        """[rows, P] long: which of the `count` patches of all images each projector row is made from, if images are
+        packed or padded; -1 = fewer."""
+        return torch.arange(count).view(-1, self.patches_per_token(inner))
 
     def patches(self, inner: Any, count: int, rows: int) -> Tensor:
         """[rows, P] long: which of an image's `count` patches each of its projector rows is made from."""

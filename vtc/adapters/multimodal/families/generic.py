@@ -65,7 +65,7 @@ class Generic(Family):
 
     covers = "other multimodal LLMs of transformers (docs/models.md lists them), methods that read the tokens alone"
     classes = ()
-    evidence = False
+    evidence = frozenset()
     in_tower = "vtc does not know its tower"
 
     def __init__(self, inner: Any) -> None:
@@ -160,13 +160,10 @@ class Generic(Family):
 
     # -- the tower ----------------------------------------------------------------------------------------------
 
+    def watched(self, inner: Any) -> nn.Module:
+        return self.tower(inner)
+
     def tower(self, inner: Any) -> nn.Module:
-        return self.projector(inner)
-
-    def attentions(self, inner: Any) -> list[nn.Module]:
-        return []
-
-    def projector(self, inner: Any) -> nn.Module:
         """The largest of the model's parts beside its language model, its tower: it runs when images are encoded."""
         words = inner.get_input_embeddings()
         parts = [m for n, m in inner.named_children() if n != self.decoder and words not in set(m.modules())]

@@ -142,7 +142,7 @@ class Granite4Vision(LlavaNext):
     name = "granite4_vision"
     covers = "Granite 4 Vision, methods that read the tokens alone"
     classes = ("Granite4VisionModel",)
-    evidence = False
+    evidence = frozenset()
     in_tower = "its features come from several layers of the tower"
 
     def side(self, inner: Any) -> int:

@@ -45,7 +45,7 @@ def _fold(module: nn.Module, x: Tensor) -> Tensor:
 class Pooled(Family):
     """The connector makes a token from several patches that are not adjacent in the tower's output."""
 
-    def blocks(self, inner: Any, seen: Tensor) -> Tensor:
+    def blocks(self, inner: Any, seen: Tensor, modality: Modality, call: dict[str, Any]) -> Tensor:
         members = self.patches(inner, seen.shape[1], self.rows_per_image(inner, seen.shape[1]))
         return seen[:, members.to(seen.device)].flatten(0, 1)
 

@@ -16,23 +16,10 @@ def _merge(module: nn.Module, x: Tensor) -> Tensor:
     return module(x.reshape(-1, x.shape[-1])).view(*x.shape[:-2], -1)
 
 
-class QwenVL(Family):
-    """The budget is per image, and in a video per pair of frames, as the model pairs them."""
+class QwenTower(Family):
+    """The tower of Qwen's line, which has put the patches of a token side by side."""
 
-    name = "qwen_vl"
-    covers = "Qwen2-VL, Qwen2.5-VL, Qwen3-VL (DeepStack included), images and video"
-    classes = ("Qwen2VLModel", "Qwen2_5_VLModel", "Qwen3VLModel")
-    modalities = (IMAGE, VIDEO)
     middle = 0.5
-
-    def layout(self, inner: Any, modality: Modality, lengths: list[int], call: dict[str, Any]) -> Layout:
-        units, start, edge = [], 0, inner.visual.spatial_merge_size
-        for item, (frames, rows, columns) in enumerate(_grid(modality, call).tolist()):
-            grid = (rows // edge, columns // edge)
-            for _ in range(frames):
-                units.append(Unit(torch.arange(start, start + grid[0] * grid[1]), item, grid))
-                start += grid[0] * grid[1]
-        return Layout(tuple(units), self.windows(inner, _grid(modality, call)))
 
     def windows(self, inner: Any, grid: Tensor) -> Tensor | None:
         """The order into which window attention has put the tokens (Qwen2.5-VL); None = raster order."""
@@ -49,10 +36,6 @@ class QwenVL(Family):
         )
         return index.argsort()
 
-    def positions(self, inner: Any, call: dict[str, Any], past: int, embeds: Tensor) -> Tensor:
-        found = axes_of(inner, call, embeds)
-        return super().positions(inner, call, past, embeds).expand(3, -1, -1) if found is None else found
-
     def tower(self, inner: Any) -> nn.Module:
         return inner.visual
 
@@ -63,7 +46,7 @@ class QwenVL(Family):
         return 0
 
     def segments(self, inner: Any, modality: Modality, call: dict[str, Any]) -> list[int]:
-        return [rows * columns for frames, rows, columns in _grid(modality, call).tolist() for _ in range(frames)]
+        return [rows * columns for frames, rows, columns in told(modality, call).tolist() for _ in range(frames)]
 
     def projector(self, inner: Any) -> nn.Module:
         return inner.visual.merger
@@ -71,12 +54,35 @@ class QwenVL(Family):
     def projection(self, inner: Any) -> Projection:
         return Projection(self.projector(inner), _merge)
 
-    def blocks(self, inner: Any, seen: Tensor) -> Tensor:
+    def blocks(self, inner: Any, seen: Tensor, modality: Modality, call: dict[str, Any]) -> Tensor:
         return seen.reshape(-1, self.patches_per_token(inner), seen.shape[-1])
 
     def patches_per_token(self, inner: Any) -> int:
         return inner.visual.spatial_merge_size**2
 
 
-def _grid(modality: Modality, call: dict[str, Any]) -> Tensor:
+class QwenVL(QwenTower):
+    """The budget is per image, and in a video per pair of frames, as the model pairs them."""
+
+    name = "qwen_vl"
+    covers = "Qwen2-VL, Qwen2.5-VL, Qwen3-VL (DeepStack included), images and video"
+    classes = ("Qwen2VLModel", "Qwen2_5_VLModel", "Qwen3VLModel")
+    modalities = (IMAGE, VIDEO)
+
+    def layout(self, inner: Any, modality: Modality, lengths: list[int], call: dict[str, Any]) -> Layout:
+        units, start, edge = [], 0, inner.visual.spatial_merge_size
+        for item, (frames, rows, columns) in enumerate(told(modality, call).tolist()):
+            grid = (rows // edge, columns // edge)
+            for _ in range(frames):
+                units.append(Unit(torch.arange(start, start + grid[0] * grid[1]), item, grid))
+                start += grid[0] * grid[1]
+        return Layout(tuple(units), self.windows(inner, told(modality, call)))
+
+    def positions(self, inner: Any, call: dict[str, Any], past: int, embeds: Tensor) -> Tensor:
+        found = axes_of(inner, call, embeds)
+        return super().positions(inner, call, past, embeds).expand(3, -1, -1) if found is None else found
+
+
+def told(modality: Modality, call: dict[str, Any]) -> Tensor:
+    """[items, 3]: frames, rows and columns of patches."""
     return call[f"{modality.name}_grid_thw"]
