@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 # What happens before a layer: the tokens there are, their rows -> those that are left, with their rows.
 Step = Callable[[list[Token], Tensor], tuple[list[Token], Tensor]]
 
+_SHUT = torch.finfo(torch.float32).min
 _NEXT = {"glm4v", "glm46v", "glm_ocr", "ernie4_5_vl_moe", "aya_vision", "cohere2_vision"}  # a pair is two neighbours
 _THREE = [0, 1, 2, 0, 1, 2, 0, 0]  # sections 4, 2, 2, interleaved
 _SIX = [0, 1, 2] * 4 + [0] * 4
@@ -92,29 +94,27 @@ class Row:
     """One row of a prompt on its way through the decoder, and what its layers attended to."""
 
     def __init__(self, units: list[list[int]], columns: int) -> None:
-        """`units`: the columns of every image, crop or frame."""
+        """`units`: the columns of every image, crop or frame, counted without padding."""
         unit = {column: number for number, inside in enumerate(units) for column in inside}
         self.tokens = [Token(c, [c], unit.get(c)) for c in range(columns)]
         self.held: list[list[Token]] = []  # by layer
 
+        self.count = columns
+
     def mask(self, index: int, given: Any, steps: int, bias: bool) -> Tensor:
         """[1, 1, Q, K] to add: the model's own, or the causal one, without the columns that are not there."""
-        count = int(self.held[0][-1].column) + 1
+        count = self.count
         if steps:
             base = torch.zeros(1, 1, 1, count + steps)
         elif given is None:
-            base = torch.full((1, 1, count, count), torch.finfo(torch.float32).min).triu(1)
+            base = torch.full((1, 1, count, count), _SHUT).triu(1)
         else:
-            base = given if given.is_floating_point() else _additive(given)
-        there = torch.full((count + steps,), torch.finfo(torch.float32).min)
+            base = given if given.is_floating_point() else torch.zeros(given.shape).masked_fill(~given, _SHUT)
+        there = torch.full((count + steps,), _SHUT)
         there[count:] = 0
         for token in self.held[index]:
             there[token.column] = torch.tensor(float(len(token.members))).log() if bias else 0.0
-        return (base + there).clamp(min=torch.finfo(torch.float32).min)
-
-
-def _additive(mask: Tensor) -> Tensor:
-    return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        return (base + there).clamp(min=_SHUT)
 
 
 @contextmanager
@@ -124,17 +124,33 @@ def plain(
     """Every row in turn runs through the decoder's layers with `steps` before some of them."""
     turn = {"row": -1, "step": 0}
 
+    def enter(*args: Any, **kwargs: Any) -> Any:
+        """Step 0 is in front of the decoder; what DeepStack adds later is merged as the tokens are."""
+        x = kwargs["inputs_embeds"]
+        turn["row"], turn["step"] = (turn["row"], turn["step"] + 1) if x.shape[1] == 1 else (turn["row"] + 1, 0)
+        if turn["step"] or 0 not in steps:
+            return type(text).forward(text, *args, **kwargs)
+        row = rows[turn["row"]]
+        row.tokens, new = steps[0](row.tokens, x[0])
+        kwargs["inputs_embeds"] = _put(x, row, new)
+        planes = kwargs.get("deepstack_visual_embeds") or []
+        if planes:
+            number = (kwargs["visual_pos_masks"][0].long().cumsum(0) - 1).tolist()
+            planes = kwargs["deepstack_visual_embeds"] = [plane.clone() for plane in planes]
+        for plane in planes:
+            whole = plane.clone()
+            for token in row.tokens:
+                if token.unit is not None:
+                    plane[number[token.column]] = whole[[number[c] for c in token.members]].mean(0)
+        return type(text).forward(text, *args, **kwargs)
+
     def before(index: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         x, *others = args
-        if index == 0:
-            turn["step"] = 0 if x.shape[1] > 1 else turn["step"] + 1
-            turn["row"] += x.shape[1] > 1
         row, step = rows[turn["row"]], turn["step"]
         if not step:
-            if index in steps:
+            if index in steps and index > 0:
                 row.tokens, new = steps[index](row.tokens, x[0, [t.column for t in row.tokens]])
-                x = x.clone()
-                x[0, [t.column for t in row.tokens]] = new
+                x = _put(x, row, new)
             row.held.append(row.tokens)
             if slots > 1:
                 tables = kwargs["position_embeddings"]
@@ -144,18 +160,23 @@ def plain(
         mask = row.mask(index, kwargs.get("attention_mask"), step, bias)
         return (x, *others), {**kwargs, "attention_mask": mask}
 
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda module, args, kwargs, index=index: before(index, args, kwargs), with_kwargs=True
-        )
-        for index, layer in enumerate(text.layers)
-    ]
+    text.forward, hooks = enter, []
+    for number, layer in enumerate(text.layers):
+        hook = partial(lambda index, module, args, kwargs: before(index, args, kwargs), number)
+        hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         yield
     finally:
+        del text.forward
         for hook in hooks:
             hook.remove()
     assert turn["row"] == len(rows) - 1
+
+
+def _put(x: Tensor, row: Row, new: Tensor) -> Tensor:
+    x = x.clone()
+    x[0, [token.column for token in row.tokens]] = new
+    return x
 
 
 def gone(keep: list[int]) -> Step:

@@ -44,7 +44,7 @@ METHODS = {
 def methods_of(name):
     if name in PPE_REFUSED:
         return [m for m in METHODS if m != "ppe"]
-    return ["fastv", "dart", "deep"] if name in DEEP else list(METHODS)  # the oracle merges no planes
+    return [m for m in METHODS if not (m == "cascade" and name in DEEP)]  # it merges before the second layer
 
 
 def words(inputs):
@@ -156,3 +156,74 @@ def test_ppe(name, kind, attn):
     if name != "janus":
         for step in range(STEPS):
             assert torch.allclose(got[1 + step][:, -1], decode[:, step], atol=TOLERANCE, rtol=0), f"step {step}"
+
+
+# -- what FastV and DART read -----------------------------------------------------------------------------------------
+
+
+def inside(model, inputs, layer):
+    """Of the plain model: the attention maps of `layer` (if it makes any), its keys, and what enters the next layer."""
+    text, seen = classes.text_model(model), {}
+    hooks = [
+        text.layers[layer].self_attn.register_forward_hook(lambda m, args, out: seen.update(maps=out[1])),
+        text.layers[layer + 1].register_forward_pre_hook(lambda m, args: seen.update(hidden=args[0])),
+    ]
+    try:
+        held = model(**inputs, use_cache=True)[CACHE].layers[layer]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    expand = getattr(text.layers[layer].self_attn, "expand_kv", None)  # some cache what keys and values are made from
+    keys = held.keys if expand is None else expand(held.keys, held.values)[0]
+    return seen["maps"], keys, seen["hidden"]
+
+
+def chosen(handle):
+    """Of every image, crop or frame: its columns, and which of them stay."""
+    record = handle.patches[0].record
+    for unit, places in enumerate(record.places):
+        kept = record.token_map.anchor[unit]
+        yield places[places >= 0], kept[kept >= 0].tolist()
+
+
+@pytest.mark.parametrize("name", [name for name in OPEN if classes.CLASSES[name].eager])
+@torch.no_grad()
+def test_fastv_reads_the_last_words_attention(name):
+    """Against the eager map of the layer before: what the last word gives to each image's columns."""
+    model, inputs = classes.build(name, "eager"), classes.inputs(name, "single")
+    maps, _, _ = inside(model, inputs, 1)
+    last = int((~classes.placeholders(name, inputs["input_ids"])[0]).nonzero().max())
+    for same in (model, classes.build(name)):
+        with vtc.compress(same, METHODS["fastv"]) as handle:
+            same(**inputs)
+        for places, kept in chosen(handle):
+            given = maps[0, :, last, places].double()
+            score = (given / given.sum(-1, keepdim=True)).mean(0)
+            best = score.argsort(descending=True, stable=True)[: max(1, round(0.4 * len(places)))]
+            assert sorted(best.tolist()) == kept
+
+
+@pytest.mark.parametrize("name", OPEN)
+@torch.no_grad()
+def test_dart_reads_the_decoders_keys(name):
+    """Against the definition on the plain model's cache and hidden states, one pivot after the other."""
+    model, inputs = classes.build(name), classes.inputs(name, "single")
+    _, keys, hidden = inside(model, inputs, 1)
+    with vtc.compress(model, METHODS["dart"]) as handle:
+        model(**inputs)
+    hidden = torch.nn.functional.normalize(hidden[0].double(), dim=-1)
+    norms = keys[0].double().abs().sum((0, 2))
+    words = (~classes.placeholders(name, inputs["input_ids"])[0]).nonzero().flatten()
+    for places, stay in chosen(handle):
+        wanted = max(1, round(0.4 * len(places)))
+
+        def longest(at, wanted=wanted):
+            return at[norms[at].argsort(descending=True, stable=True)][: min(4, wanted)].tolist()
+
+        kept, pivots = longest(places), [*longest(places), *longest(words, 4)]
+        quota = -(-(wanted - len(kept)) // len(pivots))
+        for pivot in pivots:
+            free = torch.tensor([c for c in places.tolist() if c not in kept], dtype=torch.long)
+            order = free[(hidden[free] @ hidden[pivot]).argsort(stable=True)]
+            kept += order[: min(quota, wanted - len(kept))].tolist()
+        assert sorted(kept) == places[stay].tolist()

@@ -12,6 +12,7 @@ from vtc.adapters.encoders.support import refusal
 from vtc.adapters.multimodal.capture import CAPTURED
 from vtc.adapters.multimodal.columns import TYPES
 from vtc.adapters.multimodal.families.base import VIDEO
+from vtc.adapters.multimodal.families.generic import Generic
 from vtc.adapters.multimodal.find import MultimodalSite
 from vtc.adapters.multimodal.rotary import sections_of
 from vtc.adapters.multimodal.trial import try_positions
@@ -25,6 +26,16 @@ from vtc.tokens import FIELDS
 # What the layers of a decoder take that is cut where tokens go between them, or is no matter of tokens.
 _CUT = {"self", "hidden_states", "attention_mask", "position_ids", "position_embeddings", "kwargs", *TYPES}
 _CUT |= {"past_key_values", "cache", "use_cache", "cache_position", "output_attentions", "output_router_logits"}
+
+# The classes of the generic family whose videos are told frame by frame; in others frames are encoded as images are, or
+# several together.
+_FRAMED = frozenset(
+    """
+    cohere_compass cosmos3_edge cosmos3_omni dots3_note exaone4_5 glm46v glm4v glm4v_moe glm_ocr hyperclovax_vision_v2
+    lfm3_vl llava_next_video muse_glimmer muse_spark qwen2_5_omni_thinker qwen3_5 qwen3_5_moe qwen3_omni_moe_thinker
+    qwen3_vl_moe
+    """.split()
+)
 
 
 def explained(site: MultimodalSite, method: Method | None) -> Encoder:
@@ -79,6 +90,8 @@ def _refusal(site: MultimodalSite, method: Method | None) -> str:
         return next(filter(None, reasons))
     if method.groups_frames and VIDEO not in site.family.modalities:
         return "events= merges the frames of videos, and vtc knows this family with images only"
+    if method.groups_frames and isinstance(site.family, Generic) and site.family.name not in _FRAMED:
+        return f"events= merges the frames of videos, and vtc does not know which tokens of {site.family.name} are one"
     method.check(decoder.config.hidden_size)
     missing = method.lacks("input")
     if missing:
