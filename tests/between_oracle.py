@@ -24,7 +24,7 @@ from torch import Tensor, nn
 Step = Callable[[list[Token], Tensor], tuple[list[Token], Tensor]]
 
 _SHUT = torch.finfo(torch.float32).min
-_NEXT = {"glm4v", "glm46v", "glm_ocr", "ernie4_5_vl_moe", "aya_vision", "cohere2_vision"}  # a pair is two neighbours
+NEXT = {"glm4v", "glm46v", "glm_ocr", "ernie4_5_vl_moe", "aya_vision", "cohere2_vision"}  # a pair is two neighbours
 _THREE = [0, 1, 2, 0, 1, 2, 0, 0]  # sections 4, 2, 2, interleaved
 _SIX = [0, 1, 2] * 4 + [0] * 4
 # The axis of every rotary pair, in the order of frequencies, -1 where it does not turn; else all pairs are of one. Some
@@ -39,6 +39,7 @@ AXES: dict[str, list[int]] = {
     "lfm3_vl full_attention": [0] * 4 + [-1] * 4,
     **{f"{name} full_attention": [0] * 4 + [-1] * 12 for name in ("gemma4", "gemma4_moe", "gemma4_unified")},
 }
+MIXED = {name.split()[0] for name in AXES if " " in name}
 
 
 def axis_of(name: str, pairs: int, kind: str = "") -> list[int]:
@@ -58,7 +59,7 @@ def slots_of(name: str, rotary: Any) -> int:
 def turned(name: str, axis: list[int], table: Tensor, tokens: list[Token], slots: int) -> Tensor:
     """A rotary table [1, S, 2 P] of the columns by themselves -> of tokens, each with those of its members."""
     slot = pair_slots(axis, slots)
-    slot = [s for s in slot for _ in (0, 1)] if name in _NEXT else slot * 2
+    slot = [s for s in slot for _ in (0, 1)] if name in NEXT else slot * 2
     out = table.clone()
     for token in tokens:
         turns = token.members[:slots]
@@ -68,7 +69,9 @@ def turned(name: str, axis: list[int], table: Tensor, tokens: list[Token], slots
 
 
 @contextmanager
-def carrying(name: str, text: nn.Module, rows: list[tuple[Tensor, list[Token], list[int]]], slots: int) -> Iterator[None]:
+def carrying(
+    name: str, text: nn.Module, rows: list[tuple[Tensor, list[Token], list[int]]], slots: int
+) -> Iterator[None]:
     """In the prefill of every row in turn the decoder's rotary table is that of merged tokens. A row: the positions of
     all its columns, tokens that carry several, and the columns that stay."""
     module, kinds, calls = text.rotary_emb, len(getattr(text.rotary_emb, "layer_types", None) or [1]), [0]
@@ -179,12 +182,7 @@ def _put(x: Tensor, row: Row, new: Tensor) -> Tensor:
     return x
 
 
-def gone(keep: list[int]) -> Step:
+def gone(keep: list[int], tokens: list[Token], x: Tensor) -> tuple[list[Token], Tensor]:
     """The step of a method that drops tokens: those at the columns `keep` are left."""
-    left = set(keep)
-
-    def step(tokens: list[Token], x: Tensor) -> tuple[list[Token], Tensor]:
-        at = [i for i, token in enumerate(tokens) if token.column in left]
-        return [tokens[i] for i in at], x[at]
-
-    return step
+    at = [i for i, token in enumerate(tokens) if token.column in set(keep)]
+    return [tokens[i] for i in at], x[at]

@@ -8,12 +8,12 @@ from functools import partial
 import mllm_classes as classes
 import pytest
 import torch
-from between_oracle import Row, carrying, gone, plain, slots_of
+from between_oracle import AXES, MIXED, NEXT, Row, carrying, gone, plain, slots_of
 from classes_oracle import entry, expected, said
 from mllm_zoo import CACHE, fingerprint
 from pairs import matrix
-from test_cascade import Token, merged, units_of
-from test_mllm_classes import NAMES, STEPS
+from test_cascade import Token, merged, merged_rows, units_of
+from test_mllm_classes import CASES, NAMES, STEPS
 
 import vtc
 
@@ -29,7 +29,8 @@ BETWEEN_REFUSED = {
 }
 PPE_REFUSED = ("mistral3_ministral3", "mistral3_mistral4", "mistral_large4")  # read positions outside of the table
 OPEN = [name for name in NAMES if name not in BETWEEN_REFUSED]
-DEEP = {"qwen3_vl_moe": 2, "qwen3_omni_moe_thinker": 2, "cosmos3_omni": 2, "granite_docling": 2}
+DEEP = ("qwen3_vl_moe", "qwen3_omni_moe_thinker", "cosmos3_omni", "granite_docling")  # two planes each
+KINDS = ("single", "ragged", "video")
 METHODS = {
     "fastv": vtc.FastV(keep=0.4, layer=2),
     "dart": vtc.DART(keep=0.4, layer=2),
@@ -52,20 +53,23 @@ def words(inputs):
     return torch.randint(5, 100, (rows, STEPS), generator=torch.Generator().manual_seed(3))
 
 
+def attentions(name):
+    return ("sdpa", "eager") if classes.CLASSES[name].eager else ("sdpa",)
+
+
 PRODUCT = [
     (name, kind, attn, method)
     for name in OPEN
-    for kind in ("single", "ragged", "video")
-    if kind in classes.CASES[name] and not (kind == "video" and name in ("video_llama_3", "perception_lm"))
-    for attn in ("sdpa", "eager")
-    if attn == "sdpa" or classes.CLASSES[name].eager
+    for kind in CASES[name]
+    if kind in KINDS
+    for attn in attentions(name)
     for method in methods_of(name)
 ]
 
 
 def shown(case):
     name, kind, attn, method = case
-    return {(name, kind == "ragged"), (kind, attn, method)}
+    return {name, (kind, method), (attn, method)}
 
 
 @matrix("name, kind, attn, method", PRODUCT, shown)
@@ -77,16 +81,17 @@ def test_oracle(name, kind, attn, method):
         got = said(model, inputs, tokens)
         record, units = handle.patches[0].record, units_of(handle)
     real = [row.nonzero().flatten().tolist() for row in inputs["attention_mask"]]
-    rows = [Row([[real[p].index(c) for c in inside] for p, inside in units if p == r], len(real[r])) for r in range(len(real))]
+    rows = [
+        Row([[columns.index(c) for c in inside] for p, inside in units if p == row], len(columns))
+        for row, columns in enumerate(real)
+    ]
     if method.in_decoder:
-        left = iter([[i for i, c in enumerate(real[r]) if record.kept[r, c]] for r in range(len(rows))])
-        steps = {2: lambda tokens, x: gone(next(left))(tokens, x)}
+        left = iter([[i for i, c in enumerate(columns) if record.kept[r, c]] for r, columns in enumerate(real)])
+        steps = {2: lambda tokens, x: gone(next(left), tokens, x)}
     else:
         keeps = dict(method.cascade) | ({} if method.keep == 1.0 else {0: method.keep})
         steps = {layer: partial(merged, keep=keep) for layer, keep in keeps.items()}
-    slots = 1
-    if method.ppe:
-        slots = slots_of(name, text.rotary_emb)
+    slots = slots_of(name, text.rotary_emb) if method.ppe else 1
     with plain(name, text, rows, steps, method.proportional, slots):
         prefill, decode = expected(name, model, inputs, torch.ones_like(record.kept), tokens)
     for row, (mine, want) in enumerate(zip(rows, prefill, strict=True)):
@@ -116,16 +121,8 @@ def members_of(name, inputs, handle, features):
 
 @matrix(
     "name, kind, attn",
-    [(n, k, a) for n, k, a, m in dict.fromkeys(
-        (name, kind, attn, "")
-        for name in NAMES
-        if name not in PPE_REFUSED
-        for kind in ("single", "ragged", "video")
-        if kind in classes.CASES[name] and not (kind == "video" and name in ("video_llama_3", "perception_lm"))
-        for attn in ("sdpa", "eager")
-        if attn == "sdpa" or classes.CLASSES[name].eager
-    )],
-    lambda case: {case[0], case[1:]},
+    [(n, k, attn) for n in NAMES if n not in PPE_REFUSED for k in CASES[n] for attn in attentions(n) if k in KINDS],
+    lambda case: {str(AXES.get(case[0])), case[0] in NEXT, case[0] if case[0] in MIXED else "", case[1:]},
 )
 def test_ppe(name, kind, attn):
     """Merged tokens turn by the positions of their members, those that stay alone by their own."""
@@ -134,7 +131,8 @@ def test_ppe(name, kind, attn):
     batch, length = inputs["input_ids"].shape
     positions = seen.get("position_ids")
     positions = torch.arange(length)[None] if positions is None else positions
-    positions = (positions[-3:] if positions.ndim == 3 else positions).expand(*positions.shape[:-2][:0], *positions[-3:].shape[:-2], batch, length)
+    positions = positions[-3:] if positions.ndim == 3 else positions  # the words' own come first
+    positions = positions.expand(*positions.shape[:-2], batch, length)
     method = vtc.DPCKNN(keep=0.3, positions="ppe")
     with vtc.compress(model, method) as handle:
         got, kept = said(model, inputs, tokens), handle.kept
@@ -159,6 +157,9 @@ def test_ppe(name, kind, attn):
 
 
 # -- what FastV and DART read -----------------------------------------------------------------------------------------
+
+
+OWN = ("kimi_k25", "mistral3_mistral4", "molmo2", "glm4v", "lighton_ocr", "qwen3_vl_moe", "ernie4_5_vl_moe", "idefics2")
 
 
 def inside(model, inputs, layer):
@@ -186,7 +187,9 @@ def chosen(handle):
         yield places[places >= 0], kept[kept >= 0].tolist()
 
 
-@pytest.mark.parametrize("name", [name for name in OPEN if classes.CLASSES[name].eager])
+@matrix(
+    "name", [(name,) for name in OPEN if classes.CLASSES[name].eager], lambda case: {case[0] if case[0] in OWN else ""}
+)
 @torch.no_grad()
 def test_fastv_reads_the_last_words_attention(name):
     """Against the eager map of the layer before: what the last word gives to each image's columns."""
@@ -203,7 +206,7 @@ def test_fastv_reads_the_last_words_attention(name):
             assert sorted(best.tolist()) == kept
 
 
-@pytest.mark.parametrize("name", OPEN)
+@matrix("name", [(name,) for name in OPEN], lambda case: {case[0] if case[0] in OWN else ""})
 @torch.no_grad()
 def test_dart_reads_the_decoders_keys(name):
     """Against the definition on the plain model's cache and hidden states, one pivot after the other."""
@@ -227,3 +230,117 @@ def test_dart_reads_the_decoders_keys(name):
             order = free[(hidden[free] @ hidden[pivot]).argsort(stable=True)]
             kept += order[: min(quota, wanted - len(kept))].tolist()
         assert sorted(kept) == places[stay].tolist()
+
+
+# -- saying no --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BETWEEN_REFUSED)
+def test_refusals_between_layers(name):
+    """`explain` and `compress` say the same, and leave nothing behind."""
+    model = classes.build(name)
+    before = fingerprint(model)
+    for method in ("fastv", "dart", "deep", "proportional"):
+        why = BETWEEN_REFUSED[name]
+        if method == "proportional" and why == _WINDOWS:
+            why = "sliding layers hold a part of the sizes only"
+        plan = vtc.explain(model, METHODS[method])
+        assert not plan.ok and why in str(plan)
+        with pytest.raises(vtc.UnsupportedModelError, match=why):
+            vtc.compress(model, METHODS[method])
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("name", PPE_REFUSED)
+def test_several_positions_are_refused_where_the_table_is_not_all(name):
+    with pytest.raises(vtc.UnsupportedModelError, match="reads positions outside of its rotary table"):
+        vtc.compress(classes.build(name), "dpc_knn", keep=0.5, positions="ppe")
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_layers_in_front_of_planes_are_refused(name):
+    for method in (vtc.FastV(keep=0.5, layer=1), vtc.DPCKNN(keep=1.0, cascade={1: 0.5})):
+        with pytest.raises(vtc.UnsupportedModelError, match="DeepStack adds to the image tokens behind 2 layers"):
+            vtc.compress(classes.build(name), method)
+
+
+def test_windows_without_types_of_layers_are_refused():
+    """A Mistral decoder names no types of layers, and has a window all the same."""
+    import transformers
+
+    config = classes.CLASSES["idefics2"].config()
+    config.text_config.sliding_window = 8
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    for method, why in (("fastv", _WINDOWS), ("deep", _WINDOWS), ("proportional", "sliding layers hold a part")):
+        assert why in str(vtc.explain(model, METHODS[method]))
+    assert vtc.explain(model, "divprune").ok
+
+
+def test_layers_that_take_what_is_not_cut_are_refused():
+    model = classes.build("vipllava", fresh=True)
+    layer = model.model.language_model.layers[1]
+
+    class Told(type(layer)):
+        def forward(self, hidden_states, per_layer_input=None, **kwargs):
+            return super().forward(hidden_states, **kwargs)
+
+    layer.__class__ = Told
+    for method in ("fastv", "deep", "proportional"):
+        with pytest.raises(vtc.UnsupportedModelError, match="takes per_layer_input, which vtc does not cut"):
+            vtc.compress(model, METHODS[method])
+
+
+# -- temporal events --------------------------------------------------------------------------------------------------
+
+# Their videos are encoded frame by frame as images are, in chunks, or with frames folded into one.
+UNFRAMED = (
+    "kimi_k25",
+    "ernie4_5_vl_moe",
+    "hy_v4_vl",
+    "gemma4",
+    "gemma4_moe",
+    "gemma4_unified",
+    "molmo2",
+    "video_llava",
+)
+UNFRAMED += ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr")
+FRAMED = [name for name in NAMES if "video" in CASES[name] and name not in UNFRAMED]
+
+
+@matrix("name", [(name,) for name in FRAMED], lambda case: {str(AXES.get(case[0]))})
+@torch.no_grad()
+def test_events(name):
+    """Frames merged alone, clustered by their means, and merged again event by event."""
+    model, inputs = classes.build(name), classes.inputs(name, "video")
+    tokens, features = words(inputs), entry(model, inputs)["inputs_embeds"]
+    with vtc.compress(model, "dpc_knn", keep=0.6) as handle:
+        model(**inputs)
+        frames = [columns for _, columns in units_of(handle)]
+    x = features[0]
+    alone = [[[columns[i] for i in group] for group in merged_rows(x[columns], 0.6)] for columns in frames]
+    means = torch.stack([x[columns].double().mean(0).float() for columns in frames])
+    want, events = set(), merged_rows(means, 0.5)
+    for event in events:
+        groups = sorted((group for frame in event for group in alone[frame]), key=lambda group: group[0])
+        rows = torch.stack([x[group].double().mean(0).float() for group in groups])
+        want |= {frozenset(c for i in again for c in groups[i]) for again in merged_rows(rows, 0.6)}
+    with vtc.compress(model, vtc.DPCKNN(keep=0.6, events=0.5)) as handle:
+        got, kept, notes = said(model, inputs, tokens), handle.kept, handle.report.notes
+        groups = members_of(name, inputs, handle, features)
+    assert {frozenset(group) for group in groups.values()} == want
+    assert 1 < len(frames) and f"{len(events)} events of {len(frames)} frames" in notes
+    prefill, decode = expected(name, model, inputs, kept, tokens, groups)
+    assert torch.allclose(got[0][0], prefill[0], atol=TOLERANCE, rtol=0)
+    for step in range(STEPS):
+        assert torch.allclose(got[1 + step][:, -1], decode[:, step], atol=TOLERANCE, rtol=0), f"step {step}"
+
+
+@pytest.mark.parametrize("name", UNFRAMED)
+def test_events_are_refused_where_frames_are_not_told(name):
+    with pytest.raises(vtc.UnsupportedModelError, match="does not know which tokens of .* are one"):
+        vtc.compress(classes.build(name), vtc.DPCKNN(keep=0.5, events=0.5))
+
+
+def test_events_of_images_are_refused():
+    with pytest.raises(vtc.UnsupportedModelError, match="with images only"):
+        vtc.compress(classes.build("mistral3"), vtc.DPCKNN(keep=0.5, events=0.5))

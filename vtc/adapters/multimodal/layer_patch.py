@@ -290,7 +290,9 @@ class DecoderPatch:
                 kwargs[name] = kwargs[name].gather(1, at)
         ids = kwargs.get("position_ids")
         if ids is not None and self.told:
-            kwargs["position_ids"] = ids.expand(*ids.shape[:-2], batch, -1).gather(-1, at.expand(*ids.shape[:-2], -1, -1))
+            kwargs["position_ids"] = ids.expand(*ids.shape[:-2], batch, -1).gather(
+                -1, at.expand(*ids.shape[:-2], -1, -1)
+            )
         elif ids is not None:  # consecutive, so that no gap is taken for a border
             kwargs["position_ids"] = masks.counted(masks.packs(ids, None, ids.shape[-1]), at, first)
         mask = kwargs.get("attention_mask")

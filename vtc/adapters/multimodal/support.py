@@ -165,15 +165,14 @@ def _keeps_more(decoder: Any) -> str:
 
 
 def _bias_refuses(decoder: Any) -> str:
-    reason = _unattending(decoder)
-    if reason:
-        return f"proportional=True: {reason}"
     if _windows(decoder):
         return "proportional=True: the caches of this decoder's sliding layers hold a part of the sizes only"
+    reason = _unattending(decoder) or _keeps_more(decoder)
+    if reason:
+        return f"proportional=True: {reason}"
     if "flash" in str(decoder.config._attn_implementation):
         return 'proportional=True: FlashAttention takes no size bias; load the model with attn_implementation="sdpa"'
-    reason = _keeps_more(decoder)
-    return f"proportional=True: {reason}" if reason else ""
+    return ""
 
 
 def _layer_refuses(site: MultimodalSite, method: Method, layer: int) -> str:
