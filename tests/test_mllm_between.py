@@ -264,6 +264,15 @@ def test_layers_in_front_of_planes_are_refused(name):
             vtc.compress(classes.build(name), method)
 
 
+def test_planes_that_are_not_told_are_refused():
+    model = classes.build("granite_docling", fresh=True)
+    model.config.vision_config.deepstack_visual_indexes = None
+    for method in ("fastv", "deep"):
+        with pytest.raises(vtc.UnsupportedModelError, match="DeepStack adds to image tokens behind layers vtc cannot"):
+            vtc.compress(model, METHODS[method])
+    assert vtc.explain(model, METHODS["proportional"]).ok
+
+
 def test_windows_without_types_of_layers_are_refused():
     """A Mistral decoder names no types of layers, and has a window all the same."""
     import transformers

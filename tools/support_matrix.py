@@ -49,6 +49,12 @@ batches, videos where the class has them; {tolerance} in float32):
 
 {names}.
 
+`positions="ppe"` goes with all of them whose decoder reads positions in its rotary table alone (not Ministral 3, Mistral 4,
+Mistral Large 4). `fastv`, `dart`, `cascade=` and `proportional=True` go with decoders of full attention in every layer;
+windows, linear attention, convolutions, indexed attention and caches that layers share are refused by name, and so are
+layers in front of DeepStack's planes. `events=` needs videos that are told frame by frame. Each against the plain decoder,
+in which nothing is taken out (`tests/test_mllm_between.py`).
+
 Refused, each class because it
 
 """

@@ -185,19 +185,21 @@ def _layer_refuses(site: MultimodalSite, method: Method, layer: int) -> str:
     reason = _unattending(decoder) or _keeps_more(decoder)
     if reason:
         return f"{method.name} reduces between layers, and {reason}: use a method at the input, such as divprune"
-    planes = _planes(site.inner)
+    planes = _planes(site.inner, decoder)
+    if planes is None:
+        return f"{method.name} reduces between layers, and DeepStack adds to image tokens behind layers vtc cannot tell"
     if layer < planes:
         return f"layer={layer}: DeepStack adds to the image tokens behind {planes} layers; give layer={planes} or more"
     return ""
 
 
-def _planes(inner: Any) -> int:
-    """Behind how many of its first layers DeepStack adds to the image tokens."""
-    for part in (getattr(inner, "visual", None), inner.config):
+def _planes(inner: Any, decoder: Any) -> int | None:
+    """Behind how many of its first layers DeepStack adds to the image tokens; None = it does, and they are not told."""
+    for part in (getattr(inner, "visual", None), getattr(inner.config, "vision_config", None)):
         planes = getattr(part, "deepstack_visual_indexes", None)
         if planes is not None:
             return len(planes)
-    return 0
+    return None if "deepstack_visual_embeds" in inspect.signature(type(decoder).forward).parameters else 0
 
 
 def in_tower(method: Method) -> Method:
