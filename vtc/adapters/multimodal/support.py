@@ -24,7 +24,7 @@ from vtc.positions import slots_for
 from vtc.tokens import FIELDS
 
 # What the layers of a decoder take that is cut where tokens go between them, or is no matter of tokens.
-_CUT = {"self", "hidden_states", "attention_mask", "position_ids", "position_embeddings", "kwargs", *TYPES}
+_CUT = {"self", "hidden_states", "attention_mask", "position_ids", "position_embeddings", *TYPES}
 _CUT |= {"past_key_values", "cache", "use_cache", "cache_position", "output_attentions", "output_router_logits"}
 
 # The classes of the generic family whose videos are told frame by frame; in others frames are encoded as images are, or
@@ -158,7 +158,8 @@ def _keeps_more(decoder: Any) -> str:
         if type(cache) is not DynamicLayer:
             return f"the cache of layer {index} of this decoder ({type(cache).__name__}) is not keys and values alone"
     for index, layer in enumerate(decoder.layers):
-        unknown = [name for name in inspect.signature(type(layer).forward).parameters if name not in _CUT]
+        takes = inspect.signature(type(layer).forward).parameters.items()  # a wrapper takes anything
+        unknown = [name for name, p in takes if name not in _CUT and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         if unknown:
             return f"layer {index} of this decoder ({type(layer).__name__}) takes {unknown[0]}, which vtc does not cut"
     return ""
