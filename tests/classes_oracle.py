@@ -72,16 +72,23 @@ def said(model: nn.Module, inputs: dict[str, Tensor], tokens: Tensor) -> list[Te
 
 
 def expected(
-    name: str, model: nn.Module, inputs: dict[str, Tensor], kept: Tensor, tokens: Tensor
+    name: str,
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    kept: Tensor,
+    tokens: Tensor,
+    merged: dict[tuple[int, int], list[int]] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Prefill of every row [kept and real, D], and decoding [B, steps, D]."""
+    """Prefill of every row [kept and real, D], and decoding [B, steps, D]. merged: which columns of its row a column
+    (row, column) is the mean of, itself included."""
     seen, mask = entry(model, inputs), inputs["attention_mask"].bool()
     visual = classes.placeholders(name, inputs["input_ids"])
     batch, length = mask.shape
     prefill, decode = [], []
     for row in range(batch):
         columns = (kept[row] & mask[row]).nonzero().flatten()
-        first, then = _row(model, seen, row, columns, visual, (batch, length), tokens[row])
+        means = {column: of for (prompt, column), of in (merged or {}).items() if prompt == row}
+        first, then = _row(model, seen, row, columns, visual, (batch, length), tokens[row], means)
         prefill.append(first)
         decode.append(then)
     return prefill, torch.stack(decode)
@@ -96,6 +103,7 @@ def _row(
     visual: Tensor,
     shape: tuple[int, int],
     tokens: Tensor,
+    means: dict[int, list[int]],
 ) -> tuple[Tensor, Tensor]:
     text = classes.text_model(model)
     given: dict[str, Any] = {}
@@ -103,13 +111,16 @@ def _row(
         if key in _NOT_HANDED_ON or key == CACHE:
             continue
         if key in ("deepstack_visual_embeds",) and value is not None:
-            number = (visual.flatten().long().cumsum(0) - 1).view(shape)
-            at = number[row, columns[visual[row, columns]]]
-            given[key] = [plane[at] for plane in value]
+            number = (visual.flatten().long().cumsum(0) - 1).view(shape)[row]
+            at = columns[visual[row, columns]].tolist()
+            given[key] = [torch.stack([plane[number[means.get(c, [c])]].mean(0) for c in at]) for plane in value]
         elif key == "deepstack_features" and value is not None:  # by layer
-            number = (visual.flatten().long().cumsum(0) - 1).view(shape)
-            at = number[row, columns[visual[row, columns]]]
-            given[key] = {layer: plane[at] for layer, plane in value.items()}
+            number = (visual.flatten().long().cumsum(0) - 1).view(shape)[row]
+            at = [number[means.get(c, [c])] for c in columns[visual[row, columns]].tolist()]
+            given[key] = {layer: torch.stack([plane[of].mean(0) for of in at]) for layer, plane in value.items()}
+        elif key == "inputs_embeds":
+            whole = value[row]
+            given[key] = torch.stack([whole[means.get(c, [c])].mean(0) for c in columns.tolist()])[None]
         elif isinstance(value, Tensor) and tuple(value.shape[:2]) == shape:
             given[key] = value[row : row + 1, columns]
         elif value is None or isinstance(value, (bool, int, float, str)):

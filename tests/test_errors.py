@@ -184,16 +184,16 @@ def test_models_that_work_otherwise_than_vtc_knows(monkeypatch):
             anyres(**inputs)
 
 
-def test_rotary_columns_that_do_not_turn_in_halves():
-    class Neighbours(nn.Module):
-        """Pairs are columns next to each other, as in GPT-J."""
+def test_rotary_columns_that_turn_in_no_known_pairs():
+    class Mirrored(nn.Module):
+        """Pairs are the first column and the last, the second and the last but one."""
 
         def forward(self, x, ids):
-            angle = (ids[..., None] * torch.tensor([1.0, 0.1])).repeat_interleave(2, -1)
+            angle = ids[..., None] * torch.tensor([1.0, 0.1, 0.1, 1.0])
             return angle.cos(), angle.sin()
 
-    with pytest.raises(vtc.OptionError, match=r"Neighbours does not turn column c together with column c \+ 2"):
-        axes(Neighbours())
+    with pytest.raises(vtc.OptionError, match=r"Mirrored turns column c together with neither column c \+ 2 nor its"):
+        axes(Mirrored())
 
 
 # -- models by name -------------------------------------------------------------------------------------------------

@@ -164,16 +164,10 @@ def test_merged_and_padded(decoder, attn):
 
 
 @pytest.mark.parametrize("decoder", sorted(READS))
-def test_methods_that_work_between_layers_are_refused(decoder):
+def test_what_goes_past_true_positions_is_refused(decoder):
+    """Methods between the layers are right there: tests/test_mllm_between.py."""
     model = build(decoder)
-    for method, options in (
-        ("fastv", {"keep": 0.5, "layer": 1}),
-        ("dart", {"keep": 0.5, "layer": 1}),
-        ("dpc_knn", {"keep": 0.5, "cascade": {1: 0.5}}),
-        ("dpc_knn", {"keep": 0.5, "proportional": True}),
-    ):
-        with pytest.raises(vtc.UnsupportedModelError, match="works between the layers of the decoder, and"):
-            vtc.compress(model, method, **options)
+    assert vtc.explain(model, "fastv", keep=0.5, layer=1).ok
     assert "outside of its rotary table" in str(vtc.explain(model, "visionzip", positions="ppe"))
     model.model.language_model.config._attn_implementation = "flash_attention_2"
     try:

@@ -156,7 +156,7 @@ def kinds(module) -> list[tuple]:
 def test_rotation(name):
     """K equal ids are the model's own rotation, to the last bit; any K ids are a rotation."""
     module = rotary(name)
-    axis = axes(module)
+    axis = axes(module, *kinds(module)[0])
     assert axis.tolist() == axis_of(name)
     common = math.gcd(*sections(axis))
     generator = torch.Generator().manual_seed(2)
@@ -341,7 +341,7 @@ def test_two_axes_take_the_papers_32_slots():
     module = Qwen2_5_VLRotaryEmbedding(config)
     assert sections(axes(module)) == (32, 32)
     patch = Positions(module, PPE(32))
-    assert patch.slot.tolist() == [*range(32)] * 4
+    assert patch.slot[()].tolist() == [*range(32)] * 4
 
 
 def test_sections_without_a_common_divisor():

@@ -55,6 +55,12 @@ plain model, gradients and finite differences; of all others nothing, and method
 
 {towers}
 
+`positions="ppe"` goes with all of them whose decoder reads positions in its rotary table alone (not Ministral 3,
+Mistral 4, Mistral Large 4, GLM5-Next). `fastv`, `dart`, `cascade=` and `proportional=True` go with decoders of full
+attention in every layer; windows, linear attention, convolutions, indexed attention and caches that layers share are
+refused by name, and so are layers in front of DeepStack's planes. `events=` needs videos that are told frame by frame.
+Each against the plain decoder, in which nothing is taken out (`tests/test_mllm_between.py`).
+
 Refused, each class because it
 
 """

@@ -14,8 +14,8 @@ from vtc.errors import InputError
 
 # Arguments with one column per token that are cut, or that are unused after the language head.
 _CUT = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids"}
-_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
-_CUT |= {"cache_position", *_TYPES}
+TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+_CUT |= {"cache_position", *TYPES}
 _FOR_HEADS = ("labels", "shift_labels", "logits_to_keep")  # wrapping models pass them down, unused here
 _PACKED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
@@ -58,7 +58,7 @@ def shorter(call: Mapping[str, Any], columns: Tensor, entries: Entries, length: 
         short["input_ids"] = ids.gather(1, at).masked_fill(absent, filler)
     if embeds is not None:
         short["inputs_embeds"] = embeds.gather(1, at[..., None].expand(-1, -1, embeds.shape[-1]))
-    for name in _TYPES:
+    for name in TYPES:
         kinds = call.get(name)
         if kinds is not None and kinds.shape[-1] == length:
             short[name] = kinds.gather(1, at).masked_fill(absent, 0)

@@ -20,8 +20,9 @@ from vtc import scores
 from vtc.adapters.attention_tap import AttentionTap, listen
 from vtc.adapters.multimodal import masks
 from vtc.adapters.multimodal.cache import Entries, Shortened
+from vtc.adapters.multimodal.columns import TYPES
 from vtc.adapters.multimodal.families.base import Family
-from vtc.adapters.multimodal.rotary import Positions
+from vtc.adapters.multimodal.rotary import Positions, kinds
 from vtc.adapters.multimodal.token_batch import CallRecord, TokenBatch
 from vtc.adapters.patch import Patch, forward_name
 from vtc.checks import check_finite
@@ -73,12 +74,15 @@ class PendingCall:
 
 @dataclass(eq=False)
 class DecoderPatch:
-    """One decoder whose layers see fewer and fewer tokens, and the call in progress."""
+    """One decoder whose layers see fewer and fewer tokens, and the call in progress.
+
+    told: the layers read positions outside of the rotary table, so they get those of their rows."""
 
     family: Family
     inner: Any
     method: Method
     positions: Positions
+    told: bool = False
     tap: AttentionTap | None = None
     call: PendingCall | None = None
     levels: list[Level] = field(default_factory=list)  # the first one has all rows
@@ -197,7 +201,7 @@ class DecoderPatch:
         past = self.past[len(self.levels)]
         entries = past.extend(columns, call.columns.shape[1], bool(absent.any()), sizes)
         ids = None
-        if after is not None and self.positions.slot is not None:
+        if after is not None and self.positions.slot:
             carried = call.batch.carried(after, self.positions.slots)
             ids = self.positions.taken(call.positions, left.clamp(min=0), carried)
         self.levels.append(Level(columns, entries, ids))
@@ -274,14 +278,22 @@ class DecoderPatch:
         batch, rows = columns.shape
         tables = kwargs.get("position_embeddings")
         if level.ids is not None:
-            kwargs["position_embeddings"] = self.positions.table(x, level.ids)
+            kind = kinds(self.positions.module)[0]  # all layers are of one: others are refused
+            kwargs["position_embeddings"] = self.positions.table(x, level.ids, *kind)
         elif tables is not None:
             kwargs["position_embeddings"] = tuple(
                 t.expand(batch, -1, -1).gather(1, at[..., None].expand(-1, -1, t.shape[-1])) for t in tables
             )
         first = entries.columns.shape[1] - rows
+        for name in TYPES:  # experts may be chosen by them
+            if kwargs.get(name) is not None:
+                kwargs[name] = kwargs[name].gather(1, at)
         ids = kwargs.get("position_ids")
-        if ids is not None:  # consecutive, so that no gap is taken for a border
+        if ids is not None and self.told:
+            kwargs["position_ids"] = ids.expand(*ids.shape[:-2], batch, -1).gather(
+                -1, at.expand(*ids.shape[:-2], -1, -1)
+            )
+        elif ids is not None:  # consecutive, so that no gap is taken for a border
             kwargs["position_ids"] = masks.counted(masks.packs(ids, None, ids.shape[-1]), at, first)
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 2:

@@ -163,7 +163,7 @@ class MultimodalPatch:
         for patch in self.patched:
             patch.install()
         if self.method.in_decoder or self.method.cascade or self.method.proportional:
-            self.decoder_patch = DecoderPatch(self.family, self.inner, self.method, self.positions)
+            self.decoder_patch = DecoderPatch(self.family, self.inner, self.method, self.positions, self.told)
             self.patched += self.decoder_patch.install()
         if self.method.in_decoder:
             return

@@ -18,18 +18,17 @@ class Positions(Patch):
     Attributes:
         ids: [B, S] or [axes, B, S] while the decoder runs on a shorter prompt; None = the model's own. With PPE there
             is one more leading axis, the slots.
-        slot: [2 P] long, the slot that each column of the table reads; None = no PPE.
+        slot: for every kind of layer, [2 P] long, the slot that each column of its table reads; {} = no PPE.
     """
 
     ids: Tensor | None = None
 
     def __init__(self, module: nn.Module, ppe: PPE | None) -> None:
         super().__init__(module, "forward")
-        self.slots, self.slot = 1, None
+        self.slots, self.slot = 1, {}
         if ppe is not None:
-            axis = axes(module)
-            self.slots = slots_for(ppe, sections(axis))
-            self.slot = slot_of_pair(axis, self.slots).repeat(2)
+            self.slots = slots_for(ppe, sections_of(module))
+            self.slot = {kind: slot_of_column(module, self.slots, *kind) for kind in kinds(module)}
 
     def __call__(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.ids is None:
@@ -43,51 +42,72 @@ class Positions(Patch):
         def rows(columns: Tensor) -> Tensor:
             return positions.gather(-1, columns.expand(positions.shape[:-1] + columns.shape[-1:]))
 
-        if self.slot is None:
+        if not self.slot:
             return rows(at)
         every = at.expand(self.slots, *at.shape)
         return torch.stack([rows(columns) for columns in (every if carried is None else carried.gather(-1, every))])
 
     def means(self, ids: Tensor) -> Tensor:
         """[B, L, 2] float32, the mean cosine and the mean sine of the table at positions [axes, B, L] or [B, L]."""
-        kinds = sorted(getattr(self.module, "layer_types", None) or [None], key=str)
         x = torch.zeros(1, 1, 1, device=ids.device)  # float32
-        tables = [self.original(x, ids, *(() if kind is None else (kind,))) for kind in kinds]
+        tables = [self.original(x, ids, *kind) for kind in kinds(self.module)]
         return torch.stack([torch.cat(part, -1).float().mean(-1) for part in zip(*tables, strict=True)], -1)
 
     def table(self, x: Tensor, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """(cos, sin), each [B, S, 2 P], of tokens at `ids`: the model's own tables for every slot, each column taken
         from its slot."""
-        if self.slot is None:
+        if not self.slot:
             return self.original(x, ids, *args, **kwargs)
+        slot = self.slot[(*args, *kwargs.values())]
         every = [self.original(x, one, *args, **kwargs) for one in ids]
-        return tuple(combine(list(tables), self.slot) for tables in zip(*every, strict=True))
+        return tuple(combine(list(tables), slot) for tables in zip(*every, strict=True))
 
 
-def axes(rotary: Any) -> Tensor:
-    """[P] long: which axis of the positions each pair of a rotary embedding rotates by, -1 = it does not rotate. Found
-    by calling it with position 1 on one axis and 0 on the others."""
+def kinds(rotary: Any) -> list[tuple[str, ...]]:
+    """What a rotary embedding takes behind the positions: nothing, or the type of layer that its table is for."""
+    return [(kind,) for kind in sorted(getattr(rotary, "layer_types", None) or ())] or [()]
+
+
+def sections_of(rotary: Any) -> tuple[int, ...]:
+    """How many pairs rotate by each axis, once for every kind of layer that differs."""
+    found = dict.fromkeys(sections(axes(rotary, *kind)) for kind in kinds(rotary))
+    return tuple(number for each in found for number in each)
+
+
+def slot_of_column(rotary: Any, slots: int, *kind: str) -> Tensor:
+    """[2 P] long: the slot that each column of a rotary table reads."""
+    axis, halves = _pairs(rotary, *kind)
+    slot = slot_of_pair(axis, slots)
+    return slot.repeat(2) if halves else slot.repeat_interleave(2)
+
+
+def axes(rotary: Any, *kind: str) -> Tensor:
+    """[P] long: which axis of the positions each pair of a rotary embedding rotates by, -1 = it does not rotate."""
+    return _pairs(rotary, *kind)[0]
+
+
+def _pairs(rotary: Any, *kind: str) -> tuple[Tensor, bool]:
+    """The axis of every pair, and whether the columns of a pair lie half a table apart, rather than side by side. Found
+    by calling the embedding with position 1 on one axis and 0 on the others."""
     if any(buffer.is_meta for buffer in rotary.buffers()):  # a model without weights
         with torch.device("cpu"):
             rotary = type(rotary)(rotary.config)
     device = next((buffer.device for buffer in rotary.buffers()), torch.device("cpu"))
     count = 3 if hasattr(rotary, "mrope_section") else 1
-    kinds = sorted(getattr(rotary, "layer_types", None) or [None], key=str)
-    found = None
-    for kind in kinds:
-        given = () if kind is None else (kind,)
-        for number in range(count):
-            ids = torch.zeros(count, 1, 1, dtype=torch.long, device=device)
-            ids[number] = 1
-            forward = type(rotary).forward
-            _, sin = forward(rotary, torch.zeros(1, 1, 1, device=device), ids if count > 1 else ids[0], *given)
-            turns = sin[0, 0] != 0
-            half = len(turns) // 2
-            if not torch.equal(sin[0, 0, :half], sin[0, 0, half:]):
-                raise OptionError(
-                    f"PPE: {type(rotary).__name__} does not turn column c together with column c + {half}"
-                )
-            found = torch.full((half,), -1, device=device) if found is None else found
-            found = torch.where(turns[:half], number, found)
-    assert found is not None
-    return found
+    sines = []
+    for number in range(count):
+        ids = torch.zeros(count, 1, 1, dtype=torch.long, device=device)
+        ids[number] = 1
+        forward = type(rotary).forward
+        _, sin = forward(rotary, torch.zeros(1, 1, 1, device=device), ids if count > 1 else ids[0], *kind)
+        sines.append(sin[0, 0])
+    sin = torch.stack(sines)  # [axes, 2 P]
+    half = sin.shape[1] // 2
+    halves = torch.equal(sin[:, :half], sin[:, half:])
+    if not halves and not torch.equal(sin[:, ::2], sin[:, 1::2]):
+        raise OptionError(
+            f"PPE: {type(rotary).__name__} turns column c together with neither column c + {half} nor its neighbour"
+        )
+    turns = (sin[:, :half] if halves else sin[:, ::2]) != 0
+    axis = turns.long().mul(torch.arange(1, count + 1, device=device)[:, None]).amax(0) - 1
+    return axis, halves

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
 from vtc.adapters.encoders.find import find as find_encoders
 from vtc.adapters.encoders.site import EncoderSite, Refusal
 from vtc.adapters.encoders.support import refusal
+from vtc.adapters.multimodal.columns import TYPES
 from vtc.adapters.multimodal.families.base import CAPTURED, VIDEO
-from vtc.adapters.multimodal.families.generic import ORDERED
+from vtc.adapters.multimodal.families.generic import ORDERED, Generic
 from vtc.adapters.multimodal.find import MultimodalSite
-from vtc.adapters.multimodal.rotary import axes
+from vtc.adapters.multimodal.rotary import sections_of
 from vtc.adapters.multimodal.trial import try_positions
 from vtc.adapters.report import Encoder
 from vtc.errors import OptionError
 from vtc.macs import attention
 from vtc.methods import Method
-from vtc.positions import sections, slots_for
+from vtc.positions import slots_for
 from vtc.tokens import FIELDS
+
+# What the layers of a decoder take that is cut where tokens go between them, or is no matter of tokens.
+_CUT = {"self", "hidden_states", "attention_mask", "position_ids", "position_embeddings", *TYPES}
+_CUT |= {"past_key_values", "cache", "use_cache", "cache_position", "output_attentions", "output_router_logits"}
+
+# The classes of the generic family whose videos are told frame by frame; in others frames are encoded as images are, or
+# several together.
+_FRAMED = frozenset(
+    """
+    cohere_compass cosmos3_edge cosmos3_omni dots3_note exaone4_5 glm46v glm4v glm4v_moe glm5_next glm_ocr
+    hyperclovax_vision_v2 lfm3_vl llava_next_video muse_glimmer muse_spark qwen2_5_omni_thinker qwen3_5 qwen3_5_moe
+    qwen3_omni_moe_thinker qwen3_vl_moe
+    """.split()
+)
 
 
 def explained(site: MultimodalSite, method: Method | None) -> Encoder:
@@ -33,7 +49,7 @@ def explained(site: MultimodalSite, method: Method | None) -> Encoder:
         where = f"layer {getattr(method, 'layer', 0)} of the decoder"
     refusal = _refusal(site, method)
     if method is not None and method.ppe and not refusal:
-        found = sections(axes(decoder.rotary_emb))
+        found = sections_of(decoder.rotary_emb)
         slots = slots_for(method.ppe, found)
         where += f"; a merged token carries the positions of up to {slots} members (rotary sections {list(found)})"
     return Encoder(site.path, type(site.inner).__name__, site.family.name, layers, None, where, refusal)
@@ -45,14 +61,15 @@ def _refusal(site: MultimodalSite, method: Method | None) -> str:
         kind = type(decoder).__name__
         if site.family.name not in ORDERED:
             return f"its decoder ({kind}) has no rotary positions, which kept tokens would keep"
-        if method is not None and method.turned:
+        asked = "" if method is None else 'frame="rotary"' if method.turned else "positions=" if method.ppe else ""
+        if asked:
             return (
-                f'frame="rotary" reads a rotary table, and its decoder ({kind}) has none: give a share, as frame=0.25'
+                f"{asked} needs a rotary table, and its decoder ({kind}) has none: leave it out, or give another value"
             )
     reason = _positions_refuse(decoder, method)
     if reason or method is None:
         return reason
-    if not site.family.classes and method.where != "tower":
+    if not site.family.proven and method.where != "tower":
         asked = {"positions=": method.ppe, "cascade=": method.cascade, "proportional=True": method.proportional}
         asked |= {method.name: method.in_decoder, "events=": method.groups_frames}
         untried = next((name for name, given in asked.items() if given), "")
@@ -60,7 +77,7 @@ def _refusal(site: MultimodalSite, method: Method | None) -> str:
             return f"{untried} was not tried on {site.family.name}: use a method at its decoder's input, as divprune"
     if method.ppe:
         try:
-            slots_for(method.ppe, sections(axes(decoder.rotary_emb)))
+            slots_for(method.ppe, sections_of(decoder.rotary_emb))
         except OptionError as error:
             return str(error)
     if method.resizes:
@@ -85,6 +102,8 @@ def _refusal(site: MultimodalSite, method: Method | None) -> str:
         return next(filter(None, reasons))
     if method.groups_frames and VIDEO not in site.family.modalities:
         return "events= merges the frames of videos, and vtc knows this family with images only"
+    if method.groups_frames and isinstance(site.family, Generic) and site.family.name not in _FRAMED:
+        return f"events= merges the frames of videos, and vtc does not know which tokens of {site.family.name} are one"
     method.check(decoder.config.hidden_size)
     missing = method.lacks("input")
     if missing:
@@ -123,12 +142,6 @@ def _positions_refuse(decoder: Any, method: Method | None) -> str:
         )
     if method is not None and method.ppe:
         return f"positions={method.positions!r}: {kind} reads positions outside of its rotary table, one for each token"
-    if method is not None and (method.in_decoder or method.cascade or method.proportional):
-        what = "cascade=" if method.cascade else "proportional=" if method.proportional else method.name
-        return (
-            f"{what} works between the layers of the decoder, and {kind} reads positions there: use a method at the "
-            "decoder's input, such as divprune"
-        )
     return ""
 
 
@@ -142,12 +155,35 @@ def _unattending(decoder: Any) -> str:
     return ""
 
 
+def _windows(decoder: Any) -> bool:
+    """Whether some layers attend to a window: their caches are made for one."""
+    from transformers import DynamicCache
+
+    return any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=decoder.config).layers)
+
+
+def _keeps_more(decoder: Any) -> str:
+    """What a layer holds or takes for every token beside what vtc cuts, or ""."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    for index, cache in enumerate(DynamicCache(config=decoder.config).layers):
+        if type(cache) is not DynamicLayer:
+            return f"the cache of layer {index} of this decoder ({type(cache).__name__}) is not keys and values alone"
+    for index, layer in enumerate(decoder.layers):
+        takes = inspect.signature(type(layer).forward).parameters.items()  # a wrapper takes anything
+        unknown = [name for name, p in takes if name not in _CUT and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if unknown:
+            return f"layer {index} of this decoder ({type(layer).__name__}) takes {unknown[0]}, which vtc does not cut"
+    return ""
+
+
 def _bias_refuses(decoder: Any) -> str:
-    reason = _unattending(decoder)
+    if _windows(decoder):
+        return "proportional=True: the caches of this decoder's sliding layers hold a part of the sizes only"
+    reason = _unattending(decoder) or _keeps_more(decoder)
     if reason:
         return f"proportional=True: {reason}"
-    if "sliding_attention" in (getattr(decoder.config, "layer_types", None) or ()):
-        return "proportional=True: the caches of this decoder's sliding layers hold a part of the sizes only"
     if "flash" in str(decoder.config._attn_implementation):
         return 'proportional=True: FlashAttention takes no size bias; load the model with attn_implementation="sdpa"'
     return ""
@@ -158,15 +194,27 @@ def _layer_refuses(site: MultimodalSite, method: Method, layer: int) -> str:
     depth = len(decoder.layers)
     if not 1 <= layer < depth:
         return f"layer={layer}: the decoder has {depth} layers, so it takes 1 to {depth - 1}"
-    if "sliding_attention" in (getattr(decoder.config, "layer_types", None) or ()):
+    if _windows(decoder):
         return f"{method.name} reduces between layers, and the windows of this decoder's sliding layers would shift"
-    reason = _unattending(decoder)
+    reason = _unattending(decoder) or _keeps_more(decoder)
     if reason:
         return f"{method.name} reduces between layers, and {reason}: use a method at the input, such as divprune"
-    planes = len(getattr(getattr(site.inner, "visual", None), "deepstack_visual_indexes", ()))
+    planes = _planes(site.inner, decoder)
+    if planes is None:
+        return f"{method.name} reduces between layers, and DeepStack adds to image tokens behind layers vtc cannot tell"
     if layer < planes:
         return f"layer={layer}: DeepStack adds to the image tokens behind {planes} layers; give layer={planes} or more"
     return ""
+
+
+def _planes(inner: Any, decoder: Any) -> int | None:
+    """Behind how many of its first layers DeepStack adds to the image tokens; None = it does, and they are not told."""
+    for part in (getattr(inner, "visual", None), getattr(inner.config, "vision_config", None)):
+        planes = getattr(part, "deepstack_visual_indexes", None)
+        if planes is not None:
+            return len(planes)
+    takes = inspect.signature(type(decoder).forward).parameters
+    return None if any(name.startswith("deepstack") for name in takes) else 0
 
 
 def in_tower(method: Method) -> Method:

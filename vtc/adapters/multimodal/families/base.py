@@ -77,6 +77,8 @@ class Family:
         decoder: the attribute with the text decoder.
         modalities: the visual inputs it takes.
         passed: arguments for the tower that the model's forward passes on without naming them.
+        proven: tests compare PPE and what works between the decoder's layers with the plain model; False = only what
+            works at the decoder's input.
         in_tower: why methods cannot merge inside the tower so that fewer tokens reach the decoder; "" = they can.
     """
 
@@ -89,6 +91,7 @@ class Family:
         frozenset()
     )  # arguments of the encoder that the model's forward does not pass on
     passed: ClassVar[frozenset[str]] = frozenset()
+    proven: bool = True
     evidence: ClassVar[frozenset[str]] = CAPTURED  # which of these fields vtc can read off its tower and projector
     withheld: ClassVar[dict[str, str]] = {}  # why it cannot read one of the others ("which ...", {name})
     middle: ClassVar[float] = 0.375  # depth of the tower's "middle" layer (HiPrune: 9 of CLIP's 24)

@@ -142,6 +142,7 @@ class Granite4Vision(LlavaNext):
     name = "granite4_vision"
     covers = "Granite 4 Vision, methods that read the tokens alone"
     classes = ("Granite4VisionModel",)
+    proven = False
     evidence = frozenset()
     in_tower = "its features come from several layers of the tower"
 
