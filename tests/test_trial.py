@@ -326,7 +326,6 @@ TIMM = {
     "samvit_base_patch16": "its attention works in windows of a fixed grid, which",
     "cait_xxs24_224": "the attention of its blocks (TalkingHeadAttn in LayerScaleBlock) takes no mask",
     "convit_tiny": "the attention of its blocks (GPSA in Block) takes no mask",
-    "vit_relpos_small_patch16_224": "compute relative positions of the whole grid inside their attention (rel_pos)",
     "xcit_nano_12_p16_224": "hold convolutions over the grid of patches",
     "tnt_s_patch16_224": "attend more than once: attn_in (Attention) and attn_out (Attention)",
     "vit_small_patch16_18x2_224": "are not one attention and one MLP behind it: attns (ModuleList)",
@@ -338,7 +337,6 @@ TIMM = {
     "mixer_s32_224": "it holds no attention: its patches are mixed by layers over the whole grid",
     "resnet18": "it holds no attention: its patches are mixed by convolutions",
     "sequencer2d_s": "mixed by convolutions and recurrent layers",
-    "vit_small_r26_s32_224": "its patches come out of a network (ResNetV2), whose cost vtc does not count",
 }
 
 

@@ -53,10 +53,8 @@ def _timm(name: str, side: int = 64, resizes: bool = False, patch: int = 8, **op
     def build() -> nn.Module:
         import timm
 
-        given = {key: value() if callable(value) else value for key, value in options.items()}
-        return timm.create_model(
-            name, pretrained=False, img_size=side, depth=3, num_classes=5, patch_size=patch, **given
-        )
+        given = {"patch_size": patch} | {key: value() if callable(value) else value for key, value in options.items()}
+        return timm.create_model(name, pretrained=False, img_size=side, depth=3, num_classes=5, **given)
 
     return Entry(build, lambda batch: {"x": pixels(batch, side)}, one, (side // patch,) * 2, resizes)
 
@@ -92,6 +90,15 @@ TIMM = {
     "timm-beit-shared": _timm(
         "beit_base_patch16_224", embed_dim=64, num_heads=4, use_rel_pos_bias=False, use_shared_rel_pos_bias=True
     ),
+    "timm-relpos": _timm("vit_relpos_small_patch16_224", embed_dim=64, num_heads=4),
+    "timm-relpos-post-table": _timm(
+        "vit_relpos_base_patch32_plus_rpn_256", embed_dim=64, num_heads=4, rel_pos_type="bias", class_token=True
+    ),
+    "timm-srelpos": _timm("vit_srelpos_small_patch16_224", embed_dim=64, num_heads=4),
+    # hybrids, whose patches (of 16 pixels) come out of a network; its last convolution may have patches of its own
+    "timm-hybrid": _timm("vit_tiny_r_s16_p8_224", 64, patch=16, patch_size=4, embed_dim=64, num_heads=4),
+    "timm-mobileclip": _timm("vit_base_mci_224", 96, patch=16, patch_size=1),
+    "timm-vitamin": _timm("vitamin_small_224", 96, patch=16, patch_size=1),
 }
 
 # -- open_clip ------------------------------------------------------------------------------------------------------

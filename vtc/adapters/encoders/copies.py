@@ -41,6 +41,16 @@ def bare_copy(module: nn.Module, tensor: Callable[[str, Tensor], Tensor], known:
     return copied.eval()
 
 
+def altered(module: nn.Module, **values: Any) -> Any:
+    """The same module, with its parts, parameters and hooks, but with other `values` for some of its attributes. The
+    module itself stays as it is: another thread may be running it."""
+    made = type(module).__new__(type(module))
+    made.__dict__.update(vars(module))
+    made.__dict__["_modules"] = {**module._modules, **{k: v for k, v in values.items() if k in module._modules}}
+    made.__dict__.update({k: v for k, v in values.items() if k not in module._modules})
+    return made
+
+
 def on_meta(name: str, old: Tensor) -> Tensor:
     return torch.empty(old.shape, dtype=old.dtype, device="meta")
 

@@ -6,7 +6,9 @@ Blocks are recognised by their parts, never by class name, and tested on random 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc.adapters.encoders import reasons
+from vtc.adapters.encoders.copies import altered, bare_copy, on_meta
 from vtc.adapters.encoders.masks import broadcast_mask
 from vtc.adapters.encoders.site import NOT_ROTARY, Block, EncoderSite, Refusal, examined, projected_keys
 from vtc.adapters.encoders.state import CallState, relative_bias
@@ -127,6 +130,33 @@ def _beit_keys(block: Any, x: Tensor) -> Tensor:
     return projected_keys(block.norm1(x.detach()), block.attn.qkv.weight, None, block.attn.num_heads)  # without a bias
 
 
+# -- relative position bias of a module in the attention, or given by the model ------------------------------------
+
+
+def _relpos_attention(block: Any, h: Tensor, x: Tensor, stage: CallState | None, args: tuple, kwargs: dict) -> Tensor:
+    attn, shared = block.attn, args[0] if args else kwargs.get("shared_rel_pos")
+    if stage is None:
+        return attn(h, shared_rel_pos=shared)
+    if attn.rel_pos is not None:  # it goes before a shared one
+        attn, shared = altered(attn, rel_pos=None), attn.rel_pos.get_bias()
+    return attn(h, shared_rel_pos=_at_anchors(shared, x, stage))
+
+
+def _relpos_attend(block: Any, x: Tensor, stage: CallState | None, args: tuple, kwargs: dict) -> Tensor:
+    return block.drop_path1(block.ls1(_relpos_attention(block, block.norm1(x), x, stage, args, kwargs)))
+
+
+def _relpos_post_attend(block: Any, x: Tensor, stage: CallState | None, args: tuple, kwargs: dict) -> Tensor:
+    return block.drop_path1(block.norm1(_relpos_attention(block, x, x, stage, args, kwargs)))
+
+
+def _relpos_example(block: Any, prefix: int) -> tuple[int, tuple, dict]:
+    own = block.attn.rel_pos
+    if own is not None:
+        return own.window_area + prefix, (), {}
+    return _shared_example(block, prefix, "shared_rel_pos")
+
+
 # -- parts --------------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +167,11 @@ def patches(block: Any) -> tuple[nn.Module, nn.Module]:
 def _width(block: Any) -> int:
     attn = block.attn
     return attn.q_proj.out_features if getattr(attn, "q_proj", None) is not None else attn.qkv.out_features // 3
+
+
+def _attention_weights(block: Any) -> int:
+    """Those that multiply a token: a network that makes the relative position bias does not."""
+    return linear_weights(block.attn) - linear_weights(getattr(block.attn, "rel_pos", None))
 
 
 def _heads(block: Any) -> int:
@@ -157,9 +192,13 @@ def _beit_example(block: Any, prefix: int) -> tuple[int, tuple, dict]:
     attn = block.attn
     if attn.relative_position_index is not None:
         return attn.relative_position_index.shape[0], (), {}
-    like, tokens = attn.qkv.weight, prefix + 23
-    shared = torch.linspace(-1, 1, attn.num_heads * tokens * tokens).view(attn.num_heads, tokens, tokens)
-    return tokens, (), {"shared_rel_pos_bias": shared.to(like.device, attn.proj.weight.dtype)}
+    return _shared_example(block, prefix, "shared_rel_pos_bias")
+
+
+def _shared_example(block: Any, prefix: int, name: str) -> tuple[int, tuple, dict]:
+    like, tokens, heads = block.attn.proj.weight, prefix + 23, block.attn.num_heads
+    shared = torch.linspace(-1, 1, heads * tokens * tokens).view(heads, tokens, tokens)
+    return tokens, (), {name: shared.to(like.device, like.dtype)}
 
 
 _common: dict[str, Any] = {"parts": patches, "width": _width, "heads": _heads, "mask": broadcast_mask}
@@ -168,6 +207,8 @@ VIT_POST = Block(_vit_post_attend, _eva_post_feed, keys=_k_norm, **_common)
 EVA = Block(_eva_attend, _eva_feed, keys=_k_norm, example=_eva_example, **_common)
 EVA_POST = Block(_eva_post_attend, _eva_post_feed, keys=_k_norm, example=_eva_example, **_common)
 BEIT = Block(_beit_attend, _eva_feed, project=_beit_keys, example=_beit_example, relative=True, **_common)
+RELPOS = Block(_relpos_attend, _vit_feed, keys=_k_norm, example=_relpos_example, relative=True, **_common)
+RELPOS_POST = replace(RELPOS, attend=_relpos_post_attend, feed=_eva_post_feed)
 
 _PARTS = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
 
@@ -180,6 +221,8 @@ def _kind(block: nn.Module) -> Block | None:
         return None
     if hasattr(attn, "relative_position_bias_table"):
         return BEIT
+    if hasattr(attn, "rel_pos") and "shared_rel_pos" in signature(type(attn).forward).parameters:
+        return RELPOS if hasattr(block, "ls1") else RELPOS_POST
     if not hasattr(attn, "k_norm") or "attn_mask" not in signature(type(attn).forward).parameters:
         return None
     rotary = "rope" in signature(type(attn).forward).parameters
@@ -217,16 +260,18 @@ def _site(path: str, model: Any) -> EncoderSite | Refusal:
     block = kinds[0]
     if block is None or any(found is not block for found in kinds):
         return Refusal(path, type_name, reasons.why_not(model, blocks, _MASKS))
-    patchify = getattr(getattr(model, "patch_embed", None), "proj", None)
-    if not isinstance(patchify, nn.Conv2d):
+    embed = getattr(model, "patch_embed", None)
+    patchify: Any = getattr(embed, "proj", None)
+    network = getattr(embed, "backbone", None)
+    if not isinstance(patchify, nn.Conv2d) and not isinstance(network, nn.Module):
         return Refusal(path, type_name, "it does not cut images into patches with one convolution")
-    if isinstance(getattr(model.patch_embed, "backbone", None), nn.Module):
-        network = type(model.patch_embed.backbone).__name__
-        return Refusal(path, type_name, f"its patches come out of a network ({network}), whose cost vtc does not count")
+    image = _image(model)
     resizable: Any = ((model.patch_embed, {}),)
     if not getattr(model, "dynamic_img_size", False):
         resizable = "its positions are fixed: create the model with dynamic_img_size=True"
-    if block is BEIT:
+    if isinstance(network, nn.Module):
+        resizable = f"its patches come out of a network ({type(network).__name__}), not straight out of the image"
+    if block.relative:
         resizable = "its relative positions belong to one image size"
     return EncoderSite(
         path,
@@ -236,10 +281,10 @@ def _site(path: str, model: Any) -> EncoderSite | Refusal:
         model.num_prefix_tokens,
         patchify,
         EncoderMACs(
-            attention=tuple(linear_weights(b.attn) for b in blocks),
+            attention=tuple(_attention_weights(b) for b in blocks),
             width=tuple(_width(b) for b in blocks),
             mlp=tuple(linear_weights(b.mlp) for b in blocks),
-            patch=patchify.weight.numel(),
+            patch=_network_weights(model, image) if isinstance(network, nn.Module) else patchify.weight.numel(),
             prefix=model.num_prefix_tokens,
             tail=_tail(model),
         ),
@@ -247,14 +292,35 @@ def _site(path: str, model: Any) -> EncoderSite | Refusal:
         watched=(model,) if hasattr(model, "forward_intermediates") else (),
         rotary=_rotary(model),
         encoder=model,
-        probe=_probe(model, patchify),
+        probe=lambda net: net.forward_features(image),
     )
 
 
-def _probe(model: Any, patchify: nn.Conv2d) -> Any:
-    size = getattr(model.patch_embed, "img_size", None) or tuple(4 * step for step in patchify.stride)
-    image = torch.empty(1, patchify.in_channels, *size, dtype=patchify.weight.dtype, device="meta")
-    return lambda net: net.forward_features(image)
+def _image(model: Any) -> Tensor:
+    """An image of the size that the model was made for, on the meta device."""
+    first = next(module for module in model.patch_embed.modules() if isinstance(module, nn.Conv2d))
+    size = getattr(model.patch_embed, "img_size", None) or tuple(4 * step for step in first.stride)
+    return torch.empty(1, first.in_channels, *size, dtype=first.weight.dtype, device="meta")
+
+
+def _network_weights(model: Any, image: Tensor) -> int:
+    """How many weights of a hybrid's network are applied for each of its patches. Its layers work at several
+    resolutions: a copy on the meta device counts how often each is applied."""
+    counts: list[int] = []
+    grids: list[int] = []
+
+    def count(module: Any, args: tuple, output: Tensor) -> None:
+        weights = module.in_channels // module.groups * module.out_channels * math.prod(module.kernel_size)
+        counts.append(output[0, 0].numel() * weights)
+
+    embed = bare_copy(model.patch_embed, on_meta)
+    for module in embed.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(count)
+    embed.proj.register_forward_hook(lambda module, args, output: grids.append(output[0, 0].numel()))
+    with torch.no_grad():
+        embed(image)
+    return round(sum(counts) / grids[-1])
 
 
 def _rotary(model: Any) -> Any:
