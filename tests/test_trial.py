@@ -351,7 +351,6 @@ TRANSFORMERS = {
     "BlipVisionModel": "its blocks (BlipEncoderLayer) attend past transformers' interface",
     "MLCDVisionModel": "its blocks (MLCDEncoderLayer) are given position_embeddings",
     "VJEPA2Model": "the attention of its blocks (VJEPA2RopeAttention in VJEPA2Layer) takes no mask",
-    "Data2VecVisionModel": "its blocks (Data2VecVisionLayer) have something between their parts",
     "ConvNextModel": "mixed by convolutions",
     "SwinModel": "windows of a fixed grid",
     "SegformerModel": "it works on grids of several sizes",

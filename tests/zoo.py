@@ -263,6 +263,12 @@ HF = {
     ),
 }
 
+_BIASED = {"use_relative_position_bias": True, "use_shared_relative_position_bias": True}
+HF |= {
+    "hf-data2vec": _hf("Data2VecVisionModel", "Data2VecVisionConfig", resizes=False),
+    "hf-data2vec-relative": _hf("Data2VecVisionModel", "Data2VecVisionConfig", resizes=False, **_BIASED),
+}
+
 _CLIP = {"image_size": 32, "tubelet_size": (2, 8, 8)}
 # How their blocks work is found out (vtc/adapters/encoders/prenorm.py); the last six take no mask in their attention.
 HF |= {

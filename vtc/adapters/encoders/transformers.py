@@ -17,7 +17,7 @@ from vtc.adapters.encoders import prenorm, reasons
 from vtc.adapters.encoders.copies import bare_copy, on_meta
 from vtc.adapters.encoders.site import NOT_ROTARY, Block, EncoderSite, Refusal, examined
 from vtc.adapters.encoders.timm import encodes as in_timm
-from vtc.adapters.encoders.transformers_blocks import BEIT, kind_of
+from vtc.adapters.encoders.transformers_blocks import kind_of
 from vtc.macs import EncoderMACs, linear_weights
 
 name = "huggingface"
@@ -100,7 +100,7 @@ def _site(path: str, model: Any) -> EncoderSite | Refusal:
         resizable = ((embeddings, {}), (model.rope_embeddings, {}))
     if isinstance(patchify, nn.Conv3d):
         resizable = "it takes clips of one size"
-    if block is BEIT:
+    if block.relative:
         resizable = "its relative positions belong to one image size"
     if naflex is not None:
         resizable = "its images are cut into patches by the processor: give that a smaller max_num_patches"

@@ -55,15 +55,16 @@ class _Unreached(Exception):
 class _Passage(nn.Module):
     """Replaces the blocks of a copy: records what each receives, and ends the call at the last."""
 
-    def __init__(self, index: int, last: bool, calls: list) -> None:
+    def __init__(self, index: int, last: bool, wrapped: bool, calls: list) -> None:
         super().__init__()
-        self.index, self.last, self.calls = index, last, calls
+        self.index, self.last, self.wrapped, self.calls = index, last, wrapped, calls
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.calls.append((self.index, args, kwargs))
         if self.last:
             raise _Passed
-        return args[0] if args else next(iter(kwargs.values()))
+        x = args[0] if args else next(iter(kwargs.values()))
+        return (x,) if self.wrapped else x
 
 
 def check_entry(site: EncoderSite) -> str:
@@ -119,7 +120,8 @@ def _probe(site: EncoderSite, calls: list, patches: list) -> None:
     for tensor, default in ((on_meta, "cpu"), (on_meta, "meta"), (zeros, "cpu")):
         calls.clear()
         patches.clear()
-        known: dict[int, Any] = {id(b): _Passage(i, i == last, calls) for i, b in enumerate(site.blocks)}
+        blocks = enumerate(site.blocks)
+        known: dict[int, Any] = {id(b): _Passage(i, i == last, site.block.wrapped, calls) for i, b in blocks}
         encoder = bare_copy(site.encoder, tensor, known)
         known[id(site.patchify)].register_forward_hook(lambda module, args, output: patches.append(output))
         try:
