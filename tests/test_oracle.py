@@ -75,6 +75,8 @@ def encode(x, layers, prefix, groups_of, q):
         x, size, members, anchors = merged(x, size, members, pairs)
         at = [at[a] for a in anchors]
         x = x + layer["feed"](x)
+        if "after" in layer:
+            x = x + layer["after"](at)
     full = torch.empty(sum(map(len, members)), x.shape[1], dtype=torch.float64)
     for row, group in zip(x, members, strict=True):
         full[group] = row
@@ -236,6 +238,23 @@ def test_hf_data2vec_relative_positions(method):
     layers = hf_layers(net.encoder.layer, norms, lambda layer: (layer.lambda_1, layer.lambda_2), bias=bias)
     expected = encode(net.embeddings(images)[0][0].double(), layers, 1, CASES[method][1], 0.8)
     torch.testing.assert_close(ours, norm(expected, net.layernorm), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", CASES)
+@torch.no_grad()
+def test_hf_yolos_tokens_behind_the_patches(method):
+    """Five of them, and positions that are added between the layers. Here they stand in front, where they are kept."""
+    net, images = copy.deepcopy(model("hf-yolos-detection").vit), pixels(1)
+    ours = compressed(net, method, images)
+    order = [0, *range(65, 70), *range(1, 65)]
+    positions = net.encoder.interpolation((64, 64))[:, 0, order].double()
+    for layer in net.encoder.layer:
+        with_query(layer)
+    layers = hf_layers(net.encoder.layer, ("layernorm_before", "layernorm_after"), lambda layer: torch.ones(2))
+    for layer, added in zip(layers, positions, strict=False):
+        layer["after"] = lambda at, added=added: added[at]
+    expected = encode(net.embeddings(images)[0, order].double(), layers, 6, CASES[method][1], 0.8)
+    torch.testing.assert_close(ours[order], norm(expected, net.layernorm), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", CASES)

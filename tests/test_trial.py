@@ -199,7 +199,14 @@ def test_the_trial_leaves_no_trace():
 
 @pytest.mark.parametrize(
     ("name", "prefix"),
-    [("hf-pixio", 8), ("hf-dinov3", 5), ("hf-deit-distilled", 2), ("timm-dinov2-reg", 5), ("hf-siglip2", 0)],
+    [
+        ("hf-pixio", 8),
+        ("hf-dinov3", 5),
+        ("hf-deit-distilled", 2),
+        ("timm-dinov2-reg", 5),
+        ("hf-siglip2", 0),
+        ("hf-yolos", 6),
+    ],
 )
 def test_prefix_tokens_are_counted(name, prefix):
     assert vtc.explain(model(name)).encoders[0].prefix_tokens == prefix
@@ -233,6 +240,18 @@ def behind():
 )
 def test_tokens_that_nobody_counted(build, words):
     assert words in refusal(build()) and words in refusal(build().to("meta"))
+
+
+def test_tokens_that_change_between_blocks():
+    net = copy.deepcopy(model("hf-yolos"))
+
+    def forward(self, x, **kwargs):
+        for layer in self.layer:
+            x = layer(x) + 1
+        return transformers.modeling_outputs.BaseModelOutput(last_hidden_state=x)
+
+    net.encoder.__class__ = type("Adding", (type(net.encoder),), {"forward": forward})
+    assert "changes its tokens between block 0 and block 1" in refusal(net)
 
 
 def test_arguments_that_would_have_to_be_shortened():
@@ -347,7 +366,6 @@ def test_reasons_in_timm(name):
 
 
 TRANSFORMERS = {
-    "YolosModel": "tokens reach its first block for 1728 patches, and vtc counts 1 prefix token",
     "BlipVisionModel": "its blocks (BlipEncoderLayer) attend past transformers' interface",
     "MLCDVisionModel": "its blocks (MLCDEncoderLayer) are given position_embeddings",
     "VJEPA2Model": "the attention of its blocks (VJEPA2RopeAttention in VJEPA2Layer) takes no mask",

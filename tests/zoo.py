@@ -269,6 +269,13 @@ HF |= {
     "hf-data2vec-relative": _hf("Data2VecVisionModel", "Data2VecVisionConfig", resizes=False, **_BIASED),
 }
 
+_DETECTS = {"image_size": [64, 64], "num_detection_tokens": 5}  # tokens behind the patches
+HF |= {
+    "hf-yolos": _hf("YolosModel", "YolosConfig", resizes=False, use_mid_position_embeddings=False, **_DETECTS),
+    # adds positions between its blocks
+    "hf-yolos-detection": _hf("YolosForObjectDetection", "YolosConfig", resizes=False, read="pred_boxes", **_DETECTS),
+}
+
 _CLIP = {"image_size": 32, "tubelet_size": (2, 8, 8)}
 # How their blocks work is found out (vtc/adapters/encoders/prenorm.py); the last six take no mask in their attention.
 HF |= {

@@ -211,9 +211,13 @@ class EncoderPatch:
         if patch.index == 0 or stage is None or stage.layer != patch.index:
             given = None if self.site.block.relative else self.site.block.mask(patch.module, x, args, kwargs)
             padding = None if given is None or tracer(x) else read(given, x, self.site.prefix)[0]
-            stage = CallState(0, self.site.prefix, x.shape[1], (), now.grid, batch=x.shape[0], mask=padding)
+            stage = replace(self.fresh(now, x), mask=padding)
             stage = replace(stage, flow=((stage.count(), stage.count()),) * patch.index)
         return replace(stage, flow=(*stage.flow, (stage.count(), stage.count())))
+
+    def fresh(self, now: Running, x: Tensor) -> CallState:
+        site = self.site
+        return CallState(0, site.prefix, x.shape[1], (), now.grid, batch=x.shape[0], suffix=site.suffix)
 
     def check_length(self, patch: BlockPatch, x: Tensor, stage: CallState) -> None:
         if x.shape[:2] != (stage.batch, stage.length):
@@ -241,6 +245,8 @@ class EncoderPatch:
                 f"block {patch.index} of {self.site.path or 'the model'} attended without showing its keys, which "
                 f'{self.method.name} compares; please report the model, and use metric="hidden" where a method has it'
             )
+        if stage.total is None:
+            x, keys = stage.fronted(x), keys if keys is None else stage.fronted(keys)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             if not stage.maps:
                 check_finite(
@@ -312,8 +318,10 @@ class EncoderPatch:
             )
         prefix = self.site.prefix
         patches = x.shape[1] - prefix
-        stage = CallState(0, prefix, x.shape[1], (), now.grid, batch=x.shape[0])
+        stage = self.fresh(now, x)
         given = None if self.site.block.relative else self.site.block.mask(self.site.blocks[0], x, args, kwargs)
+        if given is not None and self.site.suffix:
+            raise InputError(f"{self.where} has tokens behind its patches, and vtc does not cut masks over these")
         if now.resized is not None:
             if given is not None:
                 raise InputError(f'{self.method.name}: an attention mask is of one size; use mode="pool", or pass none')
@@ -364,7 +372,8 @@ class EncoderPatch:
 
     def leave(self, patch: BlockPatch, now: Running, x: Tensor, more: tuple, stage: CallState) -> Any:
         last = patch.index + 1 == len(self.site.blocks)
-        wide = last or now.wide or bool(patch.module._forward_hooks)  # other code reads this output
+        # the model works on this output, or other code reads it
+        wide = last or now.wide or self.site.between or bool(patch.module._forward_hooks)
         stage = replace(stage, layer=patch.index + 1, wide=wide)
         if wide:
             x = stage.widen(x, 0 if self.method.merges else "nearest")

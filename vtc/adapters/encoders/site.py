@@ -63,7 +63,9 @@ class EncoderSite:
     Attributes:
         path, type_name: where it is and what it is, for messages.
         blocks: the blocks in order; block: how they work.
-        prefix: leading tokens that are not patches.
+        prefix: tokens that are not patches, in front of them; suffix: how many of these stand behind the patches in the
+            model's own order, and are taken to the front where tokens are reduced.
+        between: the model adds to its tokens between the blocks, so every block gives them at full length.
         patchify: the module that cuts the image into patches. Its output [B, C, h, w] shows the grid; that of a Linear
             (NaFlex) does not.
         naflex: the module that receives `spatial_shapes`, if the images of a batch have different grids.
@@ -85,6 +87,8 @@ class EncoderSite:
     prefix: int
     patchify: nn.Module
     macs: EncoderMACs
+    suffix: int = 0
+    between: bool = False
     naflex: nn.Module | None = None
     resizable: tuple[tuple[nn.Module, dict], ...] | str = ()
     shuffled: bool = False

@@ -94,7 +94,8 @@ def _site(path: str, model: Any) -> EncoderSite | Refusal:
         naflex, patchify = embeddings, getattr(embeddings, "patch_embedding", None)
         if not isinstance(patchify, nn.Linear):
             return Refusal(path, type_name, "it does not cut images into patches with one projection")
-    prefix = _prefix(embeddings)
+    prefix, suffix = _prefix(embeddings), _count(embeddings, "detection_tokens")
+    between = getattr(getattr(model, "encoder", None), "interpolation", None) is not None  # YOLOS' positions
     resizable: Any = _resizable(embeddings, patchify)
     if hasattr(model, "rope_embeddings"):
         resizable = ((embeddings, {}), (model.rope_embeddings, {}))
@@ -102,6 +103,8 @@ def _site(path: str, model: Any) -> EncoderSite | Refusal:
         resizable = "it takes clips of one size"
     if block.relative:
         resizable = "its relative positions belong to one image size"
+    if suffix:
+        resizable = "vtc does not resize where tokens stand behind the patches"
     if naflex is not None:
         resizable = "its images are cut into patches by the processor: give that a smaller max_num_patches"
     attention = getattr(model.config, "_attn_implementation", None) or "eager"
@@ -110,16 +113,18 @@ def _site(path: str, model: Any) -> EncoderSite | Refusal:
         type_name,
         tuple(layers),
         block,
-        prefix,
+        prefix + suffix,
         patchify,
         EncoderMACs(
             attention=tuple(linear_weights(block.parts(layer)[0]) for layer in layers),
             width=tuple(block.width(layer) for layer in layers),
             mlp=tuple(linear_weights(block.parts(layer)[1]) for layer in layers),
             patch=patchify.weight.numel(),
-            prefix=prefix,
+            prefix=prefix + suffix,
             tail=_tail(model),
         ),
+        suffix=suffix,
+        between=between,
         naflex=naflex,
         resizable=resizable,
         shuffled=hasattr(embeddings, "random_masking"),
@@ -204,12 +209,13 @@ def _rotary(model: Any, patch: Any) -> Any:
 def _prefix(embeddings: Any) -> int:
     """Number of tokens in front of the patches, by the shapes of the embeddings put there: [C], [1, C] or [1, tokens,
     C]."""
-    count = 0
-    for attribute in ("cls_token", "class_embedding", "distillation_token", "register_tokens"):
-        token = getattr(embeddings, attribute, None)
-        if token is not None:
-            count += token.shape[1] if token.ndim == 3 else 1
-    return count
+    names = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
+    return sum(_count(embeddings, name) for name in names)
+
+
+def _count(embeddings: Any, name: str) -> int:
+    token = getattr(embeddings, name, None)
+    return 0 if token is None else token.shape[1] if token.ndim == 3 else 1
 
 
 def _interpolation(embeddings: Any) -> dict:

@@ -99,10 +99,14 @@ def check_entry(site: EncoderSite) -> str:
     strange = [name for name, value in given.items() if name not in expected and _holds_tensor(value)]
     if strange:
         return f"its blocks are given {' and '.join(strange)}, which vtc does not know how to shorten"
+    if site.suffix and (site.block.relative or any(map(_holds_tensor, given.values()))):
+        return "its blocks are told where tokens stand, and some of its tokens stand behind the patches"
     for index, args, kwargs in calls[1:]:
         now = args[0] if args else next(iter(kwargs.values()))
         if now.shape != x.shape:
             return f"{now.shape[1]} tokens reach block {index}, and {x.shape[1]} the blocks before: they are no patches"
+        if now is not x and not site.between:
+            return f"it changes its tokens between block {index - 1} and block {index}, in a way vtc does not know"
     count = _patch_count(patches)
     if count and not site.shuffled and x.shape[1] != site.prefix + count:
         return (
