@@ -158,9 +158,9 @@ CASES = {
 }
 
 
-def compressed(net, method, images):
+def compressed(net, method, images, item=0):
     with vtc.compress(net, CASES[method][0]):
-        return net(pixel_values=images).last_hidden_state[0].double()
+        return net(pixel_values=images).last_hidden_state[item].double()
 
 
 @pytest.mark.parametrize("method", CASES)
@@ -193,6 +193,30 @@ def test_hf_dinov3_rotary(method):
     layers = hf_layers(net.model.layer, ("norm1", "norm2"), dino_scales, rotate=rotate)
     expected = encode(net.embeddings(images)[0].double(), layers, prefix, CASES[method][1], 0.8)
     torch.testing.assert_close(compressed(net, method, images), norm(expected, net.norm), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", CASES)
+@torch.no_grad()
+def test_hf_mlcd_rotary(method):
+    """One table for all tokens of all images, with a row for the class token."""
+    net, images = copy.deepcopy(model("hf-mlcd")), pixels(2)
+    ours, tables = compressed(net, method, images, 1), []
+    hook = net.encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: tables.append(kwargs["position_embeddings"]), with_kwargs=True
+    )
+    net(images)
+    hook.remove()
+    cos, sin = (table.double() for table in tables[0])
+
+    def rotate(x, at):
+        first, second = x.chunk(2, -1)
+        return x * cos[at] + torch.cat([-second, first], -1) * sin[at]
+
+    for layer in net.encoder.layers:
+        layer.attention, layer.self_attn.o_proj = layer.self_attn, layer.self_attn.out_proj
+    layers = hf_layers(net.encoder.layers, ("layer_norm1", "layer_norm2"), lambda layer: torch.ones(2), rotate=rotate)
+    entry = norm(net.embeddings(images)[1].double(), net.pre_layrnorm)
+    torch.testing.assert_close(ours, encode(entry, layers, 1, CASES[method][1], 0.8), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", CASES)

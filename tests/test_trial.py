@@ -255,9 +255,22 @@ def test_tokens_that_change_between_blocks():
 
 
 def test_arguments_that_would_have_to_be_shortened():
-    build = lambda: small("MLCDVisionModel")  # noqa: E731
-    assert "its blocks (MLCDEncoderLayer) are given position_embeddings" in refusal(build())
+    build = lambda: small("GlmImageVisionModel", "glm_image")  # noqa: E731
+    assert "its blocks (GlmImageVisionBlock) are given cu_seqlens" in refusal(build())
     assert refusal(on_meta(build)) == refusal(build())
+
+
+def test_rotary_tables_of_another_form():
+    """MLCD's are [tokens, width]; these, one for each image, would be cut along the images."""
+    net = copy.deepcopy(model("hf-mlcd"))
+    forward = type(net.encoder).forward
+
+    def batched(self, inputs_embeds, position_embeddings, **kwargs):
+        tables = [table[None] for table in position_embeddings]
+        return forward(self, inputs_embeds, tables, **kwargs)
+
+    net.encoder.__class__ = type("Batched", (type(net.encoder),), {"forward": batched})
+    assert "are given position_embeddings of form [1, 65, 16] and [1, 65, 16], and vtc can" in refusal(net)
 
 
 # -- quantized weights ----------------------------------------------------------------------------------------------
@@ -367,7 +380,6 @@ def test_reasons_in_timm(name):
 
 TRANSFORMERS = {
     "BlipVisionModel": "its blocks (BlipEncoderLayer) attend past transformers' interface",
-    "MLCDVisionModel": "its blocks (MLCDEncoderLayer) are given position_embeddings",
     "VJEPA2Model": "the attention of its blocks (VJEPA2RopeAttention in VJEPA2Layer) takes no mask",
     "ConvNextModel": "mixed by convolutions",
     "SwinModel": "windows of a fixed grid",

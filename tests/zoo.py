@@ -277,6 +277,7 @@ HF |= {
 }
 
 _CLIP = {"image_size": 32, "tubelet_size": (2, 8, 8)}
+HF |= {"hf-mlcd": _hf("MLCDVisionModel", "MLCDVisionConfig", resizes=False)}
 # How their blocks work is found out (vtc/adapters/encoders/prenorm.py); the last six take no mask in their attention.
 HF |= {
     "hf-aimv2": _hf("Aimv2VisionModel", "Aimv2VisionConfig", resizes=False),

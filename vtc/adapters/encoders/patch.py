@@ -188,7 +188,7 @@ class EncoderPatch:
             return self.leave(patch, now, *out, replace(stage, flow=(*stage.flow, (stage.count(), stage.count()))))
         attended, before = stage.count(), x
         if not idle and "layer_keys" in self.method.needs:
-            now.wanted = patch
+            now.wanted, now.keys = patch, None
             if block.keys is not None:
                 patch.listen()
         x = x + block.attend(patch.module, x, stage if stage.total is not None else None, args, kwargs)
@@ -240,6 +240,7 @@ class EncoderPatch:
         self, patch: BlockPatch, now: Running, x: Tensor, stage: CallState, removed: int | Tensor
     ) -> tuple[Tensor, CallState]:
         keys, now.keys, now.wanted = now.keys, None, None
+        keys = keys if keys is None else keys[-stage.batch :]  # what was heard last
         if keys is None and "layer_keys" in self.method.needs:
             raise VTCError(
                 f"block {patch.index} of {self.site.path or 'the model'} attended without showing its keys, which "

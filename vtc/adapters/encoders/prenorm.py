@@ -22,10 +22,12 @@ from vtc.adapters.encoders.copies import floats, kind_of, stand_in, width_of
 from vtc.adapters.encoders.reasons import attends
 from vtc.adapters.encoders.site import Block, projected_keys
 from vtc.adapters.encoders.state import CallState
+from vtc.adapters.encoders.transformers_blocks import rotary_tables
 from vtc.errors import first_line
 from vtc.scores.attention import head_mean
 
 _MASKS = ("attention_mask", "attn_mask", "mask")
+_TABLES = "position_embeddings"  # (cosines, sines) [N, head width], a row for each token, the same for all images
 _TOKENS = 23
 
 
@@ -96,6 +98,7 @@ class PreNorm:
         mask: the attention's parameter for a mask; "" = it has none, and the sizes go in at transformers' interface.
         names: the arguments of the block's forward behind its tokens; takes: those of the attention's.
         wrapped: the block gives its tokens in a tuple.
+        turns: the width of the rows of the rotary tables that the block must be given; 0 = none.
     """
 
     first: Branch
@@ -109,19 +112,28 @@ class PreNorm:
     names: tuple[str, ...]
     takes: tuple[str, ...]
     wrapped: bool
+    turns: int = 0
 
     def attend(self, block: Any, x: Tensor, stage: CallState | None, args: tuple, kwargs: dict) -> Tensor:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if stage is None or stage.total is None or not self.turns:
+            return self.attended(block, x, given, () if stage is None else (stage.bias(x),))
+        # the attention takes one table for all images, and now each has its own rows of it: they attend one by one
+        sizes = stage.bias(x)
+        each = [None] * len(x) if sizes is None else sizes.expand(len(x), -1, -1, -1).split(1)
+        rows = [{_TABLES: tuple(table[at] for table in given[_TABLES])} for at in stage.total.anchor.clamp(min=0)]
+        many = zip(x.split(1), rows, each, strict=True)
+        return torch.cat([self.attended(block, one, given | its, (size,)) for one, its, size in many])
+
+    def attended(self, block: Any, x: Tensor, given: dict[str, Any], sizes: tuple[Tensor | None, ...] = ()) -> Tensor:
+        """given: the block's own arguments; sizes: what takes the place of the mask among them, or ()."""
         extra = {name: value for name, value in given.items() if name not in self.names}
 
         def call(part: Any, args: list, own: dict[str, Any]) -> Any:
             own = {**dict(zip(self.takes, args, strict=False)), **own, **extra}
-            if stage is None:
-                return part(**own)
-            sizes = stage.bias(x)
-            if self.mask:
-                return part(**own | {self.mask: sizes})
-            with biased(sizes):
+            if not sizes or self.mask:
+                return part(**own | ({self.mask: sizes[0]} if sizes else {}))
+            with biased(sizes[0]):
                 return part(**own)
 
         return self.first.run(block, x, given, self.attention, call)
@@ -164,7 +176,8 @@ class PreNorm:
 
     def example(self, block: Any, prefix: int) -> tuple[int, tuple, dict]:
         required = [n for n, p in _parameters(type(block)).items() if p.default is p.empty]
-        return prefix + _TOKENS, (), dict.fromkeys(required)
+        tables = rotary_tables(prefix + _TOKENS, self.turns, next(floats(block)))
+        return prefix + _TOKENS, (), dict.fromkeys(required) | ({_TABLES: tables} if self.turns else {})
 
 
 # -- finding out ----------------------------------------------------------------------------------------------------
@@ -200,12 +213,15 @@ def examine(block: Any, width: int) -> PreNorm:
         raise Unknown(f"attend in {len(names)} of their parts")
     inside = getattr(block, names[0])
     parameters = _parameters(type(block))
-    strange = [n for n, p in parameters.items() if p.default is p.empty and n not in _MASKS]
+    strange = [n for n, p in parameters.items() if p.default is p.empty and n not in (*_MASKS, _TABLES)]
     if strange:
         raise Unknown(f"are given {' and '.join(strange)}, which vtc does not know how to shorten")
     given = {n: None if p.default is p.empty else p.default for n, p in parameters.items()}
     like = next(floats(block))  # of a copy float32; packed weights are tried as they are
     given |= {n: torch.zeros(1, 1, _TOKENS, _TOKENS).to(like) for n in _MASKS if n in parameters}
+    if _TABLES in parameters and parameters[_TABLES].default is inspect.Parameter.empty:
+        still = torch.ones(_TOKENS, inside.head_dim).to(like)  # angles of 0, so that keys are seen as they were
+        given[_TABLES] = (still, torch.zeros_like(still))
     x = torch.randn(1, _TOKENS, width, generator=torch.Generator().manual_seed(0)).to(like)
     with tapped(interfaced(inside), plain=True) as taps:
         return _examined(block, names[0], x, given, taps)
@@ -237,7 +253,7 @@ def _examined(block: Any, name: str, x: Tensor, given: dict[str, Any], taps: lis
     size = query.shape[1] * query.shape[-1]
     made = PreNorm(
         *(first, second, name, heads, size, (keys or [""])[-1], (fused or [""])[0], mask),
-        *(tuple(given), takes, wrapped),
+        *(tuple(given), takes, wrapped, given[_TABLES][0].shape[-1] if given.get(_TABLES) else 0),
     )
     if _reads_places(made, block, x):
         raise Unknown("attend by where a token stands in the row (positions or windows inside the attention)")
@@ -277,13 +293,15 @@ def _record(
 def _reads_places(found: PreNorm, block: Any, x: Tensor) -> bool:
     """Does another order of the tokens give more than that order? Not of a causal attention, which the trial names."""
 
-    def attended(x: Tensor) -> Tensor:
-        return found.attend(block, x, None, (), {})
+    every, tables = torch.arange(_TOKENS), rotary_tables(_TOKENS, found.turns, x)
 
-    plain, order, other = attended(x), torch.arange(_TOKENS).flip(0), x.clone()
+    def attended(x: Tensor, rows: Tensor = every) -> Tensor:
+        return found.attended(block, x, {_TABLES: tuple(table[rows] for table in tables)} if found.turns else {})
+
+    plain, order, other = attended(x), every.flip(0), x.clone()
     other[:, -1] = -other[:, -1]
     causal = torch.equal(attended(other)[:, :-1], plain[:, :-1])
-    return not causal and not _near(attended(x[:, order]), plain[:, order])
+    return not causal and not _near(attended(x[:, order], order), plain[:, order])
 
 
 def _same_keys(out: Any, mean: Tensor, heads: int) -> bool:

@@ -22,6 +22,7 @@ from vtc.macs import EncoderMACs, linear_weights
 
 name = "huggingface"
 _MASKS = ("attention_mask", "mask")
+_INLINE = "its rotary table is made in the middle of its forward, where vtc cannot have another one made"
 covers = "ViT, DeiT, ViT-MAE, DINOv2 (with registers), DINOv3, CLIP, SigLIP, SigLIP 2, BEiT"
 
 
@@ -99,6 +100,9 @@ def _site(path: str, model: Any) -> EncoderSite | Refusal:
     resizable: Any = _resizable(embeddings, patchify)
     if hasattr(model, "rope_embeddings"):
         resizable = ((embeddings, {}), (model.rope_embeddings, {}))
+    inline = "position_embeddings" in block.example(layers[0], 0)[2] and not hasattr(model, "rope_embeddings")
+    if inline:
+        resizable = _INLINE
     if isinstance(patchify, nn.Conv3d):
         resizable = "it takes clips of one size"
     if block.relative:
@@ -129,7 +133,7 @@ def _site(path: str, model: Any) -> EncoderSite | Refusal:
         resizable=resizable,
         shuffled=hasattr(embeddings, "random_masking"),
         no_bias="" if attention in ("eager", "sdpa") else f'attn_implementation="{attention}"',
-        rotary=_rotary(model, getattr(patchify, "stride", None)),
+        rotary=_INLINE if inline else _rotary(model, getattr(patchify, "stride", None)),
         encoder=model,
         probe=_probe(model, patchify),
     )

@@ -109,10 +109,14 @@ def _dino_feed(layer: Any, x: Tensor) -> Tensor:
 
 
 def _dino3_example(layer: Any, prefix: int) -> tuple[int, tuple, dict]:
-    like, width = next(layer.parameters()), layer.attention.head_dim
-    angle = torch.arange(23.0)[:, None] / (1 + torch.arange(width // 2)).repeat(2)
-    tables = (angle.cos().to(like.device, like.dtype), angle.sin().to(like.device, like.dtype))
+    tables = rotary_tables(23, layer.attention.head_dim, next(layer.parameters()))
     return prefix + 23, (), {"position_embeddings": tables}
+
+
+def rotary_tables(tokens: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of angles of which no two tokens have the same."""
+    angle = torch.arange(float(tokens))[:, None] / (1 + torch.arange(width // 2)).repeat(2)
+    return angle.cos().to(like.device, like.dtype), angle.sin().to(like.device, like.dtype)
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------

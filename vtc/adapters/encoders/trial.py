@@ -99,6 +99,11 @@ def check_entry(site: EncoderSite) -> str:
     strange = [name for name, value in given.items() if name not in expected and _holds_tensor(value)]
     if strange:
         return f"its blocks are given {' and '.join(strange)}, which vtc does not know how to shorten"
+    for name, value in given.items():
+        if isinstance(value, (tuple, list)) and _holds_tensor(value):
+            forms = [_rows(value, x.shape[1], site.prefix), _rows(about[2][name], about[0], site.prefix)]
+            if forms[0] != forms[1]:
+                return f"its blocks are given {name} of form {forms[0]}, and vtc can shorten those of form {forms[1]}"
     if site.suffix and (site.block.relative or any(map(_holds_tensor, given.values()))):
         return "its blocks are told where tokens stand, and some of its tokens stand behind the patches"
     for index, args, kwargs in calls[1:]:
@@ -135,6 +140,13 @@ def _probe(site: EncoderSite, calls: list, patches: list) -> None:
         except RuntimeError as error:
             if "meta" not in str(error) or tensor is zeros:
                 raise
+
+
+def _rows(tables: Any, tokens: int, prefix: int) -> str:
+    """The form of tables that are to be shortened, which have rows for tokens, or for patches alone."""
+    rows = {tokens: "tokens", tokens - prefix: "patches"}
+    forms = [[rows.get(table.shape[0], table.shape[0]), *table.shape[1:]] for table in tables]
+    return " and ".join(f"[{', '.join(map(str, form))}]" for form in forms)
 
 
 def _form(x: Any) -> str:
