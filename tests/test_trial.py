@@ -354,7 +354,6 @@ def test_an_encoder_without_a_head_is_looked_at(name):
 # -- reasons --------------------------------------------------------------------------------------------------------
 
 TIMM = {
-    "naflexvit_base_patch16_gap": "it does not cut images into patches with one convolution",
     "samvit_base_patch16": "its attention works in windows of a fixed grid, which",
     "cait_xxs24_224": "the attention of its blocks (TalkingHeadAttn in LayerScaleBlock) takes no mask",
     "convit_tiny": "the attention of its blocks (GPSA in Block) takes no mask",

@@ -65,6 +65,24 @@ def _res_post_block() -> type:
     return ResPostBlock
 
 
+def naflex_patches(batch: int) -> dict[str, Tensor]:
+    """Patches that the caller has cut, row by row; every second image has 6x8, and 16 of padding."""
+    patches = torch.randn(batch, 64, 192, generator=torch.Generator().manual_seed(1))
+    places, valid = torch.cartesian_prod(torch.arange(8), torch.arange(8)).repeat(batch, 1, 1), torch.ones(batch, 64)
+    places[1::2, 48:], valid[1::2, 48:] = 0, 0
+    return {"x": patches, "patch_coord": places, "patch_valid": valid.bool()}
+
+
+def _naflex(name: str, images: bool = False, **options: Any) -> Entry:
+    def build() -> nn.Module:
+        import timm
+
+        sizes = {"patch_size": 8, "embed_dim": 64, "num_heads": 4, "depth": 3, "num_classes": 5}
+        return timm.create_model(name, pretrained=False, **sizes, **options)
+
+    return Entry(build, (lambda batch: {"x": pixels(batch)}) if images else naflex_patches, one)
+
+
 TIMM = {
     "timm-vit": _timm("vit_tiny_patch16_224"),
     "timm-vit-dynamic": _timm("vit_tiny_patch16_224", dynamic_img_size=True, resizes=True),
@@ -99,6 +117,10 @@ TIMM = {
     "timm-hybrid": _timm("vit_tiny_r_s16_p8_224", 64, patch=16, patch_size=4, embed_dim=64, num_heads=4),
     "timm-mobileclip": _timm("vit_base_mci_224", 96, patch=16, patch_size=1),
     "timm-vitamin": _timm("vitamin_small_224", 96, patch=16, patch_size=1),
+    "timm-naflex": _naflex("naflexvit_base_patch16_gap"),
+    "timm-naflex-images": _naflex("naflexvit_base_patch16_siglip", images=True),
+    "timm-naflex-rope": _naflex("naflexvit_base_patch16_gap", rope_type="axial"),
+    "timm-naflex-rope-mixed": _naflex("naflexvit_base_patch16_map", rope_type="mixed"),
 }
 
 # -- open_clip ------------------------------------------------------------------------------------------------------

@@ -20,13 +20,14 @@ from vtc.adapters.encoders.guard import Guard, changed, container, recomputing
 from vtc.adapters.encoders.masks import cut, read
 from vtc.adapters.encoders.rotary import column_slots
 from vtc.adapters.encoders.site import EncoderSite
-from vtc.adapters.encoders.state import CallState, Grid, Running, layer_maps, report
+from vtc.adapters.encoders.state import CallState, Running, layer_maps, report
 from vtc.adapters.hooks import Hook
 from vtc.adapters.report import Report
 from vtc.adapters.tracing import refuse_traced, rides, tracer
 from vtc.budget import per_layer, resized_count
 from vtc.checks import check_finite
 from vtc.errors import InputError, VTCError
+from vtc.layout import Grid
 from vtc.methods.base import Method
 from vtc.methods.downsample import coarse_grid, pool_map
 from vtc.positions import members
@@ -145,9 +146,8 @@ class EncoderPatch:
         now.room = each + patches, every + batch * patches
 
     def saw_shapes(self, hook: Hook, args: tuple, kwargs: dict) -> None:
-        shapes = kwargs.get("spatial_shapes", args[1] if len(args) > 1 else None)
-        if shapes is not None and "grid" in self.method.needs:
-            self.now.grid = tuple((int(h), int(w)) for h, w in shapes.tolist())
+        if "grid" in self.method.needs:
+            self.now.grid = self.site.grids(self.site.naflex, args, kwargs)
 
     def shrink(self, hook: Hook, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Resize the pixels so that the encoder sees the budget's grid (Downsample(mode="resize"))."""
@@ -329,6 +329,8 @@ class EncoderPatch:
             return self.begin_resized(now, x, stage)
         padding, pairs = read(given, x, prefix)
         if padding is not None:
+            if "grid" in self.method.needs and stage.grid is None:
+                raise InputError(f"{self.method.name} needs all patches of each image, row by row, and padding behind")
             plans = [self.plan(int(n) - prefix) for n in padding.sum(1)]
             each = torch.tensor(plans, device=x.device).view(-1, depth)
             return replace(stage, plan=each, mask=padding, size=padding.float())

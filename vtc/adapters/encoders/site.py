@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vtc.adapters.encoders.masks import given_mask
 from vtc.errors import first_line
+from vtc.layout import Grid
 from vtc.macs import EncoderMACs
 
 NOT_ROTARY = "its positions are not rotary, so a merged token has none to carry"
@@ -56,6 +57,11 @@ class Block:
     mask: Callable[..., Tensor | None] = given_mask
 
 
+def spatial_shapes(module: Any, args: tuple, kwargs: dict) -> tuple[Grid, ...] | None:
+    shapes = kwargs.get("spatial_shapes", args[1] if len(args) > 1 else None)
+    return None if shapes is None else tuple((int(h), int(w)) for h, w in shapes.tolist())
+
+
 @dataclass(frozen=True)
 class EncoderSite:
     """One encoder found in a model.
@@ -68,7 +74,8 @@ class EncoderSite:
         between: the model adds to its tokens between the blocks, so every block gives them at full length.
         patchify: the module that cuts the image into patches. Its output [B, C, h, w] shows the grid; that of a Linear
             (NaFlex) does not.
-        naflex: the module that receives `spatial_shapes`, if the images of a batch have different grids.
+        naflex: the module that receives patches, if the images of a batch have different grids; grids: what these are,
+            by the arguments it is given, None = unknown.
         resizable: modules that receive the pixels and accept a smaller image, each with keyword arguments to add; or a
             sentence that says why this is not possible.
         shuffled: its embeddings reorder the patches, so a grid is meaningless.
@@ -90,6 +97,7 @@ class EncoderSite:
     suffix: int = 0
     between: bool = False
     naflex: nn.Module | None = None
+    grids: Callable[[Any, tuple, dict], tuple[Grid, ...] | None] = spatial_shapes
     resizable: tuple[tuple[nn.Module, dict], ...] | str = ()
     shuffled: bool = False
     watched: tuple[nn.Module, ...] = ()

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from vtc.adapters.encoders.site import EncoderSite
 from vtc.adapters.report import Report, plain
+from vtc.layout import Grid
 from vtc.positions import combine
 from vtc.token_map import TokenMap
-
-Grid = tuple[int, int]
 
 
 @dataclass(eq=False)

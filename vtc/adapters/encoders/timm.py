@@ -6,7 +6,6 @@ Blocks are recognised by their parts, never by class name, and tested on random 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from inspect import signature
@@ -15,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.adapters.encoders import reasons
-from vtc.adapters.encoders.copies import altered, bare_copy, on_meta
+from vtc.adapters.encoders import reasons, timm_patches
+from vtc.adapters.encoders.copies import altered
 from vtc.adapters.encoders.masks import broadcast_mask
 from vtc.adapters.encoders.site import NOT_ROTARY, Block, EncoderSite, Refusal, examined, projected_keys
 from vtc.adapters.encoders.state import CallState, relative_bias
@@ -260,17 +259,10 @@ def _site(path: str, model: Any) -> EncoderSite | Refusal:
     block = kinds[0]
     if block is None or any(found is not block for found in kinds):
         return Refusal(path, type_name, reasons.why_not(model, blocks, _MASKS))
-    embed = getattr(model, "patch_embed", None)
-    patchify: Any = getattr(embed, "proj", None)
-    network = getattr(embed, "backbone", None)
-    if not isinstance(patchify, nn.Conv2d) and not isinstance(network, nn.Module):
-        return Refusal(path, type_name, "it does not cut images into patches with one convolution")
-    image = _image(model)
-    resizable: Any = ((model.patch_embed, {}),)
-    if not getattr(model, "dynamic_img_size", False):
-        resizable = "its positions are fixed: create the model with dynamic_img_size=True"
-    if isinstance(network, nn.Module):
-        resizable = f"its patches come out of a network ({type(network).__name__}), not straight out of the image"
+    cut = timm_patches.look(model)
+    if isinstance(cut, str):
+        return Refusal(path, type_name, cut)
+    resizable: Any = cut.fixed or ((model.patch_embed, {}),)
     if block.relative:
         resizable = "its relative positions belong to one image size"
     return EncoderSite(
@@ -279,55 +271,30 @@ def _site(path: str, model: Any) -> EncoderSite | Refusal:
         tuple(blocks),
         block,
         model.num_prefix_tokens,
-        patchify,
+        cut.module,
         EncoderMACs(
             attention=tuple(_attention_weights(b) for b in blocks),
             width=tuple(_width(b) for b in blocks),
             mlp=tuple(linear_weights(b.mlp) for b in blocks),
-            patch=_network_weights(model, image) if isinstance(network, nn.Module) else patchify.weight.numel(),
+            patch=cut.weights,
             prefix=model.num_prefix_tokens,
             tail=_tail(model),
         ),
+        naflex=cut.naflex,
+        grids=timm_patches.naflex_grids,
         resizable=resizable,
         watched=(model,) if hasattr(model, "forward_intermediates") else (),
         rotary=_rotary(model),
         encoder=model,
-        probe=lambda net: net.forward_features(image),
+        probe=lambda net: net.forward_features(cut.image),
     )
-
-
-def _image(model: Any) -> Tensor:
-    """An image of the size that the model was made for, on the meta device."""
-    first = next(module for module in model.patch_embed.modules() if isinstance(module, nn.Conv2d))
-    size = getattr(model.patch_embed, "img_size", None) or tuple(4 * step for step in first.stride)
-    return torch.empty(1, first.in_channels, *size, dtype=first.weight.dtype, device="meta")
-
-
-def _network_weights(model: Any, image: Tensor) -> int:
-    """How many weights of a hybrid's network are applied for each of its patches. Its layers work at several
-    resolutions: a copy on the meta device counts how often each is applied."""
-    counts: list[int] = []
-    grids: list[int] = []
-
-    def count(module: Any, args: tuple, output: Tensor) -> None:
-        weights = module.in_channels // module.groups * module.out_channels * math.prod(module.kernel_size)
-        counts.append(output[0, 0].numel() * weights)
-
-    embed = bare_copy(model.patch_embed, on_meta)
-    for module in embed.modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(count)
-    embed.proj.register_forward_hook(lambda module, args, output: grids.append(output[0, 0].numel()))
-    with torch.no_grad():
-        embed(image)
-    return round(sum(counts) / grids[-1])
 
 
 def _rotary(model: Any) -> Any:
     rope = getattr(model, "rope", None)
     if rope is None:
         return NOT_ROTARY
-    if getattr(model, "rope_mixed", False):
+    if getattr(model, "rope_mixed", False) or getattr(model, "rope_is_mixed", False):
         return "every head turns by its own mix of row and column"
 
     def table() -> tuple[Tensor, tuple[int, int], int]:
