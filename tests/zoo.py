@@ -303,6 +303,7 @@ HF |= {"hf-mlcd": _hf("MLCDVisionModel", "MLCDVisionConfig", resizes=False)}
 # How their blocks work is found out (vtc/adapters/encoders/prenorm.py); the last six take no mask in their attention.
 HF |= {
     "hf-aimv2": _hf("Aimv2VisionModel", "Aimv2VisionConfig", resizes=False),
+    "hf-qianfan": _hf("QianfanOCRVisionModel", "QianfanOCRVisionConfig", image_size=[64, 64], patch_size=[8, 8]),
     "hf-vivit": _hf_clip("VivitModel", "VivitConfig", **_CLIP),
     "hf-idefics3": _hf("Idefics3VisionTransformer", "Idefics3VisionConfig", resizes=False),
     "hf-smolvlm": _hf("SmolVLMVisionTransformer", "SmolVLMVisionConfig", resizes=False),

@@ -10,14 +10,15 @@ residual. To attend, or to feed, is then to make the same calls again, with othe
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vtc.adapters.attention_tap import AttentionTap, biased, interfaced, tapped
+from vtc.adapters.encoders.arguments import named, parameters_of
 from vtc.adapters.encoders.copies import floats, kind_of, stand_in, width_of
 from vtc.adapters.encoders.reasons import attends
 from vtc.adapters.encoders.site import Block, projected_keys
@@ -38,11 +39,12 @@ class Unknown(Exception):
 @dataclass(frozen=True)
 class Ref:
     """Where a value comes from: "x", the tokens; "zero", in the residual's place; "out", the output of a call (and
-    which of several); "given", an argument of the block; "is", the value itself."""
+    which of several), times a parameter of the block; "given", an argument of the block; "is", the value itself."""
 
     kind: str
     value: Any = None
     item: int | None = None
+    scale: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Branch:
-    """Calls that lead to what is added to the residual: the output of the last, times a parameter of the block."""
+    """Calls that lead to what is added to the residual: where that comes from."""
 
     calls: tuple[Call, ...]
     ends: Ref
-    scale: str = ""
 
     def run(self, block: Any, x: Tensor, given: dict[str, Any], attention: str = "", attend: Any = None) -> Tensor:
         """given: the block's own arguments; attend: what is called with the part named `attention`, and its arguments,
@@ -76,14 +77,14 @@ class Branch:
                 return given.get(ref.value)
             if ref.kind == "is":
                 return ref.value
-            return outs[ref.value] if ref.item is None else outs[ref.value][ref.item]
+            out = outs[ref.value] if ref.item is None else outs[ref.value][ref.item]
+            return getattr(block, ref.scale) * out if ref.scale else out
 
         for call in self.calls:
             part, args = getattr(block, call.part), [value(ref) for ref in call.args]
             kwargs = {name: value(ref) for name, ref in call.kwargs}
             outs.append(attend(part, args, kwargs) if call.part == attention else part(*args, **kwargs))
-        end = value(self.ends)
-        return end if not self.scale else getattr(block, self.scale) * end
+        return value(self.ends)
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ class PreNorm:
         return interfaced(getattr(block, self.attention))
 
     def example(self, block: Any, prefix: int) -> tuple[int, tuple, dict]:
-        required = [n for n, p in _parameters(type(block)).items() if p.default is p.empty]
+        required = [n for n, p in parameters_of(type(block)).items() if p.default is p.empty]
         tables = rotary_tables(prefix + _TOKENS, self.turns, next(floats(block)))
         return prefix + _TOKENS, (), dict.fromkeys(required) | ({_TABLES: tables} if self.turns else {})
 
@@ -212,7 +213,7 @@ def examine(block: Any, width: int) -> PreNorm:
     if len(names) != 1:
         raise Unknown(f"attend in {len(names)} of their parts")
     inside = getattr(block, names[0])
-    parameters = _parameters(type(block))
+    parameters = parameters_of(type(block))
     strange = [n for n, p in parameters.items() if p.default is p.empty and n not in (*_MASKS, _TABLES)]
     if strange:
         raise Unknown(f"are given {' and '.join(strange)}, which vtc does not know how to shorten")
@@ -241,7 +242,7 @@ def _examined(block: Any, name: str, x: Tensor, given: dict[str, Any], taps: lis
         raise Unknown("call their parts in an order of their own")
     if name not in {call.part for call in first.calls} or name in {call.part for call in second.calls}:
         raise Unknown("do not attend first")
-    takes = tuple(_parameters(type(inside), 1))
+    takes = tuple(parameters_of(type(inside), 1))
     mask = next((name for name in _MASKS if name in takes), "")
     if len(taken) != 1:
         raise Unknown("attend past transformers' interface, where the sizes of merged tokens could go in")
@@ -272,7 +273,7 @@ def _record(
     taken: list[tuple] = []
 
     def called(name: str) -> Callable[..., None]:
-        return lambda part, args, kwargs, out: calls.append((name, *_named(part, args, kwargs), out))
+        return lambda part, args, kwargs, out: calls.append((name, *named(part, args, kwargs), out))
 
     def gave(path: str) -> Callable[..., None]:
         return lambda part, args, out: outputs.update({path: out})
@@ -333,6 +334,7 @@ def _branch(
             return Ref("given", name)
         if isinstance(value, Tensor):
             found = [r for v, r in known if v is value]
+            found = found or [r for v, r in _scaled(block, known) if r.scale and torch.equal(v, value)]
             if not found:
                 raise LookupError
             return found[-1]
@@ -347,8 +349,7 @@ def _branch(
             new = next(
                 v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and not any(v is k for k, _ in known)
             )
-            ends, scale = _residual(block, x, outs, new)
-            return Branch(tuple(made), ends, scale), new, calls[at:]
+            return Branch(tuple(made), _residual(block, x, known, new)), new, calls[at:]
         made.append(call)
         outs.append(out)
         number = len(outs) - 1
@@ -364,37 +365,22 @@ def _branch(
         swapped = tuple(zero if i and r.kind == "x" else r for i, r in enumerate(end.args))
         end = Call(end.part, swapped, tuple((k, zero if r.kind == "x" else r) for k, r in end.kwargs))
         return Branch((*rest, end), Ref("out", len(outs) - 1)), last, []
-    ends, scale = _residual(block, x, outs, last)
-    return Branch(tuple(made), ends, scale), last, []
+    return Branch(tuple(made), _residual(block, x, known, last)), last, []
 
 
-def _residual(block: Any, x: Tensor, outs: list, new: Tensor) -> tuple[Ref, str]:
-    """What was added to `x` to make `new`: which output, times which of the block's own parameters."""
-    for number in reversed(range(len(outs))):
-        out = outs[number]
-        for item, value in enumerate(out) if isinstance(out, tuple) else ((None, out),):
-            if not isinstance(value, Tensor) or value.shape != x.shape:
-                continue
-            if torch.equal(x + value, new):
-                return Ref("out", number, item), ""
-            for name, scale in block.named_parameters(recurse=False):
-                if torch.equal(x + scale * value, new):
-                    return Ref("out", number, item), name
+def _residual(block: Any, x: Tensor, known: list[tuple[Any, Ref]], new: Tensor) -> Ref:
+    """What was added to `x` to make `new`."""
+    for value, ref in _scaled(block, known):
+        if value.shape == x.shape and torch.equal(x + value, new):
+            return ref
     raise Unknown("have something between their parts that is no residual connection")
 
 
-# -- arguments ------------------------------------------------------------------------------------------------------
-
-
-def _parameters(cls: type, behind: int = 2) -> dict[str, inspect.Parameter]:
-    """Of a class's forward, behind self and its tokens, by name."""
-    every = list(inspect.signature(cls.forward).parameters.values())[behind:]  # type: ignore[attr-defined]
-    return {p.name: p for p in every if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-
-
-def _named(part: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """A call's arguments, the first as it is, the others by name."""
-    names = list(_parameters(type(part), 1))
-    if len(args) > len(names):
-        return args, kwargs
-    return args[:1], {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
+def _scaled(block: Any, known: list[tuple[Any, Ref]]) -> Iterator[tuple[Tensor, Ref]]:
+    """Outputs, the last first, and each times every one of the block's own parameters that fits."""
+    for value, ref in reversed(known):
+        if ref.kind == "out" and isinstance(value, Tensor):
+            yield value, ref
+            for name, scale in block.named_parameters(recurse=False):
+                if scale.ndim == 0 or scale.shape[-1] in (1, value.shape[-1]):
+                    yield scale * value, replace(ref, scale=name)
