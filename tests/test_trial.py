@@ -379,6 +379,7 @@ def test_reasons_in_timm(name):
 
 TRANSFORMERS = {
     "BlipVisionModel": "its blocks (BlipEncoderLayer) attend past transformers' interface",
+    "PixtralVisionModel": "it packs the images of a batch into one row of tokens",
     "VJEPA2Model": "the attention of its blocks (VJEPA2RopeAttention in VJEPA2Layer) takes no mask",
     "ConvNextModel": "mixed by convolutions",
     "SwinModel": "windows of a fixed grid",

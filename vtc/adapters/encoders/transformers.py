@@ -34,13 +34,40 @@ def find(model: nn.Module) -> Iterator[EncoderSite | Refusal]:
             continue
         if not _encodes(module):
             if path == "" and _sees(module) and not any(map(_covered, model.modules())):
-                yield Refusal(path, type(module).__name__, reasons.why_not(module, _layers(module) or (), _MASKS))
+                yield Refusal(path, type(module).__name__, _why_not(module))
             continue
         layers = _layers(module)
         if id(layers) in taken:
             continue
         taken.add(id(layers))
         yield examined(path, module, _site)
+
+
+def _why_not(module: Any) -> str:
+    layers = _layers(module) or getattr(getattr(module, "transformer", None), "layers", ())
+    if layers and _packs(module, layers):
+        return "it packs the images of a batch into one row of tokens, where vtc reduces each image by itself"
+    return reasons.why_not(module, _layers(module) or (), _MASKS)
+
+
+def _packs(module: Any, layers: Any) -> bool:
+    """Whether two images reach the first layer as one row: a copy is called with them on the meta device."""
+    rows: list[int] = []
+
+    def reached(layer: Any, args: tuple, kwargs: dict) -> None:
+        rows.extend(value.shape[0] for value in (*args, *kwargs.values())[:1])
+        raise StopIteration
+
+    known: dict[int, Any] = {}
+    try:
+        copied = bare_copy(module, on_meta, known)
+        known[id(layers[0])].register_forward_pre_hook(reached, with_kwargs=True)
+        cuts = next(part for part in module.modules() if isinstance(part, nn.Conv2d))
+        with torch.no_grad():
+            _probe(module, cuts, images=2)(copied)
+    except Exception:  # a foreign encoder may want more than images
+        pass
+    return rows == [1]
 
 
 def _of_library(module: Any) -> bool:
@@ -173,8 +200,8 @@ def _resizable(embeddings: nn.Module, patchify: Any) -> Any:
     return ((embeddings, more),)
 
 
-def _probe(model: Any, patchify: Any) -> Any:
-    """A function that calls the encoder with an image of the size it was made for."""
+def _probe(model: Any, patchify: Any, images: int = 1) -> Any:
+    """A function that calls the encoder with images of the size it was made for."""
     like: dict[str, Any] = {"dtype": patchify.weight.dtype, "device": "meta"}
     if isinstance(patchify, nn.Linear):  # patches without padding, and their rows and columns
         inputs = {
@@ -185,9 +212,9 @@ def _probe(model: Any, patchify: Any) -> Any:
         return lambda net: net.forward(**inputs)
     size = getattr(model.config, "image_size", None) or tuple(4 * step for step in patchify.stride[-2:])
     size = (size, size) if isinstance(size, int) else tuple(size)
-    shape = (1, patchify.in_channels, *size)
+    shape = (images, patchify.in_channels, *size)
     if isinstance(patchify, nn.Conv3d):
-        shape = (1, model.config.num_frames, *shape[1:])
+        shape = (images, model.config.num_frames, *shape[1:])
 
     def call(net: Any) -> Any:
         device = next((p.device for p in net.parameters()), torch.device("meta"))  # a copy on the CPU, else on meta
