@@ -23,7 +23,10 @@ from vtc.macs import EncoderMACs, linear_weights
 
 name = "timm"
 _MASKS = ("attn_mask",)
-covers = "ViT, DeiT, DeiT-III, AugReg, MAE, DINOv2, DINOv3, EVA-02, SigLIP, SigLIP 2, CLIP, BEiT"
+covers = (
+    "ViT, DeiT, DeiT-III, AugReg, MAE, DINOv2, DINOv3, EVA-02, SigLIP, SigLIP 2, CLIP, BEiT, relative positions, NaFlexViT, "
+    "hybrids (MobileCLIP-B, ViTamin)"
+)
 
 
 def _mask(stage: CallState | None, x: Tensor, kwargs: dict) -> Tensor | None:

@@ -23,7 +23,10 @@ from vtc.macs import EncoderMACs, linear_weights
 name = "huggingface"
 _MASKS = ("attention_mask", "mask")
 _INLINE = "its rotary table is made in the middle of its forward, where vtc cannot have another one made"
-covers = "ViT, DeiT, ViT-MAE, DINOv2 (with registers), DINOv3, CLIP, SigLIP, SigLIP 2, BEiT"
+covers = (
+    "ViT, DeiT, ViT-MAE, DINOv2 (with registers), DINOv3, CLIP, SigLIP, SigLIP 2, BEiT, Data2Vec, YOLOS, MLCD, and others "
+    "with pre-norm blocks"
+)
 
 
 def find(model: nn.Module) -> Iterator[EncoderSite | Refusal]:
