@@ -317,6 +317,8 @@ class EncoderPatch:
             raise InputError(
                 "is_causal=True: a causal encoder cannot lose tokens; call it without, or vtc.remove(model)"
             )
+        if self.site.block.wrapped and kwargs.get("output_attentions"):
+            raise InputError("output_attentions=True: layers that lose tokens have no attention map to give")
         prefix = self.site.prefix
         patches = x.shape[1] - prefix
         stage = self.fresh(now, x)

@@ -24,8 +24,8 @@ from vtc.macs import EncoderMACs, linear_weights
 name = "timm"
 _MASKS = ("attn_mask",)
 covers = (
-    "ViT, DeiT, DeiT-III, AugReg, MAE, DINOv2, DINOv3, EVA-02, SigLIP, SigLIP 2, CLIP, BEiT, relative positions, NaFlexViT, "
-    "hybrids (MobileCLIP-B, ViTamin)"
+    "ViT, DeiT, DeiT-III, AugReg, MAE, DINOv2, DINOv3, EVA-02, SigLIP, SigLIP 2, CLIP, BEiT, relative positions, "
+    "NaFlexViT, hybrids (MobileCLIP-B, ViTamin)"
 )
 
 
@@ -140,8 +140,9 @@ def _relpos_attention(block: Any, h: Tensor, x: Tensor, stage: CallState | None,
     if stage is None:
         return attn(h, shared_rel_pos=shared)
     if attn.rel_pos is not None:  # it goes before a shared one
-        attn, shared = altered(attn, rel_pos=None), attn.rel_pos.get_bias()
-    return attn(h, shared_rel_pos=_at_anchors(shared, x, stage))
+        shared = attn.rel_pos.get_bias()
+    with altered(attn, "rel_pos", None) as given:
+        return given(h, shared_rel_pos=_at_anchors(shared, x, stage))
 
 
 def _relpos_attend(block: Any, x: Tensor, stage: CallState | None, args: tuple, kwargs: dict) -> Tensor:

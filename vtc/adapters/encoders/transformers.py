@@ -24,8 +24,8 @@ name = "huggingface"
 _MASKS = ("attention_mask", "mask")
 _INLINE = "its rotary table is made in the middle of its forward, where vtc cannot have another one made"
 covers = (
-    "ViT, DeiT, ViT-MAE, DINOv2 (with registers), DINOv3, CLIP, SigLIP, SigLIP 2, BEiT, Data2Vec, YOLOS, MLCD, and others "
-    "with pre-norm blocks"
+    "ViT, DeiT, ViT-MAE, DINOv2 (with registers), DINOv3, CLIP, SigLIP, SigLIP 2, BEiT, Data2Vec, YOLOS, MLCD, and "
+    "others with pre-norm blocks"
 )
 
 

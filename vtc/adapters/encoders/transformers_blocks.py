@@ -67,21 +67,42 @@ def _beit_example(layer: Any, prefix: int) -> tuple[int, tuple, dict]:
 
 def _d2v_attend(layer: Any, x: Tensor, stage: CallState | None, args: tuple, kwargs: dict) -> Tensor:
     given = {**dict(zip(_D2V, args, strict=False)), **kwargs}
-    outer, h = layer.attention, layer.layernorm_before(x)
-    if stage is not None:
-        inner, shared = outer.attention, given.get("relative_position_bias")
+    h = layer.layernorm_before(x)
+    if stage is None:
+        h = layer.attention(h, **given)[0]
+    else:
+        inner, shared = layer.attention.attention, given.get("relative_position_bias")
         if inner.has_relative_position_bias:
             own = _grid_bias(inner.relative_position_bias, inner.config.patch_size, stage.entry, given)
             shared = own if shared is None else own + shared
-            outer = altered(outer, attention=altered(inner, has_relative_position_bias=False))
         given["relative_position_bias"] = _at_anchors(shared, x, stage)
-    h = outer(h, **given)[0]
+        with (
+            altered(inner, "has_relative_position_bias", False) as plain,
+            altered(layer.attention, "attention", plain) as attention,
+        ):
+            h = attention(h, **given)[0]
     return layer.drop_path(h if layer.lambda_1 is None else layer.lambda_1 * h)
 
 
 def _d2v_feed(layer: Any, x: Tensor) -> Tensor:
     h = layer.output(layer.intermediate(layer.layernorm_after(x)))
     return layer.drop_path(h if layer.lambda_2 is None else layer.lambda_2 * h)
+
+
+def _d2v_parts(layer: Any) -> tuple[nn.Module, nn.Module]:
+    return layer.attention, nn.ModuleList([layer.intermediate, layer.output])
+
+
+def _d2v_width(layer: Any) -> int:
+    return layer.attention.attention.all_head_size
+
+
+def _d2v_heads(layer: Any) -> int:
+    return layer.attention.attention.num_attention_heads
+
+
+def _d2v_key(layer: Any) -> nn.Module:
+    return layer.attention.attention.key
 
 
 def _d2v_example(layer: Any, prefix: int) -> tuple[int, tuple, dict]:
@@ -143,10 +164,10 @@ BEIT = Block(_beit_attend, _beit_feed, example=_beit_example, relative=True, **_
 D2V = Block(
     _d2v_attend,
     _d2v_feed,
-    parts=lambda layer: (layer.attention, nn.ModuleList([layer.intermediate, layer.output])),
-    width=lambda layer: layer.attention.attention.all_head_size,
-    heads=lambda layer: layer.attention.attention.num_attention_heads,
-    keys=lambda layer: layer.attention.attention.key,
+    parts=_d2v_parts,
+    width=_d2v_width,
+    heads=_d2v_heads,
+    keys=_d2v_key,
     example=_d2v_example,
     relative=True,
     wrapped=True,
