@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from zoo import model, pixels
+from zoo import ZOO, model, pixels
 
 import vtc
 
@@ -207,13 +207,13 @@ def test_macs_agree_with_torchs_own_counter():
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    for name in ("timm-dinov2", "timm-siglip", "hf-clip-vision"):
-        net = model(name)
-        run = (lambda n=net: n(pixel_values=pixels(1))) if name.startswith("hf") else (lambda n=net: n(pixels(1)))
+    hybrids = ("timm-hybrid", "timm-mobileclip", "timm-vitamin")  # whose patches come out of a network
+    for name in ("timm-dinov2", "timm-siglip", "hf-clip-vision", *hybrids):
+        net, entry = model(name), ZOO[name]
         with vtc.compress(net, "tome", keep=1.0) as handle:
             # the counter does not know the fused attention of the CPU, but its plain products
             with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-                run()
+                entry.run(net, entry.inputs(1))
             assert counter.get_total_flops() / 2 == pytest.approx(handle.report.macs_before, rel=0.02)
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from pairs import matrix
-from zoo import ZOO, model, naflex_inputs
+from zoo import ZOO, model
 
 import vtc
 
@@ -180,13 +180,15 @@ def test_resize_refusals_say_why(name):
     assert fingerprint(model(name)) == before
 
 
+@pytest.mark.parametrize("name", ["hf-siglip2", "timm-naflex", "timm-naflex-rope"])
 @torch.no_grad()
-def test_padding_is_invisible():
-    """SigLIP 2: whatever stands in the padding changes nothing, and padding is never kept."""
-    entry, net = ZOO["hf-siglip2"], model("hf-siglip2")
-    inputs = naflex_inputs(2)
-    other = {**inputs, "pixel_values": inputs["pixel_values"].clone()}
-    other["pixel_values"][1, 48:] = 7.0
+def test_padding_is_invisible(name):
+    """Whatever stands in the padding changes nothing, and padding is never kept."""
+    entry, net = ZOO[name], model(name)
+    inputs = entry.inputs(2)
+    patches = next(iter(inputs))
+    other = {**inputs, patches: inputs[patches].clone()}
+    other[patches][1, 48:] = 7.0
     for method in METHODS:
         if method == "downsample-resize":
             continue

@@ -3,6 +3,7 @@
 No code of vtc's adapters or methods is used: the loops below read the weights and follow the papers.
 """
 
+import copy
 import math
 
 import pytest
@@ -74,6 +75,8 @@ def encode(x, layers, prefix, groups_of, q):
         x, size, members, anchors = merged(x, size, members, pairs)
         at = [at[a] for a in anchors]
         x = x + layer["feed"](x)
+        if "after" in layer:
+            x = x + layer["after"](at)
     full = torch.empty(sum(map(len, members)), x.shape[1], dtype=torch.float64)
     for row, group in zip(x, members, strict=True):
         full[group] = row
@@ -155,9 +158,9 @@ CASES = {
 }
 
 
-def compressed(net, method, images):
+def compressed(net, method, images, item=0):
     with vtc.compress(net, CASES[method][0]):
-        return net(pixel_values=images).last_hidden_state[0].double()
+        return net(pixel_values=images).last_hidden_state[item].double()
 
 
 @pytest.mark.parametrize("method", CASES)
@@ -194,6 +197,30 @@ def test_hf_dinov3_rotary(method):
 
 @pytest.mark.parametrize("method", CASES)
 @torch.no_grad()
+def test_hf_mlcd_rotary(method):
+    """One table for all tokens of all images, with a row for the class token."""
+    net, images = copy.deepcopy(model("hf-mlcd")), pixels(2)
+    ours, tables = compressed(net, method, images, 1), []
+    hook = net.encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: tables.append(kwargs["position_embeddings"]), with_kwargs=True
+    )
+    net(images)
+    hook.remove()
+    cos, sin = (table.double() for table in tables[0])
+
+    def rotate(x, at):
+        first, second = x.chunk(2, -1)
+        return x * cos[at] + torch.cat([-second, first], -1) * sin[at]
+
+    for layer in net.encoder.layers:
+        layer.attention, layer.self_attn.o_proj = layer.self_attn, layer.self_attn.out_proj
+    layers = hf_layers(net.encoder.layers, ("layer_norm1", "layer_norm2"), lambda layer: torch.ones(2), rotate=rotate)
+    entry = norm(net.embeddings(images)[1].double(), net.pre_layrnorm)
+    torch.testing.assert_close(ours, encode(entry, layers, 1, CASES[method][1], 0.8), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", CASES)
+@torch.no_grad()
 def test_hf_beit_relative_positions(method):
     net, images = model("hf-beit"), pixels(1)
 
@@ -209,11 +236,83 @@ def test_hf_beit_relative_positions(method):
     torch.testing.assert_close(compressed(net, method, images), norm(expected, net.layernorm), rtol=1e-4, atol=1e-4)
 
 
+def with_query(layer):
+    """A layer whose attention calls its parts otherwise, as the oracle knows them."""
+    own, layer.attention.o_proj = layer.attention.attention, layer.attention.output.dense
+    layer.attention.q_proj, layer.attention.k_proj, layer.attention.v_proj = own.query, own.key, own.value
+    layer.mlp = torch.nn.Module()
+    layer.mlp.fc1, layer.mlp.fc2 = layer.intermediate.dense, layer.output.dense
+
+
+@pytest.mark.parametrize("method", CASES)
+@torch.no_grad()
+def test_hf_data2vec_relative_positions(method):
+    """Two tables: the layer's own and the one that all layers share."""
+    net, images = copy.deepcopy(model("hf-data2vec-relative")), pixels(1)
+    ours = compressed(net, method, images)
+
+    def bias(layer, at):
+        tables = (layer.attention.attention.relative_position_bias, net.encoder.relative_position_bias)
+        table = sum(table((8, 8), dim_size=65)[0].double() for table in tables)
+        return torch.stack([torch.stack([table[:, i, j] for j in at], -1) for i in at], 1)
+
+    for layer in net.encoder.layer:
+        with_query(layer)
+    norms = ("layernorm_before", "layernorm_after")
+    layers = hf_layers(net.encoder.layer, norms, lambda layer: (layer.lambda_1, layer.lambda_2), bias=bias)
+    expected = encode(net.embeddings(images)[0][0].double(), layers, 1, CASES[method][1], 0.8)
+    torch.testing.assert_close(ours, norm(expected, net.layernorm), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", CASES)
+@torch.no_grad()
+def test_hf_yolos_tokens_behind_the_patches(method):
+    """Five of them, and positions that are added between the layers. Here they stand in front, where they are kept."""
+    net, images = copy.deepcopy(model("hf-yolos-detection").vit), pixels(1)
+    ours = compressed(net, method, images)
+    order = [0, *range(65, 70), *range(1, 65)]
+    positions = net.encoder.interpolation((64, 64))[:, 0, order].double()
+    for layer in net.encoder.layer:
+        with_query(layer)
+    layers = hf_layers(net.encoder.layer, ("layernorm_before", "layernorm_after"), lambda layer: torch.ones(2))
+    for layer, added in zip(layers, positions, strict=False):
+        layer["after"] = lambda at, added=added: added[at]
+    expected = encode(net.embeddings(images)[0, order].double(), layers, 6, CASES[method][1], 0.8)
+    torch.testing.assert_close(ours[order], norm(expected, net.layernorm), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", CASES)
+@pytest.mark.parametrize("name", ["timm-relpos", "timm-srelpos"])
+@torch.no_grad()
+def test_timm_relative_positions(name, method):
+    """A table that a small network makes of log distances, in every attention or in one place for all."""
+    net, images = model(name), pixels(1)
+    chosen, groups_of = CASES[method]
+    with vtc.compress(net, chosen):
+        ours = net.forward_features(images)[0]
+
+    def make(block):
+        attn, table = block.attn, (block.attn.rel_pos or net.shared_rel_pos).get_bias()[0].double()
+
+        def attend(x, size, at):
+            q, k, v = linear(norm(x, block.norm1), attn.qkv).unflatten(-1, (3, 4, -1)).permute(1, 2, 0, 3)
+            bias = torch.stack([torch.stack([table[:, i, j] for j in at], -1) for i in at], 1)
+            return linear(attention(q, k, v, size, bias), attn.proj) * block.ls1.gamma.double(), k
+
+        def feed(x):
+            h = torch.nn.functional.gelu(linear(norm(x, block.norm2), block.mlp.fc1))
+            return linear(h, block.mlp.fc2) * block.ls2.gamma.double()
+
+        return {"attend": attend, "feed": feed}
+
+    layers = [make(block) for block in net.blocks]
+    expected = encode(net.patch_embed(images)[0].double(), layers, 0, groups_of, 0.8)
+    torch.testing.assert_close(ours.double(), norm(expected, net.norm), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", CASES)
 @torch.no_grad()
 def test_eva02_rotary(method):
-    import copy
-
     net = copy.deepcopy(model("timm-eva02"))  # the oracle turns its MLPs into float64
     # not the zoo's image: there two candidates for a merge are 5e-8 apart, and float32 may take either
     images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(5))

@@ -199,7 +199,14 @@ def test_the_trial_leaves_no_trace():
 
 @pytest.mark.parametrize(
     ("name", "prefix"),
-    [("hf-pixio", 8), ("hf-dinov3", 5), ("hf-deit-distilled", 2), ("timm-dinov2-reg", 5), ("hf-siglip2", 0)],
+    [
+        ("hf-pixio", 8),
+        ("hf-dinov3", 5),
+        ("hf-deit-distilled", 2),
+        ("timm-dinov2-reg", 5),
+        ("hf-siglip2", 0),
+        ("hf-yolos", 6),
+    ],
 )
 def test_prefix_tokens_are_counted(name, prefix):
     assert vtc.explain(model(name)).encoders[0].prefix_tokens == prefix
@@ -235,10 +242,35 @@ def test_tokens_that_nobody_counted(build, words):
     assert words in refusal(build()) and words in refusal(build().to("meta"))
 
 
+def test_tokens_that_change_between_blocks():
+    net = copy.deepcopy(model("hf-yolos"))
+
+    def forward(self, x, **kwargs):
+        for layer in self.layer:
+            x = layer(x) + 1
+        return transformers.modeling_outputs.BaseModelOutput(last_hidden_state=x)
+
+    net.encoder.__class__ = type("Adding", (type(net.encoder),), {"forward": forward})
+    assert "changes its tokens between block 0 and block 1" in refusal(net)
+
+
 def test_arguments_that_would_have_to_be_shortened():
-    build = lambda: small("MLCDVisionModel")  # noqa: E731
-    assert "its blocks (MLCDEncoderLayer) are given position_embeddings" in refusal(build())
+    build = lambda: small("GlmImageVisionModel", "glm_image")  # noqa: E731
+    assert "its blocks (GlmImageVisionBlock) are given cu_seqlens" in refusal(build())
     assert refusal(on_meta(build)) == refusal(build())
+
+
+def test_rotary_tables_of_another_form():
+    """MLCD's are [tokens, width]; these, one for each image, would be cut along the images."""
+    net = copy.deepcopy(model("hf-mlcd"))
+    forward = type(net.encoder).forward
+
+    def batched(self, inputs_embeds, position_embeddings, **kwargs):
+        tables = [table[None] for table in position_embeddings]
+        return forward(self, inputs_embeds, tables, **kwargs)
+
+    net.encoder.__class__ = type("Batched", (type(net.encoder),), {"forward": batched})
+    assert "are given position_embeddings of form [1, 65, 16] and [1, 65, 16], and vtc can" in refusal(net)
 
 
 # -- quantized weights ----------------------------------------------------------------------------------------------
@@ -322,11 +354,9 @@ def test_an_encoder_without_a_head_is_looked_at(name):
 # -- reasons --------------------------------------------------------------------------------------------------------
 
 TIMM = {
-    "naflexvit_base_patch16_gap": "it does not cut images into patches with one convolution",
     "samvit_base_patch16": "its attention works in windows of a fixed grid, which",
     "cait_xxs24_224": "the attention of its blocks (TalkingHeadAttn in LayerScaleBlock) takes no mask",
     "convit_tiny": "the attention of its blocks (GPSA in Block) takes no mask",
-    "vit_relpos_small_patch16_224": "compute relative positions of the whole grid inside their attention (rel_pos)",
     "xcit_nano_12_p16_224": "hold convolutions over the grid of patches",
     "tnt_s_patch16_224": "attend more than once: attn_in (Attention) and attn_out (Attention)",
     "vit_small_patch16_18x2_224": "are not one attention and one MLP behind it: attns (ModuleList)",
@@ -338,7 +368,6 @@ TIMM = {
     "mixer_s32_224": "it holds no attention: its patches are mixed by layers over the whole grid",
     "resnet18": "it holds no attention: its patches are mixed by convolutions",
     "sequencer2d_s": "mixed by convolutions and recurrent layers",
-    "vit_small_r26_s32_224": "its patches come out of a network (ResNetV2), whose cost vtc does not count",
 }
 
 
@@ -349,11 +378,9 @@ def test_reasons_in_timm(name):
 
 
 TRANSFORMERS = {
-    "YolosModel": "tokens reach its first block for 1728 patches, and vtc counts 1 prefix token",
     "BlipVisionModel": "its blocks (BlipEncoderLayer) attend past transformers' interface",
-    "MLCDVisionModel": "its blocks (MLCDEncoderLayer) are given position_embeddings",
+    "PixtralVisionModel": "it packs the images of a batch into one row of tokens",
     "VJEPA2Model": "the attention of its blocks (VJEPA2RopeAttention in VJEPA2Layer) takes no mask",
-    "Data2VecVisionModel": "its blocks (Data2VecVisionLayer) have something between their parts",
     "ConvNextModel": "mixed by convolutions",
     "SwinModel": "windows of a fixed grid",
     "SegformerModel": "it works on grids of several sizes",

@@ -53,10 +53,8 @@ def _timm(name: str, side: int = 64, resizes: bool = False, patch: int = 8, **op
     def build() -> nn.Module:
         import timm
 
-        given = {key: value() if callable(value) else value for key, value in options.items()}
-        return timm.create_model(
-            name, pretrained=False, img_size=side, depth=3, num_classes=5, patch_size=patch, **given
-        )
+        given = {"patch_size": patch} | {key: value() if callable(value) else value for key, value in options.items()}
+        return timm.create_model(name, pretrained=False, img_size=side, depth=3, num_classes=5, **given)
 
     return Entry(build, lambda batch: {"x": pixels(batch, side)}, one, (side // patch,) * 2, resizes)
 
@@ -65,6 +63,24 @@ def _res_post_block() -> type:
     from timm.models.vision_transformer import ResPostBlock
 
     return ResPostBlock
+
+
+def naflex_patches(batch: int) -> dict[str, Tensor]:
+    """Patches that the caller has cut, row by row; every second image has 6x8, and 16 of padding."""
+    patches = torch.randn(batch, 64, 192, generator=torch.Generator().manual_seed(1))
+    places, valid = torch.cartesian_prod(torch.arange(8), torch.arange(8)).repeat(batch, 1, 1), torch.ones(batch, 64)
+    places[1::2, 48:], valid[1::2, 48:] = 0, 0
+    return {"x": patches, "patch_coord": places, "patch_valid": valid.bool()}
+
+
+def _naflex(name: str, images: bool = False, **options: Any) -> Entry:
+    def build() -> nn.Module:
+        import timm
+
+        sizes = {"patch_size": 8, "embed_dim": 64, "num_heads": 4, "depth": 3, "num_classes": 5}
+        return timm.create_model(name, pretrained=False, **sizes, **options)
+
+    return Entry(build, (lambda batch: {"x": pixels(batch)}) if images else naflex_patches, one)
 
 
 TIMM = {
@@ -92,6 +108,19 @@ TIMM = {
     "timm-beit-shared": _timm(
         "beit_base_patch16_224", embed_dim=64, num_heads=4, use_rel_pos_bias=False, use_shared_rel_pos_bias=True
     ),
+    "timm-relpos": _timm("vit_relpos_small_patch16_224", embed_dim=64, num_heads=4),
+    "timm-relpos-post-table": _timm(
+        "vit_relpos_base_patch32_plus_rpn_256", embed_dim=64, num_heads=4, rel_pos_type="bias", class_token=True
+    ),
+    "timm-srelpos": _timm("vit_srelpos_small_patch16_224", embed_dim=64, num_heads=4),
+    # hybrids, whose patches (of 16 pixels) come out of a network; its last convolution may have patches of its own
+    "timm-hybrid": _timm("vit_tiny_r_s16_p8_224", 64, patch=16, patch_size=4, embed_dim=64, num_heads=4),
+    "timm-mobileclip": _timm("vit_base_mci_224", 96, patch=16, patch_size=1),
+    "timm-vitamin": _timm("vitamin_small_224", 96, patch=16, patch_size=1),
+    "timm-naflex": _naflex("naflexvit_base_patch16_gap"),
+    "timm-naflex-images": _naflex("naflexvit_base_patch16_siglip", images=True),
+    "timm-naflex-rope": _naflex("naflexvit_base_patch16_gap", rope_type="axial"),
+    "timm-naflex-rope-mixed": _naflex("naflexvit_base_patch16_map", rope_type="mixed"),
 }
 
 # -- open_clip ------------------------------------------------------------------------------------------------------
@@ -256,10 +285,25 @@ HF = {
     ),
 }
 
+_BIASED = {"use_relative_position_bias": True, "use_shared_relative_position_bias": True}
+HF |= {
+    "hf-data2vec": _hf("Data2VecVisionModel", "Data2VecVisionConfig", resizes=False),
+    "hf-data2vec-relative": _hf("Data2VecVisionModel", "Data2VecVisionConfig", resizes=False, **_BIASED),
+}
+
+_DETECTS = {"image_size": [64, 64], "num_detection_tokens": 5}  # tokens behind the patches
+HF |= {
+    "hf-yolos": _hf("YolosModel", "YolosConfig", resizes=False, use_mid_position_embeddings=False, **_DETECTS),
+    # adds positions between its blocks
+    "hf-yolos-detection": _hf("YolosForObjectDetection", "YolosConfig", resizes=False, read="pred_boxes", **_DETECTS),
+}
+
 _CLIP = {"image_size": 32, "tubelet_size": (2, 8, 8)}
+HF |= {"hf-mlcd": _hf("MLCDVisionModel", "MLCDVisionConfig", resizes=False)}
 # How their blocks work is found out (vtc/adapters/encoders/prenorm.py); the last six take no mask in their attention.
 HF |= {
     "hf-aimv2": _hf("Aimv2VisionModel", "Aimv2VisionConfig", resizes=False),
+    "hf-qianfan": _hf("QianfanOCRVisionModel", "QianfanOCRVisionConfig", image_size=[64, 64], patch_size=[8, 8]),
     "hf-vivit": _hf_clip("VivitModel", "VivitConfig", **_CLIP),
     "hf-idefics3": _hf("Idefics3VisionTransformer", "Idefics3VisionConfig", resizes=False),
     "hf-smolvlm": _hf("SmolVLMVisionTransformer", "SmolVLMVisionConfig", resizes=False),

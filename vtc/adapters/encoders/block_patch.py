@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vtc.adapters.attention_tap import listen
@@ -45,7 +46,8 @@ class BlockPatch(Patch):
     def heard(self, hook: Hook, args: tuple, output: Tensor) -> None:
         now = self.tower.now
         if now.wanted is self:
-            now.keys = head_mean(output, self.tower.site.block.heads(self.module))
+            keys = head_mean(output, self.tower.site.block.heads(self.module))
+            now.keys = keys if now.keys is None else torch.cat([now.keys, keys])  # images may attend one by one
 
     def install(self) -> None:
         super().install()

@@ -6,6 +6,7 @@ import copy
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +41,23 @@ def bare_copy(module: nn.Module, tensor: Callable[[str, Tensor], Tensor], known:
         for name in _INSTANCE:
             part.__dict__.pop(name, None)
     return copied.eval()
+
+
+@contextmanager
+def altered(module: nn.Module, name: str, value: Any) -> Iterator[Any]:
+    """The same module, with its parts, parameters and hooks, but with another `value` of one attribute. The module
+    itself stays as it is, since another thread may be running it; unless its forward was put on it by others
+    (accelerate), and runs it."""
+    made, store = module, "_modules" if name in module._modules else "__dict__"
+    if "forward" not in vars(module):
+        made = type(module).__new__(type(module))
+        made.__dict__.update(vars(module), _modules=dict(module._modules))
+    held = getattr(made, store)
+    before, held[name] = held[name], value
+    try:
+        yield made
+    finally:
+        held[name] = before
 
 
 def on_meta(name: str, old: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ def read(mask: Tensor | None, x: Tensor, prefix: int) -> tuple[Tensor | None, Te
     """(padding mask [B, N], True = real; any other mask, unchanged). None if there is no such mask, or it has no
     effect.
 
-    A mask is padding if it hides the same patches from every token and does nothing else.
+    A mask is padding if it hides the same patches from every token and does nothing else; from padding it may hide
+    all.
     """
     if mask is None:
         return None, None
@@ -45,8 +46,12 @@ def read(mask: Tensor | None, x: Tensor, prefix: int) -> tuple[Tensor | None, Te
     plain = mask.dtype == torch.bool or not bool(mask.masked_fill(~real, 0).any())
     if plain and bool(real.all()):
         return None, None
-    if plain and bool((real == real[:, :1, :1]).all()) and bool(real[..., :prefix].all()):
-        return real[:, 0, 0].expand(x.shape[:2]), None
+    seen = real[:, :1, :1]
+    same = (real == seen).all(-1)
+    if real.shape[2] > 1:
+        same |= ~real.any(-1) & ~seen[:, :, 0]
+    if plain and bool(same.all()) and bool(seen[..., :prefix].all()):
+        return seen[:, 0, 0].expand(x.shape[:2]), None
     return None, mask
 
 

@@ -20,13 +20,14 @@ from vtc.adapters.encoders.guard import Guard, changed, container, recomputing
 from vtc.adapters.encoders.masks import cut, read
 from vtc.adapters.encoders.rotary import column_slots
 from vtc.adapters.encoders.site import EncoderSite
-from vtc.adapters.encoders.state import CallState, Grid, Running, layer_maps, report
+from vtc.adapters.encoders.state import CallState, Running, layer_maps, report
 from vtc.adapters.hooks import Hook
 from vtc.adapters.report import Report
 from vtc.adapters.tracing import refuse_traced, rides, tracer
 from vtc.budget import per_layer, resized_count
 from vtc.checks import check_finite
 from vtc.errors import InputError, VTCError
+from vtc.layout import Grid
 from vtc.methods.base import Method
 from vtc.methods.downsample import coarse_grid, pool_map
 from vtc.positions import members
@@ -145,9 +146,8 @@ class EncoderPatch:
         now.room = each + patches, every + batch * patches
 
     def saw_shapes(self, hook: Hook, args: tuple, kwargs: dict) -> None:
-        shapes = kwargs.get("spatial_shapes", args[1] if len(args) > 1 else None)
-        if shapes is not None and "grid" in self.method.needs:
-            self.now.grid = tuple((int(h), int(w)) for h, w in shapes.tolist())
+        if "grid" in self.method.needs:
+            self.now.grid = self.site.grids(self.site.naflex, args, kwargs)
 
     def shrink(self, hook: Hook, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Resize the pixels so that the encoder sees the budget's grid (Downsample(mode="resize"))."""
@@ -188,7 +188,7 @@ class EncoderPatch:
             return self.leave(patch, now, *out, replace(stage, flow=(*stage.flow, (stage.count(), stage.count()))))
         attended, before = stage.count(), x
         if not idle and "layer_keys" in self.method.needs:
-            now.wanted = patch
+            now.wanted, now.keys = patch, None
             if block.keys is not None:
                 patch.listen()
         x = x + block.attend(patch.module, x, stage if stage.total is not None else None, args, kwargs)
@@ -211,9 +211,13 @@ class EncoderPatch:
         if patch.index == 0 or stage is None or stage.layer != patch.index:
             given = None if self.site.block.relative else self.site.block.mask(patch.module, x, args, kwargs)
             padding = None if given is None or tracer(x) else read(given, x, self.site.prefix)[0]
-            stage = CallState(0, self.site.prefix, x.shape[1], (), now.grid, batch=x.shape[0], mask=padding)
+            stage = replace(self.fresh(now, x), mask=padding)
             stage = replace(stage, flow=((stage.count(), stage.count()),) * patch.index)
         return replace(stage, flow=(*stage.flow, (stage.count(), stage.count())))
+
+    def fresh(self, now: Running, x: Tensor) -> CallState:
+        site = self.site
+        return CallState(0, site.prefix, x.shape[1], (), now.grid, batch=x.shape[0], suffix=site.suffix)
 
     def check_length(self, patch: BlockPatch, x: Tensor, stage: CallState) -> None:
         if x.shape[:2] != (stage.batch, stage.length):
@@ -236,11 +240,14 @@ class EncoderPatch:
         self, patch: BlockPatch, now: Running, x: Tensor, stage: CallState, removed: int | Tensor
     ) -> tuple[Tensor, CallState]:
         keys, now.keys, now.wanted = now.keys, None, None
+        keys = keys if keys is None else keys[-stage.batch :]  # what was heard last
         if keys is None and "layer_keys" in self.method.needs:
             raise VTCError(
                 f"block {patch.index} of {self.site.path or 'the model'} attended without showing its keys, which "
                 f'{self.method.name} compares; please report the model, and use metric="hidden" where a method has it'
             )
+        if stage.total is None:
+            x, keys = stage.fronted(x), keys if keys is None else stage.fronted(keys)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             if not stage.maps:
                 check_finite(
@@ -310,16 +317,22 @@ class EncoderPatch:
             raise InputError(
                 "is_causal=True: a causal encoder cannot lose tokens; call it without, or vtc.remove(model)"
             )
+        if self.site.block.wrapped and kwargs.get("output_attentions"):
+            raise InputError("output_attentions=True: layers that lose tokens have no attention map to give")
         prefix = self.site.prefix
         patches = x.shape[1] - prefix
-        stage = CallState(0, prefix, x.shape[1], (), now.grid, batch=x.shape[0])
+        stage = self.fresh(now, x)
         given = None if self.site.block.relative else self.site.block.mask(self.site.blocks[0], x, args, kwargs)
+        if given is not None and self.site.suffix:
+            raise InputError(f"{self.where} has tokens behind its patches, and vtc does not cut masks over these")
         if now.resized is not None:
             if given is not None:
                 raise InputError(f'{self.method.name}: an attention mask is of one size; use mode="pool", or pass none')
             return self.begin_resized(now, x, stage)
         padding, pairs = read(given, x, prefix)
         if padding is not None:
+            if "grid" in self.method.needs and stage.grid is None:
+                raise InputError(f"{self.method.name} needs all patches of each image, row by row, and padding behind")
             plans = [self.plan(int(n) - prefix) for n in padding.sum(1)]
             each = torch.tensor(plans, device=x.device).view(-1, depth)
             return replace(stage, plan=each, mask=padding, size=padding.float())
@@ -364,7 +377,8 @@ class EncoderPatch:
 
     def leave(self, patch: BlockPatch, now: Running, x: Tensor, more: tuple, stage: CallState) -> Any:
         last = patch.index + 1 == len(self.site.blocks)
-        wide = last or now.wide or bool(patch.module._forward_hooks)  # other code reads this output
+        # the model works on this output, or other code reads it
+        wide = last or now.wide or self.site.between or bool(patch.module._forward_hooks)
         stage = replace(stage, layer=patch.index + 1, wide=wide)
         if wide:
             x = stage.widen(x, 0 if self.method.merges else "nearest")

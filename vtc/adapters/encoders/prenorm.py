@@ -10,22 +10,25 @@ residual. To attend, or to feed, is then to make the same calls again, with othe
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vtc.adapters.attention_tap import AttentionTap, biased, interfaced, tapped
+from vtc.adapters.encoders.arguments import named, parameters_of
 from vtc.adapters.encoders.copies import floats, kind_of, stand_in, width_of
 from vtc.adapters.encoders.reasons import attends
 from vtc.adapters.encoders.site import Block, projected_keys
 from vtc.adapters.encoders.state import CallState
+from vtc.adapters.encoders.transformers_blocks import rotary_tables
 from vtc.errors import first_line
 from vtc.scores.attention import head_mean
 
 _MASKS = ("attention_mask", "attn_mask", "mask")
+_TABLES = "position_embeddings"  # (cosines, sines) [N, head width], a row for each token, the same for all images
 _TOKENS = 23
 
 
@@ -36,11 +39,12 @@ class Unknown(Exception):
 @dataclass(frozen=True)
 class Ref:
     """Where a value comes from: "x", the tokens; "zero", in the residual's place; "out", the output of a call (and
-    which of several); "given", an argument of the block; "is", the value itself."""
+    which of several), times a parameter of the block; "given", an argument of the block; "is", the value itself."""
 
     kind: str
     value: Any = None
     item: int | None = None
+    scale: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Branch:
-    """Calls that lead to what is added to the residual: the output of the last, times a parameter of the block."""
+    """Calls that lead to what is added to the residual: where that comes from."""
 
     calls: tuple[Call, ...]
     ends: Ref
-    scale: str = ""
 
     def run(self, block: Any, x: Tensor, given: dict[str, Any], attention: str = "", attend: Any = None) -> Tensor:
         """given: the block's own arguments; attend: what is called with the part named `attention`, and its arguments,
@@ -74,14 +77,14 @@ class Branch:
                 return given.get(ref.value)
             if ref.kind == "is":
                 return ref.value
-            return outs[ref.value] if ref.item is None else outs[ref.value][ref.item]
+            out = outs[ref.value] if ref.item is None else outs[ref.value][ref.item]
+            return getattr(block, ref.scale) * out if ref.scale else out
 
         for call in self.calls:
             part, args = getattr(block, call.part), [value(ref) for ref in call.args]
             kwargs = {name: value(ref) for name, ref in call.kwargs}
             outs.append(attend(part, args, kwargs) if call.part == attention else part(*args, **kwargs))
-        end = value(self.ends)
-        return end if not self.scale else getattr(block, self.scale) * end
+        return value(self.ends)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class PreNorm:
         mask: the attention's parameter for a mask; "" = it has none, and the sizes go in at transformers' interface.
         names: the arguments of the block's forward behind its tokens; takes: those of the attention's.
         wrapped: the block gives its tokens in a tuple.
+        turns: the width of the rows of the rotary tables that the block must be given; 0 = none.
     """
 
     first: Branch
@@ -109,19 +113,28 @@ class PreNorm:
     names: tuple[str, ...]
     takes: tuple[str, ...]
     wrapped: bool
+    turns: int = 0
 
     def attend(self, block: Any, x: Tensor, stage: CallState | None, args: tuple, kwargs: dict) -> Tensor:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if stage is None or stage.total is None or not self.turns:
+            return self.attended(block, x, given, () if stage is None else (stage.bias(x),))
+        # the attention takes one table for all images, and now each has its own rows of it: they attend one by one
+        sizes = stage.bias(x)
+        each = [None] * len(x) if sizes is None else sizes.expand(len(x), -1, -1, -1).split(1)
+        rows = [{_TABLES: tuple(table[at] for table in given[_TABLES])} for at in stage.total.anchor.clamp(min=0)]
+        many = zip(x.split(1), rows, each, strict=True)
+        return torch.cat([self.attended(block, one, given | its, (size,)) for one, its, size in many])
+
+    def attended(self, block: Any, x: Tensor, given: dict[str, Any], sizes: tuple[Tensor | None, ...] = ()) -> Tensor:
+        """given: the block's own arguments; sizes: what takes the place of the mask among them, or ()."""
         extra = {name: value for name, value in given.items() if name not in self.names}
 
         def call(part: Any, args: list, own: dict[str, Any]) -> Any:
             own = {**dict(zip(self.takes, args, strict=False)), **own, **extra}
-            if stage is None:
-                return part(**own)
-            sizes = stage.bias(x)
-            if self.mask:
-                return part(**own | {self.mask: sizes})
-            with biased(sizes):
+            if not sizes or self.mask:
+                return part(**own | ({self.mask: sizes[0]} if sizes else {}))
+            with biased(sizes[0]):
                 return part(**own)
 
         return self.first.run(block, x, given, self.attention, call)
@@ -163,8 +176,9 @@ class PreNorm:
         return interfaced(getattr(block, self.attention))
 
     def example(self, block: Any, prefix: int) -> tuple[int, tuple, dict]:
-        required = [n for n, p in _parameters(type(block)).items() if p.default is p.empty]
-        return prefix + _TOKENS, (), dict.fromkeys(required)
+        required = [n for n, p in parameters_of(type(block)).items() if p.default is p.empty]
+        tables = rotary_tables(prefix + _TOKENS, self.turns, next(floats(block)))
+        return prefix + _TOKENS, (), dict.fromkeys(required) | ({_TABLES: tables} if self.turns else {})
 
 
 # -- finding out ----------------------------------------------------------------------------------------------------
@@ -199,13 +213,16 @@ def examine(block: Any, width: int) -> PreNorm:
     if len(names) != 1:
         raise Unknown(f"attend in {len(names)} of their parts")
     inside = getattr(block, names[0])
-    parameters = _parameters(type(block))
-    strange = [n for n, p in parameters.items() if p.default is p.empty and n not in _MASKS]
+    parameters = parameters_of(type(block))
+    strange = [n for n, p in parameters.items() if p.default is p.empty and n not in (*_MASKS, _TABLES)]
     if strange:
         raise Unknown(f"are given {' and '.join(strange)}, which vtc does not know how to shorten")
     given = {n: None if p.default is p.empty else p.default for n, p in parameters.items()}
     like = next(floats(block))  # of a copy float32; packed weights are tried as they are
     given |= {n: torch.zeros(1, 1, _TOKENS, _TOKENS).to(like) for n in _MASKS if n in parameters}
+    if _TABLES in parameters and parameters[_TABLES].default is inspect.Parameter.empty:
+        still = torch.ones(_TOKENS, inside.head_dim).to(like)  # angles of 0, so that keys are seen as they were
+        given[_TABLES] = (still, torch.zeros_like(still))
     x = torch.randn(1, _TOKENS, width, generator=torch.Generator().manual_seed(0)).to(like)
     with tapped(interfaced(inside), plain=True) as taps:
         return _examined(block, names[0], x, given, taps)
@@ -225,7 +242,7 @@ def _examined(block: Any, name: str, x: Tensor, given: dict[str, Any], taps: lis
         raise Unknown("call their parts in an order of their own")
     if name not in {call.part for call in first.calls} or name in {call.part for call in second.calls}:
         raise Unknown("do not attend first")
-    takes = tuple(_parameters(type(inside), 1))
+    takes = tuple(parameters_of(type(inside), 1))
     mask = next((name for name in _MASKS if name in takes), "")
     if len(taken) != 1:
         raise Unknown("attend past transformers' interface, where the sizes of merged tokens could go in")
@@ -237,7 +254,7 @@ def _examined(block: Any, name: str, x: Tensor, given: dict[str, Any], taps: lis
     size = query.shape[1] * query.shape[-1]
     made = PreNorm(
         *(first, second, name, heads, size, (keys or [""])[-1], (fused or [""])[0], mask),
-        *(tuple(given), takes, wrapped),
+        *(tuple(given), takes, wrapped, given[_TABLES][0].shape[-1] if given.get(_TABLES) else 0),
     )
     if _reads_places(made, block, x):
         raise Unknown("attend by where a token stands in the row (positions or windows inside the attention)")
@@ -256,7 +273,7 @@ def _record(
     taken: list[tuple] = []
 
     def called(name: str) -> Callable[..., None]:
-        return lambda part, args, kwargs, out: calls.append((name, *_named(part, args, kwargs), out))
+        return lambda part, args, kwargs, out: calls.append((name, *named(part, args, kwargs), out))
 
     def gave(path: str) -> Callable[..., None]:
         return lambda part, args, out: outputs.update({path: out})
@@ -277,13 +294,15 @@ def _record(
 def _reads_places(found: PreNorm, block: Any, x: Tensor) -> bool:
     """Does another order of the tokens give more than that order? Not of a causal attention, which the trial names."""
 
-    def attended(x: Tensor) -> Tensor:
-        return found.attend(block, x, None, (), {})
+    every, tables = torch.arange(_TOKENS), rotary_tables(_TOKENS, found.turns, x)
 
-    plain, order, other = attended(x), torch.arange(_TOKENS).flip(0), x.clone()
+    def attended(x: Tensor, rows: Tensor = every) -> Tensor:
+        return found.attended(block, x, {_TABLES: tuple(table[rows] for table in tables)} if found.turns else {})
+
+    plain, order, other = attended(x), every.flip(0), x.clone()
     other[:, -1] = -other[:, -1]
     causal = torch.equal(attended(other)[:, :-1], plain[:, :-1])
-    return not causal and not _near(attended(x[:, order]), plain[:, order])
+    return not causal and not _near(attended(x[:, order], order), plain[:, order])
 
 
 def _same_keys(out: Any, mean: Tensor, heads: int) -> bool:
@@ -315,6 +334,7 @@ def _branch(
             return Ref("given", name)
         if isinstance(value, Tensor):
             found = [r for v, r in known if v is value]
+            found = found or [r for v, r in _scaled(block, known) if r.scale and torch.equal(v, value)]
             if not found:
                 raise LookupError
             return found[-1]
@@ -329,8 +349,7 @@ def _branch(
             new = next(
                 v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and not any(v is k for k, _ in known)
             )
-            ends, scale = _residual(block, x, outs, new)
-            return Branch(tuple(made), ends, scale), new, calls[at:]
+            return Branch(tuple(made), _residual(block, x, known, new)), new, calls[at:]
         made.append(call)
         outs.append(out)
         number = len(outs) - 1
@@ -346,37 +365,22 @@ def _branch(
         swapped = tuple(zero if i and r.kind == "x" else r for i, r in enumerate(end.args))
         end = Call(end.part, swapped, tuple((k, zero if r.kind == "x" else r) for k, r in end.kwargs))
         return Branch((*rest, end), Ref("out", len(outs) - 1)), last, []
-    ends, scale = _residual(block, x, outs, last)
-    return Branch(tuple(made), ends, scale), last, []
+    return Branch(tuple(made), _residual(block, x, known, last)), last, []
 
 
-def _residual(block: Any, x: Tensor, outs: list, new: Tensor) -> tuple[Ref, str]:
-    """What was added to `x` to make `new`: which output, times which of the block's own parameters."""
-    for number in reversed(range(len(outs))):
-        out = outs[number]
-        for item, value in enumerate(out) if isinstance(out, tuple) else ((None, out),):
-            if not isinstance(value, Tensor) or value.shape != x.shape:
-                continue
-            if torch.equal(x + value, new):
-                return Ref("out", number, item), ""
-            for name, scale in block.named_parameters(recurse=False):
-                if torch.equal(x + scale * value, new):
-                    return Ref("out", number, item), name
+def _residual(block: Any, x: Tensor, known: list[tuple[Any, Ref]], new: Tensor) -> Ref:
+    """What was added to `x` to make `new`."""
+    for value, ref in _scaled(block, known):
+        if value.shape == x.shape and torch.equal(x + value, new):
+            return ref
     raise Unknown("have something between their parts that is no residual connection")
 
 
-# -- arguments ------------------------------------------------------------------------------------------------------
-
-
-def _parameters(cls: type, behind: int = 2) -> dict[str, inspect.Parameter]:
-    """Of a class's forward, behind self and its tokens, by name."""
-    every = list(inspect.signature(cls.forward).parameters.values())[behind:]  # type: ignore[attr-defined]
-    return {p.name: p for p in every if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-
-
-def _named(part: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """A call's arguments, the first as it is, the others by name."""
-    names = list(_parameters(type(part), 1))
-    if len(args) > len(names):
-        return args, kwargs
-    return args[:1], {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
+def _scaled(block: Any, known: list[tuple[Any, Ref]]) -> Iterator[tuple[Tensor, Ref]]:
+    """Outputs, the last first, and each times every one of the block's own parameters that fits."""
+    for value, ref in reversed(known):
+        if ref.kind == "out" and isinstance(value, Tensor):
+            yield value, ref
+            for name, scale in block.named_parameters(recurse=False):
+                if scale.ndim == 0 or scale.shape[-1] in (1, value.shape[-1]):
+                    yield scale * value, replace(ref, scale=name)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vtc.adapters.encoders.masks import given_mask
 from vtc.errors import first_line
+from vtc.layout import Grid
 from vtc.macs import EncoderMACs
 
 NOT_ROTARY = "its positions are not rotary, so a merged token has none to carry"
@@ -56,6 +57,11 @@ class Block:
     mask: Callable[..., Tensor | None] = given_mask
 
 
+def spatial_shapes(module: Any, args: tuple, kwargs: dict) -> tuple[Grid, ...] | None:
+    shapes = kwargs.get("spatial_shapes", args[1] if len(args) > 1 else None)
+    return None if shapes is None else tuple((int(h), int(w)) for h, w in shapes.tolist())
+
+
 @dataclass(frozen=True)
 class EncoderSite:
     """One encoder found in a model.
@@ -63,10 +69,13 @@ class EncoderSite:
     Attributes:
         path, type_name: where it is and what it is, for messages.
         blocks: the blocks in order; block: how they work.
-        prefix: leading tokens that are not patches.
+        prefix: tokens that are not patches, in front of them; suffix: how many of these stand behind the patches in the
+            model's own order, and are taken to the front where tokens are reduced.
+        between: the model adds to its tokens between the blocks, so every block gives them at full length.
         patchify: the module that cuts the image into patches. Its output [B, C, h, w] shows the grid; that of a Linear
             (NaFlex) does not.
-        naflex: the module that receives `spatial_shapes`, if the images of a batch have different grids.
+        naflex: the module that receives patches, if the images of a batch have different grids; grids: what these are,
+            by the arguments it is given, None = unknown.
         resizable: modules that receive the pixels and accept a smaller image, each with keyword arguments to add; or a
             sentence that says why this is not possible.
         shuffled: its embeddings reorder the patches, so a grid is meaningless.
@@ -85,7 +94,10 @@ class EncoderSite:
     prefix: int
     patchify: nn.Module
     macs: EncoderMACs
+    suffix: int = 0
+    between: bool = False
     naflex: nn.Module | None = None
+    grids: Callable[[Any, tuple, dict], tuple[Grid, ...] | None] = spatial_shapes
     resizable: tuple[tuple[nn.Module, dict], ...] | str = ()
     shuffled: bool = False
     watched: tuple[nn.Module, ...] = ()

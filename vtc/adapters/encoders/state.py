@@ -11,10 +11,9 @@ from torch import Tensor
 
 from vtc.adapters.encoders.site import EncoderSite
 from vtc.adapters.report import Report, plain
+from vtc.layout import Grid
 from vtc.positions import combine
 from vtc.token_map import TokenMap
-
-Grid = tuple[int, int]
 
 
 @dataclass(eq=False)
@@ -56,6 +55,8 @@ class CallState:
         pairs: [B or 1, H or 1, M or 1, M], a caller's mask that is not padding, bool or added to the logits.
         wide: the last block returned its tokens at full length.
         flow: (tokens in attention, tokens in the MLP) of each layer that ran, a pair of [B] lists or ints.
+        suffix: how many of the `prefix` tokens stand behind the patches in the model's own order, which x has at full
+            length and until the first layer that reduces.
         carried, slot: with PPE, the patches whose positions each token behind the prefix carries [K, B, M], and which
             of the K each column of a rotary table reads.
     """
@@ -76,6 +77,7 @@ class CallState:
     flow: tuple[tuple[Any, Any], ...] = ()
     carried: Tensor | None = None
     slot: Tensor | None = None
+    suffix: int = 0
 
     def count(self) -> Any:
         """Tokens now: an int, or [B] for a ragged batch."""
@@ -118,7 +120,7 @@ class CallState:
     def narrow(self, x: Tensor) -> Tensor:
         """Undo `widen`: x comes at full length from a block whose output was read."""
         total = self.front if self.total is None else self.total
-        return x if total is None or not self.wide else total.gather(x)
+        return x if total is None or not self.wide else total.gather(self.fronted(x))
 
     def widen(self, x: Tensor, fill: int | str) -> Tensor:
         """[B, M, C] -> [B, entry, C]; the prefix is not used as a fill value."""
@@ -126,7 +128,13 @@ class CallState:
         if total is None:
             return x
         rest = total.drop_prefix(self.prefix).unmerge(x[:, self.prefix :], fill)
-        return torch.cat([x[:, : self.prefix], rest], dim=1) if self.prefix else rest
+        front = self.prefix - self.suffix
+        return torch.cat([x[:, :front], rest, x[:, front : self.prefix]], dim=1) if self.prefix else rest
+
+    def fronted(self, x: Tensor) -> Tensor:
+        """x [B, N, C] in the model's own order, with the tokens behind its patches in front of them."""
+        front, back = self.prefix - self.suffix, x.shape[1] - self.suffix
+        return torch.cat([x[:, :front], x[:, back:], x[:, front:back]], dim=1) if self.suffix else x
 
 
 def taken_at(table: Tensor, index: Tensor, dim: int = -2) -> Tensor:

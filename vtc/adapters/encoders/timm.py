@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vtc.adapters.encoders import reasons
+from vtc.adapters.encoders import reasons, timm_patches
+from vtc.adapters.encoders.copies import altered
 from vtc.adapters.encoders.masks import broadcast_mask
 from vtc.adapters.encoders.site import NOT_ROTARY, Block, EncoderSite, Refusal, examined, projected_keys
 from vtc.adapters.encoders.state import CallState, relative_bias
@@ -21,7 +23,10 @@ from vtc.macs import EncoderMACs, linear_weights
 
 name = "timm"
 _MASKS = ("attn_mask",)
-covers = "ViT, DeiT, DeiT-III, AugReg, MAE, DINOv2, DINOv3, EVA-02, SigLIP, SigLIP 2, CLIP, BEiT"
+covers = (
+    "ViT, DeiT, DeiT-III, AugReg, MAE, DINOv2, DINOv3, EVA-02, SigLIP, SigLIP 2, CLIP, BEiT, relative positions, "
+    "NaFlexViT, hybrids (MobileCLIP-B, ViTamin)"
+)
 
 
 def _mask(stage: CallState | None, x: Tensor, kwargs: dict) -> Tensor | None:
@@ -127,6 +132,34 @@ def _beit_keys(block: Any, x: Tensor) -> Tensor:
     return projected_keys(block.norm1(x.detach()), block.attn.qkv.weight, None, block.attn.num_heads)  # without a bias
 
 
+# -- relative position bias of a module in the attention, or given by the model ------------------------------------
+
+
+def _relpos_attention(block: Any, h: Tensor, x: Tensor, stage: CallState | None, args: tuple, kwargs: dict) -> Tensor:
+    attn, shared = block.attn, args[0] if args else kwargs.get("shared_rel_pos")
+    if stage is None:
+        return attn(h, shared_rel_pos=shared)
+    if attn.rel_pos is not None:  # it goes before a shared one
+        shared = attn.rel_pos.get_bias()
+    with altered(attn, "rel_pos", None) as given:
+        return given(h, shared_rel_pos=_at_anchors(shared, x, stage))
+
+
+def _relpos_attend(block: Any, x: Tensor, stage: CallState | None, args: tuple, kwargs: dict) -> Tensor:
+    return block.drop_path1(block.ls1(_relpos_attention(block, block.norm1(x), x, stage, args, kwargs)))
+
+
+def _relpos_post_attend(block: Any, x: Tensor, stage: CallState | None, args: tuple, kwargs: dict) -> Tensor:
+    return block.drop_path1(block.norm1(_relpos_attention(block, x, x, stage, args, kwargs)))
+
+
+def _relpos_example(block: Any, prefix: int) -> tuple[int, tuple, dict]:
+    own = block.attn.rel_pos
+    if own is not None:
+        return own.window_area + prefix, (), {}
+    return _shared_example(block, prefix, "shared_rel_pos")
+
+
 # -- parts --------------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +170,11 @@ def patches(block: Any) -> tuple[nn.Module, nn.Module]:
 def _width(block: Any) -> int:
     attn = block.attn
     return attn.q_proj.out_features if getattr(attn, "q_proj", None) is not None else attn.qkv.out_features // 3
+
+
+def _attention_weights(block: Any) -> int:
+    """Those that multiply a token: a network that makes the relative position bias does not."""
+    return linear_weights(block.attn) - linear_weights(getattr(block.attn, "rel_pos", None))
 
 
 def _heads(block: Any) -> int:
@@ -157,9 +195,13 @@ def _beit_example(block: Any, prefix: int) -> tuple[int, tuple, dict]:
     attn = block.attn
     if attn.relative_position_index is not None:
         return attn.relative_position_index.shape[0], (), {}
-    like, tokens = attn.qkv.weight, prefix + 23
-    shared = torch.linspace(-1, 1, attn.num_heads * tokens * tokens).view(attn.num_heads, tokens, tokens)
-    return tokens, (), {"shared_rel_pos_bias": shared.to(like.device, attn.proj.weight.dtype)}
+    return _shared_example(block, prefix, "shared_rel_pos_bias")
+
+
+def _shared_example(block: Any, prefix: int, name: str) -> tuple[int, tuple, dict]:
+    like, tokens, heads = block.attn.proj.weight, prefix + 23, block.attn.num_heads
+    shared = torch.linspace(-1, 1, heads * tokens * tokens).view(heads, tokens, tokens)
+    return tokens, (), {name: shared.to(like.device, like.dtype)}
 
 
 _common: dict[str, Any] = {"parts": patches, "width": _width, "heads": _heads, "mask": broadcast_mask}
@@ -168,6 +210,8 @@ VIT_POST = Block(_vit_post_attend, _eva_post_feed, keys=_k_norm, **_common)
 EVA = Block(_eva_attend, _eva_feed, keys=_k_norm, example=_eva_example, **_common)
 EVA_POST = Block(_eva_post_attend, _eva_post_feed, keys=_k_norm, example=_eva_example, **_common)
 BEIT = Block(_beit_attend, _eva_feed, project=_beit_keys, example=_beit_example, relative=True, **_common)
+RELPOS = Block(_relpos_attend, _vit_feed, keys=_k_norm, example=_relpos_example, relative=True, **_common)
+RELPOS_POST = replace(RELPOS, attend=_relpos_post_attend, feed=_eva_post_feed)
 
 _PARTS = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
 
@@ -180,6 +224,8 @@ def _kind(block: nn.Module) -> Block | None:
         return None
     if hasattr(attn, "relative_position_bias_table"):
         return BEIT
+    if hasattr(attn, "rel_pos") and "shared_rel_pos" in signature(type(attn).forward).parameters:
+        return RELPOS if hasattr(block, "ls1") else RELPOS_POST
     if not hasattr(attn, "k_norm") or "attn_mask" not in signature(type(attn).forward).parameters:
         return None
     rotary = "rope" in signature(type(attn).forward).parameters
@@ -217,16 +263,11 @@ def _site(path: str, model: Any) -> EncoderSite | Refusal:
     block = kinds[0]
     if block is None or any(found is not block for found in kinds):
         return Refusal(path, type_name, reasons.why_not(model, blocks, _MASKS))
-    patchify = getattr(getattr(model, "patch_embed", None), "proj", None)
-    if not isinstance(patchify, nn.Conv2d):
-        return Refusal(path, type_name, "it does not cut images into patches with one convolution")
-    if isinstance(getattr(model.patch_embed, "backbone", None), nn.Module):
-        network = type(model.patch_embed.backbone).__name__
-        return Refusal(path, type_name, f"its patches come out of a network ({network}), whose cost vtc does not count")
-    resizable: Any = ((model.patch_embed, {}),)
-    if not getattr(model, "dynamic_img_size", False):
-        resizable = "its positions are fixed: create the model with dynamic_img_size=True"
-    if block is BEIT:
+    cut = timm_patches.look(model)
+    if isinstance(cut, str):
+        return Refusal(path, type_name, cut)
+    resizable: Any = cut.fixed or ((model.patch_embed, {}),)
+    if block.relative:
         resizable = "its relative positions belong to one image size"
     return EncoderSite(
         path,
@@ -234,34 +275,30 @@ def _site(path: str, model: Any) -> EncoderSite | Refusal:
         tuple(blocks),
         block,
         model.num_prefix_tokens,
-        patchify,
+        cut.module,
         EncoderMACs(
-            attention=tuple(linear_weights(b.attn) for b in blocks),
+            attention=tuple(_attention_weights(b) for b in blocks),
             width=tuple(_width(b) for b in blocks),
             mlp=tuple(linear_weights(b.mlp) for b in blocks),
-            patch=patchify.weight.numel(),
+            patch=cut.weights,
             prefix=model.num_prefix_tokens,
             tail=_tail(model),
         ),
+        naflex=cut.naflex,
+        grids=timm_patches.naflex_grids,
         resizable=resizable,
         watched=(model,) if hasattr(model, "forward_intermediates") else (),
         rotary=_rotary(model),
         encoder=model,
-        probe=_probe(model, patchify),
+        probe=lambda net: net.forward_features(cut.image),
     )
-
-
-def _probe(model: Any, patchify: nn.Conv2d) -> Any:
-    size = getattr(model.patch_embed, "img_size", None) or tuple(4 * step for step in patchify.stride)
-    image = torch.empty(1, patchify.in_channels, *size, dtype=patchify.weight.dtype, device="meta")
-    return lambda net: net.forward_features(image)
 
 
 def _rotary(model: Any) -> Any:
     rope = getattr(model, "rope", None)
     if rope is None:
         return NOT_ROTARY
-    if getattr(model, "rope_mixed", False):
+    if getattr(model, "rope_mixed", False) or getattr(model, "rope_is_mixed", False):
         return "every head turns by its own mix of row and column"
 
     def table() -> tuple[Tensor, tuple[int, int], int]:

@@ -17,12 +17,16 @@ from vtc.adapters.encoders import prenorm, reasons
 from vtc.adapters.encoders.copies import bare_copy, on_meta
 from vtc.adapters.encoders.site import NOT_ROTARY, Block, EncoderSite, Refusal, examined
 from vtc.adapters.encoders.timm import encodes as in_timm
-from vtc.adapters.encoders.transformers_blocks import BEIT, kind_of
+from vtc.adapters.encoders.transformers_blocks import kind_of
 from vtc.macs import EncoderMACs, linear_weights
 
 name = "huggingface"
 _MASKS = ("attention_mask", "mask")
-covers = "ViT, DeiT, ViT-MAE, DINOv2 (with registers), DINOv3, CLIP, SigLIP, SigLIP 2, BEiT"
+_INLINE = "its rotary table is made in the middle of its forward, where vtc cannot have another one made"
+covers = (
+    "ViT, DeiT, ViT-MAE, DINOv2 (with registers), DINOv3, CLIP, SigLIP, SigLIP 2, BEiT, Data2Vec, YOLOS, MLCD, and "
+    "others with pre-norm blocks"
+)
 
 
 def find(model: nn.Module) -> Iterator[EncoderSite | Refusal]:
@@ -33,13 +37,40 @@ def find(model: nn.Module) -> Iterator[EncoderSite | Refusal]:
             continue
         if not _encodes(module):
             if path == "" and _sees(module) and not any(map(_covered, model.modules())):
-                yield Refusal(path, type(module).__name__, reasons.why_not(module, _layers(module) or (), _MASKS))
+                yield Refusal(path, type(module).__name__, _why_not(module))
             continue
         layers = _layers(module)
         if id(layers) in taken:
             continue
         taken.add(id(layers))
         yield examined(path, module, _site)
+
+
+def _why_not(module: Any) -> str:
+    layers = _layers(module) or getattr(getattr(module, "transformer", None), "layers", ())
+    if layers and _packs(module, layers):
+        return "it packs the images of a batch into one row of tokens, where vtc reduces each image by itself"
+    return reasons.why_not(module, _layers(module) or (), _MASKS)
+
+
+def _packs(module: Any, layers: Any) -> bool:
+    """Whether two images reach the first layer as one row: a copy is called with them on the meta device."""
+    rows: list[int] = []
+
+    def reached(layer: Any, args: tuple, kwargs: dict) -> None:
+        rows.extend(value.shape[0] for value in (*args, *kwargs.values())[:1])
+        raise StopIteration
+
+    known: dict[int, Any] = {}
+    try:
+        copied = bare_copy(module, on_meta, known)
+        known[id(layers[0])].register_forward_pre_hook(reached, with_kwargs=True)
+        cuts = next(part for part in module.modules() if isinstance(part, nn.Conv2d))
+        with torch.no_grad():
+            _probe(module, cuts, images=2)(copied)
+    except Exception:  # a foreign encoder may want more than images
+        pass
+    return rows == [1]
 
 
 def _of_library(module: Any) -> bool:
@@ -94,14 +125,20 @@ def _site(path: str, model: Any) -> EncoderSite | Refusal:
         naflex, patchify = embeddings, getattr(embeddings, "patch_embedding", None)
         if not isinstance(patchify, nn.Linear):
             return Refusal(path, type_name, "it does not cut images into patches with one projection")
-    prefix = _prefix(embeddings)
+    prefix, suffix = _prefix(embeddings), _count(embeddings, "detection_tokens")
+    between = getattr(getattr(model, "encoder", None), "interpolation", None) is not None  # YOLOS' positions
     resizable: Any = _resizable(embeddings, patchify)
     if hasattr(model, "rope_embeddings"):
         resizable = ((embeddings, {}), (model.rope_embeddings, {}))
+    inline = "position_embeddings" in block.example(layers[0], 0)[2] and not hasattr(model, "rope_embeddings")
+    if inline:
+        resizable = _INLINE
     if isinstance(patchify, nn.Conv3d):
         resizable = "it takes clips of one size"
-    if block is BEIT:
+    if block.relative:
         resizable = "its relative positions belong to one image size"
+    if suffix:
+        resizable = "vtc does not resize where tokens stand behind the patches"
     if naflex is not None:
         resizable = "its images are cut into patches by the processor: give that a smaller max_num_patches"
     attention = getattr(model.config, "_attn_implementation", None) or "eager"
@@ -110,21 +147,23 @@ def _site(path: str, model: Any) -> EncoderSite | Refusal:
         type_name,
         tuple(layers),
         block,
-        prefix,
+        prefix + suffix,
         patchify,
         EncoderMACs(
             attention=tuple(linear_weights(block.parts(layer)[0]) for layer in layers),
             width=tuple(block.width(layer) for layer in layers),
             mlp=tuple(linear_weights(block.parts(layer)[1]) for layer in layers),
             patch=patchify.weight.numel(),
-            prefix=prefix,
+            prefix=prefix + suffix,
             tail=_tail(model),
         ),
+        suffix=suffix,
+        between=between,
         naflex=naflex,
         resizable=resizable,
         shuffled=hasattr(embeddings, "random_masking"),
         no_bias="" if attention in ("eager", "sdpa") else f'attn_implementation="{attention}"',
-        rotary=_rotary(model, getattr(patchify, "stride", None)),
+        rotary=_INLINE if inline else _rotary(model, getattr(patchify, "stride", None)),
         encoder=model,
         probe=_probe(model, patchify),
     )
@@ -164,8 +203,8 @@ def _resizable(embeddings: nn.Module, patchify: Any) -> Any:
     return ((embeddings, more),)
 
 
-def _probe(model: Any, patchify: Any) -> Any:
-    """A function that calls the encoder with an image of the size it was made for."""
+def _probe(model: Any, patchify: Any, images: int = 1) -> Any:
+    """A function that calls the encoder with images of the size it was made for."""
     like: dict[str, Any] = {"dtype": patchify.weight.dtype, "device": "meta"}
     if isinstance(patchify, nn.Linear):  # patches without padding, and their rows and columns
         inputs = {
@@ -176,9 +215,9 @@ def _probe(model: Any, patchify: Any) -> Any:
         return lambda net: net.forward(**inputs)
     size = getattr(model.config, "image_size", None) or tuple(4 * step for step in patchify.stride[-2:])
     size = (size, size) if isinstance(size, int) else tuple(size)
-    shape = (1, patchify.in_channels, *size)
+    shape = (images, patchify.in_channels, *size)
     if isinstance(patchify, nn.Conv3d):
-        shape = (1, model.config.num_frames, *shape[1:])
+        shape = (images, model.config.num_frames, *shape[1:])
 
     def call(net: Any) -> Any:
         device = next((p.device for p in net.parameters()), torch.device("meta"))  # a copy on the CPU, else on meta
@@ -204,12 +243,13 @@ def _rotary(model: Any, patch: Any) -> Any:
 def _prefix(embeddings: Any) -> int:
     """Number of tokens in front of the patches, by the shapes of the embeddings put there: [C], [1, C] or [1, tokens,
     C]."""
-    count = 0
-    for attribute in ("cls_token", "class_embedding", "distillation_token", "register_tokens"):
-        token = getattr(embeddings, attribute, None)
-        if token is not None:
-            count += token.shape[1] if token.ndim == 3 else 1
-    return count
+    names = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
+    return sum(_count(embeddings, name) for name in names)
+
+
+def _count(embeddings: Any, name: str) -> int:
+    token = getattr(embeddings, name, None)
+    return 0 if token is None else token.shape[1] if token.ndim == 3 else 1
 
 
 def _interpolation(embeddings: Any) -> dict:

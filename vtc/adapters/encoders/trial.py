@@ -55,15 +55,16 @@ class _Unreached(Exception):
 class _Passage(nn.Module):
     """Replaces the blocks of a copy: records what each receives, and ends the call at the last."""
 
-    def __init__(self, index: int, last: bool, calls: list) -> None:
+    def __init__(self, index: int, last: bool, wrapped: bool, calls: list) -> None:
         super().__init__()
-        self.index, self.last, self.calls = index, last, calls
+        self.index, self.last, self.wrapped, self.calls = index, last, wrapped, calls
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.calls.append((self.index, args, kwargs))
         if self.last:
             raise _Passed
-        return args[0] if args else next(iter(kwargs.values()))
+        x = args[0] if args else next(iter(kwargs.values()))
+        return (x,) if self.wrapped else x
 
 
 def check_entry(site: EncoderSite) -> str:
@@ -98,10 +99,19 @@ def check_entry(site: EncoderSite) -> str:
     strange = [name for name, value in given.items() if name not in expected and _holds_tensor(value)]
     if strange:
         return f"its blocks are given {' and '.join(strange)}, which vtc does not know how to shorten"
+    for name, value in given.items():
+        if isinstance(value, (tuple, list)) and _holds_tensor(value):
+            forms = [_rows(value, x.shape[1], site.prefix), _rows(about[2][name], about[0], site.prefix)]
+            if forms[0] != forms[1]:
+                return f"its blocks are given {name} of form {forms[0]}, and vtc can shorten those of form {forms[1]}"
+    if site.suffix and (site.block.relative or any(map(_holds_tensor, given.values()))):
+        return "its blocks are told where tokens stand, and some of its tokens stand behind the patches"
     for index, args, kwargs in calls[1:]:
         now = args[0] if args else next(iter(kwargs.values()))
         if now.shape != x.shape:
             return f"{now.shape[1]} tokens reach block {index}, and {x.shape[1]} the blocks before: they are no patches"
+        if now is not x and not site.between:
+            return f"it changes its tokens between block {index - 1} and block {index}, in a way vtc does not know"
     count = _patch_count(patches)
     if count and not site.shuffled and x.shape[1] != site.prefix + count:
         return (
@@ -119,7 +129,8 @@ def _probe(site: EncoderSite, calls: list, patches: list) -> None:
     for tensor, default in ((on_meta, "cpu"), (on_meta, "meta"), (zeros, "cpu")):
         calls.clear()
         patches.clear()
-        known: dict[int, Any] = {id(b): _Passage(i, i == last, calls) for i, b in enumerate(site.blocks)}
+        blocks = enumerate(site.blocks)
+        known: dict[int, Any] = {id(b): _Passage(i, i == last, site.block.wrapped, calls) for i, b in blocks}
         encoder = bare_copy(site.encoder, tensor, known)
         known[id(site.patchify)].register_forward_hook(lambda module, args, output: patches.append(output))
         try:
@@ -129,6 +140,13 @@ def _probe(site: EncoderSite, calls: list, patches: list) -> None:
         except RuntimeError as error:
             if "meta" not in str(error) or tensor is zeros:
                 raise
+
+
+def _rows(tables: Any, tokens: int, prefix: int) -> str:
+    """The form of tables that are to be shortened, which have rows for tokens, or for patches alone."""
+    rows = {tokens: "tokens", tokens - prefix: "patches"}
+    forms = [[rows.get(table.shape[0], table.shape[0]), *table.shape[1:]] for table in tables]
+    return " and ".join(f"[{', '.join(map(str, form))}]" for form in forms)
 
 
 def _form(x: Any) -> str:
