@@ -1,4 +1,4 @@
-"""Hugging Face encoders: ViT, DeiT, ViT-MAE, DINOv2 (with registers), DINOv3, CLIP, SigLIP, SigLIP 2, BEiT.
+"""Hugging Face encoders: those of `covers`, and any other whose blocks can be found out (prenorm.py).
 
 Works on the model itself and on a model inside another (AutoModel, pipelines, CLIPModel, task heads). Layers are
 recognised by their parts and tested on random tokens before anything is patched.
@@ -22,7 +22,10 @@ from vtc.macs import EncoderMACs, linear_weights
 
 name = "huggingface"
 _MASKS = ("attention_mask", "mask")
-covers = "ViT, DeiT, ViT-MAE, DINOv2 (with registers), DINOv3, CLIP, SigLIP, SigLIP 2, BEiT"
+covers = (
+    "ViT, DeiT, ViT-MAE, DINOv2 (with registers), DINOv3, CLIP, SigLIP, SigLIP 2, BEiT, Pixio, InternViT, AIMv2, "
+    "ViViT, VideoMAE, ViTPose, DPT, BLIP-2, the towers of Idefics3 and SmolVLM, and others with pre-norm blocks"
+)
 
 
 def find(model: nn.Module) -> Iterator[EncoderSite | Refusal]:
