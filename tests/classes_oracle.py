@@ -11,48 +11,17 @@ from typing import Any
 
 import mllm_classes as classes
 import torch
+from mllm_oracle import entered, saying
 from mllm_zoo import CACHE
 from torch import Tensor, nn
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache
 
 _NOT_HANDED_ON = {"attention_mask", "use_cache", "cache_position", "position_ids", "return_dict", "logits_to_keep"}
-
-
-class _Reached(Exception):
-    pass
-
-
-def entry(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """What the decoder is handed in the first call of `generate`."""
-    seen: dict[str, Any] = {}
-
-    def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        seen.update(kwargs)
-        raise _Reached
-
-    hook = classes.text_model(model).register_forward_pre_hook(record, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            model.generate(**inputs, max_new_tokens=1, do_sample=False)
-    except _Reached:
-        pass
-    finally:
-        hook.remove()
-    return seen
 
 
 def said(model: nn.Module, inputs: dict[str, Tensor], tokens: Tensor) -> list[Tensor]:
     """The decoder's output in every call of `generate` while it is made to say `tokens` [B, steps]: [B, S, D], then
     [B, 1, D] for every step."""
-
-    class Force(LogitsProcessor):
-        step = 0
-
-        def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-            wanted = tokens[:, min(self.step, tokens.shape[1] - 1)]
-            self.step += 1
-            return torch.full_like(scores, -torch.inf).scatter(1, wanted[:, None], 0.0)
-
     outs: list[Tensor] = []
     text = classes.text_model(model)
     hook = text.register_forward_hook(
@@ -60,12 +29,7 @@ def said(model: nn.Module, inputs: dict[str, Tensor], tokens: Tensor) -> list[Te
     )
     try:
         with torch.no_grad():
-            model.generate(
-                **inputs,
-                max_new_tokens=tokens.shape[1] + 1,
-                do_sample=False,
-                logits_processor=LogitsProcessorList([Force()]),
-            )
+            model.generate(**inputs, **saying(tokens))
     finally:
         hook.remove()
     return outs
@@ -81,7 +45,7 @@ def expected(
 ) -> tuple[list[Tensor], Tensor]:
     """Prefill of every row [kept and real, D], and decoding [B, steps, D]. merged: which columns of its row a column
     (row, column) is the mean of, itself included."""
-    seen, mask = entry(model, inputs), inputs["attention_mask"].bool()
+    seen, mask = entered(model, classes.text_model(model), inputs), inputs["attention_mask"].bool()
     visual = classes.placeholders(name, inputs["input_ids"])
     batch, length = mask.shape
     prefill, decode = [], []

@@ -78,15 +78,15 @@ def _blocks(model: nn.Module, inputs: Inputs) -> Tensor:
     return torch.where(types == 1, starts.long().cumsum(1), none)
 
 
-def capture(model: nn.Module, inputs: Inputs) -> Dense:
-    """Record the plain dense run as `generate` starts it, and stop there."""
+def entered(model: nn.Module, text: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """What `generate` hands to the decoder, `text`, in its first call; it is stopped there."""
     seen: dict[str, Any] = {}
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.update(kwargs)
         raise _Reached
 
-    hook = text_model(model).register_forward_pre_hook(record, with_kwargs=True)
+    hook = text.register_forward_pre_hook(record, with_kwargs=True)
     try:
         with _undisturbed(model):
             model.generate(**inputs, max_new_tokens=1, do_sample=False)
@@ -94,6 +94,12 @@ def capture(model: nn.Module, inputs: Inputs) -> Dense:
         pass
     finally:
         hook.remove()
+    return seen
+
+
+def capture(model: nn.Module, inputs: Inputs) -> Dense:
+    """The plain dense run as `generate` starts it."""
+    seen = entered(model, text_model(model), inputs)
     embeds, positions = seen["inputs_embeds"], seen["position_ids"]
     visual = placeholders(model, inputs["input_ids"])
     if positions.ndim == 3:
@@ -251,12 +257,8 @@ def _row(
 # -- the other side: what a model, plain or patched, says of itself --------------------------------------------------
 
 
-def generate_logits(model: nn.Module, inputs: Inputs, tokens: Tensor, **options: Any) -> Tensor:
-    """[B, steps + 1, V]: the logits of `model.generate` while it is made to say `tokens` [B, steps].
-
-    The first are those at the end of prefill; the others compare with `Result.decode`. For prompts without padding on
-    the right: there transformers itself reads the last column, and goes on counting from it.
-    """
+def saying(tokens: Tensor) -> dict[str, Any]:
+    """Options of `generate` by which it says `tokens` [B, steps], and one more."""
     from transformers import LogitsProcessor, LogitsProcessorList
 
     class Force(LogitsProcessor):
@@ -267,16 +269,18 @@ def generate_logits(model: nn.Module, inputs: Inputs, tokens: Tensor, **options:
             self.step += 1
             return torch.full_like(scores, -torch.inf).scatter(1, wanted[:, None], 0.0)
 
+    processors = LogitsProcessorList([Force()])
+    return {"max_new_tokens": tokens.shape[1] + 1, "do_sample": False, "logits_processor": processors}
+
+
+def generate_logits(model: nn.Module, inputs: Inputs, tokens: Tensor, **options: Any) -> Tensor:
+    """[B, steps + 1, V]: the logits of `model.generate` while it is made to say `tokens` [B, steps].
+
+    The first are those at the end of prefill; the others compare with `Result.decode`. For prompts without padding on
+    the right: there transformers itself reads the last column, and goes on counting from it.
+    """
     with torch.no_grad():
-        out = model.generate(
-            **inputs,
-            max_new_tokens=tokens.shape[1] + 1,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-            logits_processor=LogitsProcessorList([Force()]),
-            **options,
-        )
+        out = model.generate(**inputs, **saying(tokens), output_logits=True, return_dict_in_generate=True, **options)
     return torch.stack(out.logits, dim=1)
 
 

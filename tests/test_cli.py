@@ -329,7 +329,7 @@ def test_closed_pipe():
 
 def test_help_is_readable(vtc_):
     assert vtc_()[0] == 0
-    for command in ("run", "list", "explain", "bench", "eval", "demo"):
+    for command in ("run", "list", "list-models", "explain", "bench", "eval", "demo"):
         code, text, err = vtc_(command, "--help")
         assert (code, err) == (0, "")
         assert f"Example: vtc {command}" in text

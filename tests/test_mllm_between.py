@@ -9,7 +9,8 @@ import mllm_classes as classes
 import pytest
 import torch
 from between_oracle import AXES, MIXED, NEXT, Row, carrying, gone, plain, slots_of
-from classes_oracle import entry, expected, said
+from classes_oracle import expected, said
+from mllm_oracle import entered
 from mllm_zoo import CACHE, fingerprint
 from pairs import matrix
 from test_cascade import Token, merged, merged_rows, units_of
@@ -133,7 +134,7 @@ def members_of(name, inputs, handle, features):
 def test_ppe(name, kind, attn):
     """Merged tokens turn by the positions of their members, those that stay alone by their own."""
     model, inputs = classes.build(name, attn), classes.inputs(name, kind)
-    text, tokens, seen = classes.text_model(model), words(inputs), entry(model, inputs)
+    text, tokens, seen = classes.text_model(model), words(inputs), entered(model, classes.text_model(model), inputs)
     batch, length = inputs["input_ids"].shape
     positions = seen.get("position_ids")
     positions = torch.arange(length)[None] if positions is None else positions
@@ -338,7 +339,7 @@ FRAMED = [name for name in NAMES if "video" in CASES[name] and name not in UNFRA
 def test_events(name):
     """Frames merged alone, clustered by their means, and merged again event by event."""
     model, inputs = classes.build(name), classes.inputs(name, "video")
-    tokens, features = words(inputs), entry(model, inputs)["inputs_embeds"]
+    tokens, features = words(inputs), entered(model, classes.text_model(model), inputs)["inputs_embeds"]
     with vtc.compress(model, "dpc_knn", keep=0.6) as handle:
         model(**inputs)
         frames = [columns for _, columns in units_of(handle)]

@@ -118,9 +118,9 @@ def test_entry_point(project):
     assert all(entry.value == "vtc.cli:main" for entry in found)
 
 
-@pytest.mark.parametrize("words", [[], ["run"], ["list"], ["explain"], ["bench"], ["eval"], ["demo"]], ids=" ".join)
-def test_help(words, capsys):
-    assert main([*words, "--help"]) == 0
+@pytest.mark.parametrize("word", ["", "run", "list", "list-models", "explain", "bench", "eval", "demo"])
+def test_help(word, capsys):
+    assert main([*word.split(), "--help"]) == 0
     out, err = capsys.readouterr()
     assert "usage" in out.lower() and not err
 

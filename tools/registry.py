@@ -6,8 +6,8 @@ and explained. Names that build the same kind of model in other sizes are one ca
 small one with random weights must get the same verdict, run bit-identical at keep=1.0, and keep the shape of its output
 with fewer tokens; where not, `compress` must refuse with the same words. Nothing may raise anything else.
 
-The answers go into benchmarks/results/registry-LIBRARY.json, from which tools/support_matrix.py writes its table. A run
-that was stopped goes on where it was; `--fresh` asks everything again.
+The answers go into benchmarks/results/registry-LIBRARY.json, from which tools/support_matrix.py writes its table and
+the data of `vtc list-models`. A run that was stopped goes on where it was; `--fresh` asks everything again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+from support_matrix import asked, encoder_ways  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 _LARGE = 500_000_000  # parameters of two layers; none is
 SIZES = {  # of a model, not its kind
@@ -85,8 +88,8 @@ def timm_cases() -> Iterator[Case]:
     for (kind, _), members in groups.items():
         names = tuple(name for name, *_ in members)
         small = min(members, key=lambda member: _size(member[2]))
-        patch = small[2].get("patch_size", 16)
-        side = 6 * patch if isinstance(patch, int) else 224
+        patch = small[2].get("patch_size")
+        side = 6 * patch if isinstance(patch, int) else 112 if patch is None else 224  # not told, it is 14 or 16
         depth = {"depth": 2} if isinstance(small[2].get("depth", 12), int) else {}
         narrow = {**depth, "img_size": side, "embed_dim": 96, "num_heads": 4}
         tries = [narrow, {**narrow, "num_kv_heads": 2}, depth, {}]
@@ -217,7 +220,8 @@ class _Broken(Exception):
 
 
 def answer(case: Case) -> dict[str, Any]:
-    """{kind, names, verdict, wrong}: "supported" or the reason; what does not hold, or ""."""
+    """{kind, names, verdict, wrong}: "supported" or the reason; what does not hold, or "". Where it is supported also
+    `methods`: what each of them says."""
     record: dict[str, Any] = {"kind": case.kind, "names": list(case.names), "wrong": ""}
     try:
         with torch.device("meta"):
@@ -232,7 +236,8 @@ def answer(case: Case) -> dict[str, Any]:
             return {**record, "verdict": "multimodal"}
         plan = vtc.explain(model)
         if plan.ok:
-            return {**record, "verdict": "supported", "wrong": _runs(case, plan)}
+            methods = asked(model, encoder_ways())
+            return {**record, "verdict": "supported", "methods": methods, "wrong": _runs(case, plan)}
         verdict = "; ".join(encoder.refusal for encoder in plan.encoders if encoder.refusal) or "no vision encoder"
         return {**record, "verdict": verdict, "wrong": _refuses(model, plan)}
     except _Broken as error:
@@ -373,9 +378,13 @@ def _library(library: str, tqdm: Any, fresh: bool) -> dict[str, dict]:
     for case in (bar := tqdm(cases, desc=library)):
         bar.set_postfix_str(case.names[0][:40])
         done = known.get(case.names[0])
-        if done is None or done["wrong"] or done["names"] != list(case.names):
-            with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()):
+            if done is None or done["wrong"] or done["names"] != list(case.names):
                 done = answer(case)
+            elif done["verdict"] == "supported" and list(done.get("methods", ())) != list(encoder_ways()):
+                with torch.device("meta"):
+                    methods = asked(case.build(), encoder_ways())
+                done = {**done, "methods": methods} if "" in methods.values() else answer(case)
         answers[case.names[0]] = done
         path.write_text(json.dumps({**head, "answers": {**known, **answers}}, indent=1) + "\n")
     path.write_text(json.dumps({**head, "answers": answers}, indent=1) + "\n")

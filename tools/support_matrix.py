@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Write docs/models.md: every encoder of the test matrix against every method, as `vtc.explain` answers.
+"""Write vtc/assets/models.json, what `vtc.explain` says of every model that the tests build and of every name of the
+registries, by every method; and docs/models.md of it.
 
-`.venv/bin/python tools/support_matrix.py` writes it, `--check` fails if it is out of date (a test runs that).
+`.venv/bin/python tools/support_matrix.py` writes both, `--check` fails if one is out of date (a test runs that).
 """
 
 from __future__ import annotations
@@ -9,23 +10,23 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+DATA, PAGE = ROOT / "vtc" / "assets" / "models.json", ROOT / "docs" / "models.md"
 
-COLUMNS = {
-    "pitome": ("pitome", {}),
-    "tome": ("tome", {}),
-    "random": ("random", {}),
-    "downsample (pool)": ("downsample", {}),
-    "downsample (resize)": ("downsample", {"mode": "resize"}),
-}
+Ways = Mapping[str, tuple[str, dict[str, Any]]]  # label -> method, options
+Answers = dict[str, str]  # label -> the reason why not, or ""
+
 HEAD = """# Models
 
 Written by `tools/support_matrix.py` from the models that the tests build (`tests/zoo.py`, `tests/mllm_zoo.py`): every
-"yes" is a model on which every promise of [the architecture](architecture.md#promises) is tested. Your own model:
-`vtc.explain(model)`, or `vtc explain --model timm:vit_base_patch16_224`.
+"yes" is a model on which every promise of [the architecture](architecture.md#promises) is tested. The command
+`vtc list-models WORD` prints what is known of the models with WORD in their name. Your own model: `vtc.explain(model)`,
+or `vtc explain --model timm:vit_base_patch16_224`.
 
 """
 REGISTRY_HEAD = """
@@ -45,10 +46,12 @@ Through one generic family, on transformers 5.24 and newer, with methods that re
 `divprune`, `dpc_knn`, `tome`, `pitome`, `downsample` where an image's tokens fill a grid, `cdpruner`, and `idpruner`,
 `scope`, `vispruner` with `importance="norm"`), and where the tower is described with those that read it.
 Tiny models of these {count} model types, with real towers and pixels, give what their plain decoder gives on the tokens
-that stay (`tests/test_mllm_classes.py`: one image, two, ragged batches, videos where the class has them; {tolerance} in
-float32):
+that stay (`tests/test_mllm_classes.py`: one image, two, ragged batches, videos where the class has them; 1e-4 in
+float32, 1e-3 for `qwen3_5_moe`):
 
 {names}.
+
+The same holds for `llava` with a Pixtral tower, whose family is LLaVA's own, with every method.
 
 What methods may read of the towers of these (`tests/test_mllm_evidence.py`: against the maps of eager attention in the
 plain model, gradients and finite differences; of all others nothing, and methods that read them are refused by name):
@@ -75,29 +78,105 @@ Where the decoder takes its image tokens in (`fastv`, `dart`: from a layer of th
 """
 
 
-def table() -> str:
-    from zoo import ZOO, model
+# -- what is asked --------------------------------------------------------------------------------------------------
 
+
+def encoder_ways() -> Ways:
+    from vtc.methods import METHODS
+
+    ways: dict[str, Any] = {name: (name, {}) for name, method in METHODS.items() if method.encoder}
+    return ways | {'downsample, mode="resize"': ("downsample", {"mode": "resize"})}
+
+
+def asked(model: Any, ways: Ways) -> Answers:
     import vtc
 
-    lines = ["| encoder | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    notes: list[str] = []
-    for name in ZOO:
-        cells = []
-        for method, options in COLUMNS.values():
-            plan = vtc.explain(model(name), method, **options)
-            if plan.ok:
-                cells.append("yes")
+    plans = {label: vtc.explain(model, method, **options) for label, (method, options) in ways.items()}
+    return {label: next((e.refusal for e in plan.encoders if e.refusal), "") for label, plan in plans.items()}
+
+
+def models() -> dict[str, Any]:
+    """All that is known: `models`, which `vtc list-models` prints, and `matrix`, the encoders of the tests."""
+    from zoo import ZOO, model
+
+    versions = {library: record["version"] for library, record in _registries().items()}
+    matrix = {name: asked(model(name), encoder_ways()) for name in ZOO}
+    return {"versions": versions, "models": [*multimodal(), *encoders()], "matrix": matrix}
+
+
+def encoders() -> list[dict[str, Any]]:
+    """A row for every class of the registries whose names are answered alike."""
+    rows: dict[tuple, dict[str, Any]] = {}
+    for library, record in _registries().items():
+        for found in record["answers"].values():
+            if found["verdict"] in ("multimodal", "not built"):
                 continue
-            reason = plan.encoders[0].refusal.removesuffix('; mode="pool" works').removeprefix('mode="resize": ')
-            if reason not in notes:
-                notes.append(reason)
-            cells.append(f"no ({notes.index(reason) + 1})")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    notes = [f"{number}. {reason}" for number, reason in enumerate(notes, 1)]
+            supported = found["verdict"] == "supported"
+            methods: Answers = found["methods"] if supported else {}
+            reason = "" if supported else found["verdict"]
+            row = {"kind": "encoder", "library": library, "class": found["kind"], "names": [], "reason": reason}
+            key = (library, found["kind"], reason, *methods.items())
+            rows.setdefault(key, {**row, "methods": methods})["names"] += found["names"]
+    return list(rows.values())
+
+
+def multimodal() -> list[dict[str, Any]]:
+    """A row for every tiny multimodal LLM of the tests."""
+    import mllm_classes
+    import mllm_zoo
+
+    import vtc
+    from vtc.methods import METHODS
+
+    ways: dict[str, Any] = {name: (name, {"keep": 0.5}) for name in METHODS}
+    ways |= {f'{name}, where="tower"': (name, {"keep": 0.9, "where": "tower"}) for name in ("pitome", "tome")}
+    ways |= {"PPE (`positions=`)": ("dpc_knn", {"keep": 0.5, "positions": "ppe"})}
+    ways |= {"`cascade=`": ("dpc_knn", {"keep": 0.5, "cascade": {2: 0.5}})}
+    ways |= {"`proportional=True`": ("dpc_knn", {"keep": 0.5, "proportional": True})}
+    ways |= {"`events=`": ("dpc_knn", {"keep": 0.5, "events": 0.5})}
+    rows = []
+    for tests, names in ((mllm_zoo, mllm_zoo.FAMILIES), (mllm_classes, mllm_classes.CLASSES)):
+        for name in names:
+            model = tests.build(name)
+            plan = vtc.explain(model)
+            row = {"kind": "multimodal", "library": "transformers", "class": type(model).__name__, "names": [name]}
+            row |= {"type": model.config.model_type, "tests": tests.__name__, "reason": "", "methods": {}}
+            if plan.ok:
+                row["video"] = any(modality.name == "video" for modality in plan._sites[0].family.modalities)
+                row["methods"] = asked(model, ways)
+            else:
+                row["reason"] = plan.encoders[0].refusal
+            rows.append(row)
+    return rows
+
+
+def written(data: Mapping[str, Any]) -> str:
+    """The file's text, a model to a line."""
+    parts = [f' "versions": {json.dumps(data["versions"])}']
+    parts.append(' "models": [\n  ' + ",\n  ".join(map(json.dumps, data["models"])) + "\n ]")
+    lines = (f"{json.dumps(name)}: {json.dumps(answers)}" for name, answers in data["matrix"].items())
+    parts.append(' "matrix": {\n  ' + ",\n  ".join(lines) + "\n }")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _registries() -> dict[str, dict[str, Any]]:
+    """The answers that `make registry` wrote."""
+    paths = sorted((ROOT / "benchmarks" / "results").glob("registry-*.json"), reverse=True)
+    return {path.stem.partition("-")[2]: json.loads(path.read_text()) for path in paths}
+
+
+# -- the page -------------------------------------------------------------------------------------------------------
+
+
+def page(data: Mapping[str, Any]) -> str:
+    """docs/models.md."""
+    import vtc
+
     covers = [f"- **{name}**: {families}" for name, families in vtc.list_adapters().items()]
-    page = HEAD + "\n".join(covers) + "\n\n" + "\n".join(lines) + "\n\n" + "\n".join(notes) + "\n"
-    return page + registry() + LLM_HEAD + "\n".join(multimodal()) + "\n" + others()
+    llms = {row["names"][0]: row["methods"] for row in data["models"] if row.get("tests") == "mllm_zoo"}
+    text = HEAD + "\n".join(covers) + "\n\n" + matrix("encoder", data["matrix"])
+    across = {label: {name: answers[label] for name, answers in llms.items()} for label in next(iter(llms.values()))}
+    return text + registry() + LLM_HEAD + matrix("method", across) + others(data["models"])
 
 
 _TOLD = {
@@ -108,37 +187,54 @@ _TOLD = {
 }
 
 
-def others() -> str:
+def matrix(corner: str, rows: Mapping[str, Answers]) -> str:
+    """A table of yes and no, and the reasons below it."""
+    columns = list(next(iter(rows.values())))
+    lines = [f"| {corner} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    notes: list[str] = []
+    for label, answers in rows.items():
+        cells = []
+        for reason in answers.values():
+            reason = re.sub(r'^(where|mode)="\w+": |; (where|mode)="\w+" works$', "", reason)
+            if reason and reason not in notes:
+                notes.append(reason)
+            cells.append(f"no ({notes.index(reason) + 1})" if reason else "yes")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *(f"{number}. {reason}" for number, reason in enumerate(notes, 1))]) + "\n"
+
+
+def others(rows: list[dict[str, Any]]) -> str:
     """What the generic family takes, and what not."""
-    from vtc.adapters.multimodal.families.generic import PROVEN, UNFIT
+    from vtc.adapters.multimodal.families.generic import UNFIT
     from vtc.adapters.multimodal.families.towers import TOWERS
 
-    names = ", ".join(f"`{name}`" for name in sorted(PROVEN))
+    own = {row["type"] for row in rows if row.get("tests") == "mllm_zoo"}
+    types = {row["type"] for row in rows if row.get("tests") == "mllm_classes" and not row["reason"]} - own
+    names = ", ".join(f"`{name}`" for name in sorted(types))
     by: dict[str, list[str]] = {}
     for name, tower in sorted(TOWERS.items()):
         told = [words for words, field in _TOLD.items() if field in tower.evidence]
         by.setdefault(", ".join(told) or "nothing", []).append(f"`{name}`")
     towers = "\n".join(f"- {told}: {', '.join(those)}" for told, those in by.items())
     refused = "\n".join(f"- `{name}`: {reason}" for name, reason in sorted(UNFIT.items()))
-    return MORE_HEAD.format(count=len(PROVEN), tolerance="1e-4", names=names, towers=towers) + refused + "\n"
+    return MORE_HEAD.format(count=len(types), names=names, towers=towers) + refused + "\n"
 
 
 def registry() -> str:
-    """The answers that `make registry` wrote: names by verdict, and the classes behind them."""
-    paths = sorted((ROOT / "benchmarks" / "results").glob("registry-*.json"), reverse=True)
-    asked = {path.stem.partition("-")[2]: json.loads(path.read_text()) for path in paths}
+    """The registries: names by verdict, and the classes behind them."""
+    records = _registries()
     counts: dict[str, dict[str, int]] = {}
     kinds: dict[str, dict[str, int]] = {}
-    for library, record in asked.items():
+    for library, record in records.items():
         for found in record["answers"].values():
             verdict = _short(found["verdict"])
             names = len(found["names"])
-            counts.setdefault(verdict, dict.fromkeys(asked, 0))[library] += names
+            counts.setdefault(verdict, dict.fromkeys(records, 0))[library] += names
             kind = kinds.setdefault(verdict, {})
             kind[found["kind"]] = kind.get(found["kind"], 0) + names
     unasked = [verdict for verdict in ("multimodal", "not built") if verdict in counts]
     order = sorted(set(counts) - {"supported", *unasked}, key=lambda v: (-sum(counts[v].values()), v))
-    lines = ["| | " + " | ".join(asked) + " | of these kinds |", "|---" * (len(asked) + 2) + "|"]
+    lines = ["| | " + " | ".join(records) + " | of these kinds |", "|---" * (len(records) + 2) + "|"]
     for verdict in [v for v in ("supported",) if v in counts] + order + unasked:
         most = sorted(kinds[verdict], key=lambda kind: (-kinds[verdict][kind], kind))
         listed = most if verdict == "supported" else most[:8]
@@ -146,10 +242,10 @@ def registry() -> str:
         label = {"supported": "**supported**", "not built": "needs another package, or does not build by default"}
         row = [label.get(verdict, verdict), *(str(n or "") for n in counts[verdict].values()), told]
         lines.append("| " + " | ".join(row) + " |")
-    total = [sum(counts[v][library] for v in counts) for library in asked]
-    total = [f"{n} of {record['names']}" for n, record in zip(total, asked.values(), strict=True)]
+    total = [sum(counts[v][library] for v in counts) for library in records]
+    total = [f"{n} of {record['names']}" for n, record in zip(total, records.values(), strict=True)]
     lines.append("| names asked | " + " | ".join(total) + " | |")
-    versions = " and ".join(f"{library} {record['version']}" for library, record in asked.items())
+    versions = " and ".join(f"{library} {record['version']}" for library, record in records.items())
     return REGISTRY_HEAD.format(versions=versions) + "\n".join(lines) + "\n"
 
 
@@ -167,40 +263,13 @@ def _short(verdict: str) -> str:
     return re.sub(r"(expects|knows it): .*", r"\1", reason)
 
 
-def multimodal() -> list[str]:
-    """Every method in every family of multimodal LLMs, methods down and families across."""
-    from mllm_zoo import FAMILIES, build
-
-    import vtc
-    from vtc.methods import METHODS
-
-    rows = {name: (name, {"keep": 0.5}) for name in METHODS}
-    rows |= {f'{name}, where="tower"': (name, {"keep": 0.9, "where": "tower"}) for name in ("pitome", "tome")}
-    rows |= {"PPE (`positions=`)": ("dpc_knn", {"keep": 0.5, "positions": "ppe"})}
-    rows |= {"`cascade=`": ("dpc_knn", {"keep": 0.5, "cascade": {2: 0.5}})}
-    rows |= {"`proportional=True`": ("dpc_knn", {"keep": 0.5, "proportional": True})}
-    rows |= {"`events=`": ("dpc_knn", {"keep": 0.5, "events": 0.5})}
-    lines, notes = ["| method | " + " | ".join(FAMILIES) + " |", "|---" * (len(FAMILIES) + 1) + "|"], []
-    for label, (method, options) in rows.items():
-        cells = []
-        for name in FAMILIES:
-            plan = vtc.explain(build(name), method, **options)
-            if plan.ok:
-                cells.append("yes")
-                continue
-            reason = plan.encoders[0].refusal.removesuffix('; where="llm" works').removeprefix('where="tower": ')
-            if reason not in notes:
-                notes.append(reason)
-            cells.append(f"no ({notes.index(reason) + 1})")
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return [*lines, "", *(f"{number}. {reason}" for number, reason in enumerate(notes, 1))]
-
-
 def main() -> int:
-    page, text = ROOT / "docs" / "models.md", table()
+    data = models()
+    texts = {DATA: written(data), PAGE: page(data)}
     if "--check" in sys.argv:
-        return 0 if page.exists() and page.read_text() == text else 1
-    page.write_text(text)
+        return 0 if all(path.exists() and path.read_text() == text for path, text in texts.items()) else 1
+    for path, text in texts.items():
+        path.write_text(text)
     return 0
 
 

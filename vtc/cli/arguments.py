@@ -128,6 +128,13 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
     add("--trust-remote-code", action="store_true", help="LLM: run code that comes with the model")
 
     command("list", "methods and model families", "Lists the methods and the model families.", "vtc list --json")
+    command(
+        "list-models",
+        "which models are supported, by which methods, or why not",
+        "Lists the models that vtc was asked of (all, or those with WORD in their name): the multimodal LLMs that the\n"
+        "tests build, and the vision encoders of the registries of timm, open_clip and transformers.",
+        "vtc list-models dinov2",
+    ).add_argument("word", nargs="?", default="", metavar="WORD", help="a part of a name: of a class, type or model")
     models = "dinov2-small, timm:NAME, open_clip:NAME, hf:FOLDER_OR_ID"
     folder = "or the folder or id of a multimodal LLM"
     add = command(

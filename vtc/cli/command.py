@@ -72,6 +72,17 @@ def _list(args: argparse.Namespace) -> int:
     return print_json(args, data)
 
 
+def _list_models(args: argparse.Namespace) -> int:
+    from vtc.models.known import known
+
+    found = known(args.word)
+    if not args.json:
+        from vtc.cli.tables import show_models
+
+        show_models(found)
+    return print_json(args, found)
+
+
 def _explain(args: argparse.Namespace) -> int:
     import vtc
     from vtc.errors import OptionError
@@ -170,4 +181,5 @@ def _demo(args: argparse.Namespace) -> int:
     return code
 
 
-_COMMANDS = {"run": run, "list": _list, "explain": _explain, "bench": bench, "eval": _eval, "demo": _demo}
+_COMMANDS = {"run": run, "list": _list, "list-models": _list_models, "explain": _explain, "bench": bench}
+_COMMANDS |= {"eval": _eval, "demo": _demo}

@@ -94,6 +94,48 @@ def show_names(tables: Mapping[str, Mapping[str, str]]) -> None:
         console.print()
 
 
+def show_models(found: Mapping[str, Any]) -> None:
+    """The tables of `vtc list-models`."""
+    from vtc.methods import METHODS
+
+    console = Console(highlight=False)
+    versions = ", ".join(f"{library} {version}" for library, version in found["versions"].items())
+    inside = ", ".join(name for name, method in METHODS.items() if method.encoder)
+    llms = _table("Multimodal LLMs of transformers (all: every method)", "model type", "video", "methods", left=(0,))
+    encoders = _table(f"Vision encoders of {versions} (all: {inside})", "library", "models", "methods", left=(0, 2))
+    refused = _table("Refused", "because", "models", left=())
+    reasons: dict[str, list[str]] = {}
+    for row in found["models"]:
+        name, names, encoder = row["class"], row["names"], row["kind"] == "encoder"
+        if row["reason"]:
+            reasons.setdefault(row["reason"], []).append(name if encoder else names[0])
+        elif encoder:
+            listed = "" if names == [name] else f": {', '.join(names[:3])}"
+            more = f" and {len(names) - 3} more" * (len(names) > 3)
+            encoders.add_row(row["library"], f"[bold]{name}[/bold]{listed}{more}", _working(row["methods"]))
+        else:
+            llms.add_row(names[0], "yes" if row["video"] else "no", _working(row["methods"]))
+    for reason, names in reasons.items():
+        refused.add_row(escape(reason), ", ".join(dict.fromkeys(names)))
+    for table in (llms, encoders, refused):
+        table.padding = (0, 1)
+        for column in table.columns:
+            column.justify, column.overflow = "left", "fold"
+        if table.row_count:
+            console.print(table)
+
+
+def _working(answers: Mapping[str, str]) -> str:
+    """Which methods work, in few words."""
+    from vtc.methods import METHODS
+
+    works = [name for name in METHODS if answers.get(name) == ""]
+    not_these = [name for name in METHODS if answers.get(name)]
+    if len(not_these) > 3:
+        return ", ".join(works)
+    return "all" + (f" but {', '.join(not_these)}" if not_these else "")
+
+
 def _table(title: str, *columns: str, left: Sequence[int], gap: tuple[int, int] = (0, 1)) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=gap)
     for index, name in enumerate(columns):

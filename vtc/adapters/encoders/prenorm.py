@@ -309,10 +309,10 @@ def _same_keys(out: Any, mean: Tensor, heads: int) -> bool:
     if not isinstance(out, Tensor) or out.shape[-1] * (out.ndim == 3) not in (heads * mean.shape[-1], 0):
         return False
     try:
-        found = head_mean(out, heads)
+        own = head_mean(out, heads)
     except Exception:  # einops says in its own way that the shape is another
         return False
-    return found.shape == mean.shape and _near(found, mean)
+    return own.shape == mean.shape and _near(own, mean)
 
 
 def _near(one: Tensor, other: Tensor) -> bool:

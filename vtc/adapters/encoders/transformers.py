@@ -1,4 +1,4 @@
-"""Hugging Face encoders: ViT, DeiT, ViT-MAE, DINOv2 (with registers), DINOv3, CLIP, SigLIP, SigLIP 2, BEiT.
+"""Hugging Face encoders: those of `covers`, and any other whose blocks can be found out (prenorm.py).
 
 Works on the model itself and on a model inside another (AutoModel, pipelines, CLIPModel, task heads). Layers are
 recognised by their parts and tested on random tokens before anything is patched.
@@ -24,8 +24,9 @@ name = "huggingface"
 _MASKS = ("attention_mask", "mask")
 _INLINE = "its rotary table is made in the middle of its forward, where vtc cannot have another one made"
 covers = (
-    "ViT, DeiT, ViT-MAE, DINOv2 (with registers), DINOv3, CLIP, SigLIP, SigLIP 2, BEiT, Data2Vec, YOLOS, MLCD, and "
-    "others with pre-norm blocks"
+    "ViT, DeiT, ViT-MAE, DINOv2 (with registers), DINOv3, CLIP, SigLIP, SigLIP 2, BEiT, Data2Vec, YOLOS, MLCD, Pixio, "
+    "InternViT, AIMv2, ViViT, VideoMAE, ViTPose, DPT, BLIP-2, the towers of Idefics3 and SmolVLM, and others with "
+    "pre-norm blocks"
 )
 
 

@@ -217,12 +217,13 @@ class MultimodalPatch:
     def answer(
         self, patch: ModelForward, call: dict[str, Any], items: list[PlacedTokens], batch: TokenBatch | None
     ) -> Any:
-        columns = None
+        columns = placed = None
         if batch is not None and self.method.keep != 1.0 and (self.method.in_decoder or "text" in self.method.needs):
-            before = Entries.before(call.get(cache_name()), batch.size, batch.rows.device)
-            masks.check_text(self.method.name, call, batch, before.length)
+            masks.check_text(self.method.name, call, batch, self.entries(call).length)
         if batch is not None and not self.method.in_decoder:
-            columns, batch = self.reduce(items, batch, call)
+            if self.method.turned:
+                placed = self.family.placed(self.inner, call, self.entries(call).length)
+            columns, batch = self.reduce(items, batch, call, placed)
         for item in items:  # the model calls its encoders, which return their earlier output, reduced
             call.setdefault(item.modality.pixels, _NO_PIXELS)
             handed = self.encoders.by[item.modality.name].output = copy.copy(item.output)
@@ -232,15 +233,16 @@ class MultimodalPatch:
             self.went = self.record if columns is not None else None
             if columns is None and not more and not isinstance(call.get(cache_name()), Shortened):
                 return patch.original(**call)
-            return self.shortened(patch, call, columns, batch)
+            return self.shortened(patch, call, columns, batch, placed)
         finally:
             self.encoders.forget()
 
     def reduce(
-        self, items: list[PlacedTokens], batch: TokenBatch, call: dict[str, Any]
+        self, items: list[PlacedTokens], batch: TokenBatch, call: dict[str, Any], placed: Tensor | None
     ) -> tuple[Tensor | None, TokenBatch]:
         """Which columns [B, S] of the call stay (-1 = padding; None = all), with the outputs in `items` reduced; and
-        the tokens grouped into the units that the record describes."""
+        the tokens grouped into the units that the record describes. placed: the positions of all columns, if the method
+        reads them."""
         method, device = self.method, batch.rows.device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             check_finite(batch.rows, f"image tokens of {type(self.inner).__name__}")
@@ -253,9 +255,7 @@ class MultimodalPatch:
                 if "text" in method.needs:
                     words = text(method.name, self.family, self.inner, call, batch.prompts)
                     fields["text"], fields["text_mask"] = words
-                if method.turned:
-                    past = Entries.before(call.get(cache_name()), batch.size, device).length
-                    placed = self.family.placed(self.inner, call, past)
+                if placed is not None:
                     fields["rotary"] = batch.of_columns(self.positions.means(placed))
                 tokens = batch.seen_by(method, said=[], **fields)
                 assert method.keep is not None  # otherwise the method was refused
@@ -318,21 +318,29 @@ class MultimodalPatch:
 
     # -- the shorter prompt -------------------------------------------------------------------------------------
 
+    def entries(self, call: dict[str, Any]) -> Entries:
+        """Those that a call's cache holds before it."""
+        given = prompt(call)
+        return Entries.before(call.get(cache_name()), len(given), given.device)
+
     def shortened(
-        self, patch: ModelForward, call: dict[str, Any], columns: Tensor | None, batch: TokenBatch | None
+        self,
+        patch: ModelForward,
+        call: dict[str, Any],
+        columns: Tensor | None,
+        batch: TokenBatch | None,
+        placed: Tensor | None,
     ) -> Any:
         """The model's own forward on the columns that stay (None = all of this call's), after the entries in the
-        cache."""
-        cache = call.get(cache_name())
-        given = prompt(call)
-        past = Entries.before(cache, len(given), given.device)
+        cache. placed: the positions of all columns; None = not computed yet."""
+        cache, given, past = call.get(cache_name()), prompt(call), self.entries(call)
         if columns is not None or (batch is not None and self.decoder_patch is not None):
             own = set(inspect.signature(type(self.inner).forward).parameters)
             own |= {name for encode in self.encoders.by.values() for name in (encode.modality.pixels, *encode.names)}
             check_arguments(call, own, given.shape[1], past.length + given.shape[1])
         if self.went is not None:
             check_asked(self.asked, self.went)
-        positions = self.family.placed(self.inner, call, past.length)
+        positions = self.family.placed(self.inner, call, past.length) if placed is None else placed
         short = shorten_call(call, columns, past, positions, self.filler(), self.told)
         self.positions.ids = self.positions.taken(positions, short.columns.clamp(min=0), self.carried)
         levels: tuple[Entries, ...] = ()

@@ -61,11 +61,9 @@ def _refusal(site: MultimodalSite, method: Method | None) -> str:
         kind = type(decoder).__name__
         if site.family.name not in ORDERED:
             return f"its decoder ({kind}) has no rotary positions, which kept tokens would keep"
-        asked = "" if method is None else 'frame="rotary"' if method.turned else "positions=" if method.ppe else ""
-        if asked:
-            return (
-                f"{asked} needs a rotary table, and its decoder ({kind}) has none: leave it out, or give another value"
-            )
+        if method is not None and (method.turned or method.ppe):
+            what = 'frame="rotary"' if method.turned else "positions="
+            return f"{what} needs a rotary table, and its decoder ({kind}) has none: leave it out"
     reason = _positions_refuse(decoder, method)
     if reason or method is None:
         return reason
