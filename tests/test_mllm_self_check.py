@@ -38,6 +38,14 @@ def test_every_proven_class_is_tried_and_right(name):
     assert fingerprint(model) == before
 
 
+@torch.no_grad()
+def test_a_model_that_was_used_before_is_tried_as_a_new_one():
+    model = classes.build("minicpmv4_7", fresh=True)
+    model(**classes.inputs("minicpmv4_7", "ragged"))  # leaves what it knew of three rows
+    site = next(item for item in vtc.plan._find(model))[1]
+    assert self_check._check(site) == ("", "")
+
+
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 def counted(monkeypatch):
     """The decoder is not told positions, though it reads them outside its rotary table."""

@@ -270,6 +270,8 @@ def _small(family: Family, inner: Any) -> Any:
     for part in (config, config.get_text_config()):
         if part._attn_implementation not in ("eager", "sdpa"):
             part._attn_implementation = "sdpa"
+    if "rope_deltas" in vars(small):  # of the model's last call
+        small.rope_deltas = None
     trial.remember(getattr(small, family.decoder), getattr(inner, family.decoder))
     return small
 
