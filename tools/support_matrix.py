@@ -42,16 +42,17 @@ Multimodal LLMs of transformers are in [the next table](#multimodal-llms) instea
 MORE_HEAD = """
 ### Other classes
 
-Through one generic family, on transformers 5.24 and newer, with methods that read the tokens alone (`random`, `norm`,
+Through one generic family, with methods that read the tokens alone (`random`, `norm`,
 `divprune`, `dpc_knn`, `tome`, `pitome`, `downsample` where an image's tokens fill a grid, `cdpruner`, and `idpruner`,
 `scope`, `vispruner` with `importance="norm"`), and where the tower is described with those that read it.
 Tiny models of these {count} model types, with real towers and pixels, give what their plain decoder gives on the tokens
 that stay (`tests/test_mllm_classes.py`: one image, two, ragged batches, videos where the class has them; 1e-4 in
-float32, 1e-3 for `qwen3_5_moe`):
+float32, 1e-3 for `qwen3_5_moe`), on transformers 5.24:
 
 {names}.
 
-The same holds for `llava` with a Pixtral tower, whose family is LLaVA's own, with every method.
+The same holds for `llava` with a Pixtral tower, whose family is LLaVA's own, with every method, and for
+`granite4_vision`, which has a family of its own, with the methods that read the tokens alone.
 
 What methods may read of the towers of these (`tests/test_mllm_evidence.py`: against the maps of eager attention in the
 plain model, gradients and finite differences; of all others nothing, and methods that read them are refused by name):
@@ -64,7 +65,8 @@ attention in every layer; windows, linear attention, convolutions, indexed atten
 refused by name, and so are layers in front of DeepStack's planes. `events=` needs videos that are told frame by frame.
 Each against the plain decoder, in which nothing is taken out (`tests/test_mllm_between.py`).
 
-Refused, each class because it
+Any other class is tried when it is compressed ([how](architecture.md#how-a-prompt-is-shortened)), and so are these on
+older transformers, where what works between layers, PPE and `events=` stay refused. Refused by name, because each
 
 """
 LLM_HEAD = """
@@ -205,10 +207,11 @@ def matrix(corner: str, rows: Mapping[str, Answers]) -> str:
 
 def others(rows: list[dict[str, Any]]) -> str:
     """What the generic family takes, and what not."""
+    from vtc.adapters.multimodal.families import FAMILIES
     from vtc.adapters.multimodal.families.generic import UNFIT
     from vtc.adapters.multimodal.families.towers import TOWERS
 
-    own = {row["type"] for row in rows if row.get("tests") == "mllm_zoo"}
+    own = {row["type"] for row in rows if row.get("tests") == "mllm_zoo"} | set(FAMILIES)
     types = {row["type"] for row in rows if row.get("tests") == "mllm_classes" and not row["reason"]} - own
     names = ", ".join(f"`{name}`" for name in sorted(types))
     by: dict[str, list[str]] = {}

@@ -63,7 +63,7 @@ class Unfit(Exception):
 class Generic(Family):
     """One model: where its decoder is, what it sees, how its features lie, what positions it gives."""
 
-    covers = "other multimodal LLMs of transformers (docs/models.md lists them), methods that read the tokens alone"
+    covers = "other multimodal LLMs of transformers (vtc list-models), by methods that read the tokens, and some by all"
     classes = ()
     evidence = frozenset()
     in_tower = "vtc does not know its tower"
