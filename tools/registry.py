@@ -22,7 +22,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,9 @@ def timm_cases() -> Iterator[Case]:
         if not hasattr(small[1], "blocks") and "embed_dim" not in inspect.signature(small[1].__init__).parameters:
             tries = [{}]
 
-        def build(name: str = small[0], tries: list[dict] = tries) -> nn.Module:
+        def build(name: str = small[0], tries: list[dict] = tries, small: tuple = small) -> nn.Module:
+            if is_dataclass(cfg := small[2].get("cfg")):  # all sizes are in it
+                return small[1](replace(cfg, depth=2))
             for sizes in tries[:-1]:
                 with contextlib.suppress(Exception):  # its entry point knows no such size
                     return timm.create_model(name, **sizes)
