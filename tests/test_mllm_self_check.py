@@ -38,6 +38,14 @@ def test_every_proven_class_is_tried_and_right(name):
     assert fingerprint(model) == before
 
 
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["qwen3_5", "gemma4", "molmo2", "kimi_k25", "mistral3_ministral3"])
+def test_in_bfloat16(name, attn):
+    model = copy.deepcopy(classes.build(name, attn)).to(torch.bfloat16)
+    site = next(item for item in vtc.plan._find(model))[1]
+    assert self_check._check(site) == ("", "")
+
+
 @torch.no_grad()
 def test_a_model_that_was_used_before_is_tried_as_a_new_one():
     model = classes.build("minicpmv4_7", fresh=True)

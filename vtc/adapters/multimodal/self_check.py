@@ -40,7 +40,6 @@ _FORMS: tuple[tuple[Callable, Callable], ...] = (
     (tuple, tuple),
     (tuple, lambda x: x.flatten(0, 1)),
 )
-_SHUT = torch.finfo(torch.float32).min
 _checked: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()
 
 
@@ -319,4 +318,6 @@ def _cut(mask: Any, columns: Tensor, config: Any) -> Any:
         allowed &= place[None] > place[:, None] - window
     ahead = seen & (place[None] > place[:, None])
     allowed = allowed | ahead | ahead.T
-    return torch.zeros(allowed.shape, device=columns.device).masked_fill(~allowed, _SHUT)[None, None]
+    if mask.dtype == torch.bool:
+        return allowed[None, None]
+    return mask.new_zeros(allowed.shape).masked_fill(~allowed, torch.finfo(mask.dtype).min)[None, None]
