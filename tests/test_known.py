@@ -101,7 +101,7 @@ def test_a_word_finds_names_however_they_are_written(listed):
         assert (code, err) == (0, "") and "qwen2_5_vl" in text and "gemma" not in text
         assert "all" in text and "yes" in text
     assert "all but fastv, dart" in listed("gemma3_sliding")[1]
-    assert "fastv" not in listed("gemma4")[1] and "divprune" in listed("gemma4")[1]
+    assert "fastv" not in listed("gemma4_unified")[1] and "divprune" in listed("gemma4_unified")[1]
     (row,) = json.loads(listed("vit_base_patch16_siglip_224", "--json")[1])["models"]
     assert row["class"] == "VisionTransformer" and row["names"] and all("siglip_224" in name for name in row["names"])
     text = listed("SwinModel")[1]
