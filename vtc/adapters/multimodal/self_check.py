@@ -28,6 +28,7 @@ from vtc.adapters.multimodal.families.generic import Generic
 from vtc.adapters.multimodal.find import MultimodalSite
 from vtc.adapters.multimodal.owners import Owners
 from vtc.adapters.multimodal.patch import MultimodalPatch
+from vtc.adapters.multimodal.support import planes
 from vtc.layout import Grid
 from vtc.methods import make
 
@@ -99,7 +100,7 @@ class Rehearsal:
         generator = torch.Generator().manual_seed(0)
         shape = (len(GRIDS), int(self.visual.sum()) // len(GRIDS), self.text.config.hidden_size)
         self.features = torch.randn(shape, generator=generator).to(self.device, self.dtype)
-        self.planes = [self.features * (2 + n) for n in range(_planes(self.inner.config))]
+        self.planes = [self.features * (2 + n) for n in range(planes(self.inner, self.text) or 0)]
         self.inner.__dict__[self.image.encode] = _Encoder(self, self.image.encode)
 
     def run(self) -> None:
@@ -250,8 +251,8 @@ class _Encoder:
         self.rehearsal, self.__signature__ = rehearsal, inspect.signature(getattr(rehearsal.inner, name))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        rows, planes = self.rehearsal.form
-        each = [planes(plane) for plane in self.rehearsal.planes]
+        rows, level = self.rehearsal.form
+        each = [level(plane) for plane in self.rehearsal.planes]
         return SimpleNamespace(pooler_output=rows(self.rehearsal.features), deepstack_features=each)
 
 
@@ -292,12 +293,6 @@ def _prompt(inner: Any, token: int) -> dict[str, Tensor]:
         edge = getattr(getattr(inner.config, "vision_config", None), "spatial_merge_size", 1)
         out["image_grid_thw"] = torch.tensor([[1, high * edge, wide * edge] for high, wide in GRIDS])
     return out
-
-
-def _planes(config: Any) -> int:
-    """How many sets of features DeepStack adds behind layers."""
-    vision = getattr(config, "vision_config", None)
-    return len(getattr(vision, "deepstack_visual_indexes", None) or ())
 
 
 def _cut(mask: Any, columns: Tensor, config: Any) -> Any:

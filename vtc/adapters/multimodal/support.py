@@ -197,20 +197,20 @@ def _layer_refuses(site: MultimodalSite, method: Method, layer: int) -> str:
     reason = _unattending(decoder) or _keeps_more(decoder)
     if reason:
         return f"{method.name} reduces between layers, and {reason}: use a method at the input, such as divprune"
-    planes = _planes(site.inner, decoder)
-    if planes is None:
+    deep = planes(site.inner, decoder)
+    if deep is None:
         return f"{method.name} reduces between layers, and DeepStack adds to image tokens behind layers vtc cannot tell"
-    if layer < planes:
-        return f"layer={layer}: DeepStack adds to the image tokens behind {planes} layers; give layer={planes} or more"
+    if layer < deep:
+        return f"layer={layer}: DeepStack adds to the image tokens behind {deep} layers; give layer={deep} or more"
     return ""
 
 
-def _planes(inner: Any, decoder: Any) -> int | None:
+def planes(inner: Any, decoder: Any) -> int | None:
     """Behind how many of its first layers DeepStack adds to the image tokens; None = it does, and they are not told."""
     for part in (getattr(inner, "visual", None), getattr(inner.config, "vision_config", None)):
-        planes = getattr(part, "deepstack_visual_indexes", None)
-        if planes is not None:
-            return len(planes)
+        indexes = getattr(part, "deepstack_visual_indexes", None)
+        if indexes is not None:
+            return len(indexes)
     takes = inspect.signature(type(decoder).forward).parameters
     return None if any(name.startswith("deepstack") for name in takes) else 0
 
