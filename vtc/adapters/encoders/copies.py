@@ -48,10 +48,11 @@ def altered(module: nn.Module, name: str, value: Any) -> Iterator[Any]:
     """The same module, with its parts, parameters and hooks, but with another `value` of one attribute. The module
     itself stays as it is, since another thread may be running it; unless its forward was put on it by others
     (accelerate), and runs it."""
-    made, store = module, "_modules" if name in module._modules else "__dict__"
+    made, stores = module, ("_modules", "_parameters")
+    store = next((each for each in stores if name in vars(module)[each]), "__dict__")
     if "forward" not in vars(module):
         made = type(module).__new__(type(module))
-        made.__dict__.update(vars(module), _modules=dict(module._modules))
+        made.__dict__.update(vars(module), **{each: dict(vars(module)[each]) for each in stores})
     held = getattr(made, store)
     before, held[name] = held[name], value
     try:

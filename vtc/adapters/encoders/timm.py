@@ -110,12 +110,8 @@ def _beit_attend(block: Any, x: Tensor, stage: CallState | None, args: tuple, kw
     else:
         own = attn._get_rel_pos_bias()
         bias = _at_anchors(own if shared is None else own + shared, x, stage)
-        # The table is disabled for this call: its values at the anchors are already in `bias`.
-        table, attn._parameters["relative_position_bias_table"] = attn._parameters["relative_position_bias_table"], None
-        try:
-            h = attn(h, shared_rel_pos_bias=bias)
-        finally:
-            attn._parameters["relative_position_bias_table"] = table
+        with altered(attn, "relative_position_bias_table", None) as given:  # its values at the anchors are in `bias`
+            h = given(h, shared_rel_pos_bias=bias)
     return block.drop_path1(h if block.gamma_1 is None else block.gamma_1 * h)
 
 
