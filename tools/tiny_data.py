@@ -101,11 +101,12 @@ def sides(rng: np.random.Generator, least: float, most: float, low: int = 8, hig
 
 def view(name: str, rng: np.random.Generator, age: int) -> View:
     """One of those that the model is to know; as the training goes on (age 0, 1, 2) more of what is large, of clips and
-    of several pictures. Many small pictures teach more than a few large ones in the same time, and what is learned of
-    them holds for these. The LLaVA's pictures all become one size: what differs is what is drawn, and what stands
-    around it."""
+    of several pictures, and at last (3) of what is padded: where a picture ends on a canvas that is as grey as itself is
+    learned last. Many small pictures teach more than a few large ones in the same time, and what is learned of them
+    holds for these. The LLaVA's pictures all become one size: what differs is what is drawn, and what stands around
+    it."""
     level, turn = scenes.FULL if age else CROWD, rng.random()
-    clips, several = ((0.2, 0.0), (0.1, 0.1), (0.2, 0.2))[age] if name == "qwen" else (0.0, 0.1)
+    clips, several = ((0.2, 0.0), (0.1, 0.1), (0.2, 0.2), (0.1, 0.2))[age] if name == "qwen" else (0.0, 0.1)
     if turn < clips:
         size = sides(rng, 36, 144, 6, 16) if rng.random() < 0.75 else (scenes.SIDE, scenes.SIDE)
         return View((size,), frames=int(rng.integers(2, 9)), level=level)
@@ -114,13 +115,14 @@ def view(name: str, rng: np.random.Generator, age: int) -> View:
         return View(tuple(sides(rng, 64, 900 / count) for _ in range(count)), level=level)
     most = 324 if age == 0 else 256 if age == 1 and rng.random() < 0.7 else 784
     size, turn = sides(rng, 64, most), rng.random()
-    if turn < 0.2:
+    padded = 0.5 if age == 3 else 0.2
+    if turn < padded:
         inner = [max(96, round(n * part)) for n, part in zip(size, rng.uniform(0.5, 1, 2), strict=True)]
-        if rng.random() < 0.6:  # as wide or as high as the canvas
+        if rng.random() < (0.4 if age == 3 else 0.6):  # as wide or as high as the canvas
             full = int(rng.integers(2))
             inner[full] = size[full]
         return View(((inner[0], inner[1]),), canvas=size, level=level)
-    if turn < 0.4:
+    if turn < padded + 0.2:
         return View(resized=size, level=level)
     return View((size,), level=level)
 
@@ -184,7 +186,7 @@ ROWS = 64  # of a batch, at most
 
 
 class Pictures(IterableDataset):
-    """Batches `start` to `stop` of the training split. ages: the batches at which the second and third age begin.
+    """Batches `start` to `stop` of the training split. ages: the batches at which the second, third and fourth age begin.
     part: which of how many processes; each takes its rows of every batch."""
 
     def __init__(
@@ -193,7 +195,7 @@ class Pictures(IterableDataset):
         processor: Any,
         start: int = 0,
         stop: int = 0,
-        ages: tuple[int, int] = (0, 0),
+        ages: tuple[int, int, int] = (0, 0, 1 << 30),
         part: tuple[int, int] = (0, 1),
     ) -> None:
         self.name, self.processor, self.start, self.stop = name, processor, start, stop

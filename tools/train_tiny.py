@@ -205,9 +205,10 @@ def main() -> None:
     parse.add_argument("model", choices=tuple(MODELS))
     parse.add_argument("--out", type=Path, required=True, help="folder; a run that stopped there goes on")
     parse.add_argument("--from", dest="start", type=Path, help="a state to start from where there is none in --out")
-    parse.add_argument("--batches", type=int, default=6_000, help="how many to learn from, in all: 4,096 tokens each")
+    parse.add_argument("--batches", type=int, default=9_500, help="how many to learn from, in all: 4,096 tokens each")
     parse.add_argument("--see", type=int, default=1_100, help="qwen: batches from which only the tower learns")
     parse.add_argument("--young", type=int, default=1_200, help="batches after these with smaller pictures")
+    parse.add_argument("--padded", type=int, default=1_500, help="the last batches, with more that is padded")
     parse.add_argument("--fall", type=float, default=0.25, help="share of the batches, the last, with a falling rate")
     parse.add_argument("--rate", type=float, default=2e-3)
     parse.add_argument("--every", type=int, default=50, help="batches between two states")
@@ -234,7 +235,8 @@ def main() -> None:
     state = args.out / "state.safetensors"
     done = resume(state if state.exists() or not args.start else args.start, learner, both, run)
     alone = args.see if args.model == "qwen" else 0
-    pictures = Pictures(args.model, learner.processor, done, args.batches, (alone, alone + args.young), part)
+    ages = alone, alone + args.young, args.batches - args.padded
+    pictures = Pictures(args.model, learner.processor, done, args.batches, ages, part)
     if args.model == "llava" and not done:
         learner.centre(learner.features(pictures.of(View(), "train", range(64), 1)[0].to(args.device)))
     data = DataLoader(pictures, batch_size=None, num_workers=args.workers, prefetch_factor=3)
