@@ -23,7 +23,8 @@ SIDE = {"llava-0.5b": None, "qwen2.5-vl-0.5b": 224}  # 64 visual tokens
 @pytest.fixture(scope="module", params=multimodal.PRESETS)
 def small(request):
     config = multimodal.preset(request.param, shrink=16)
-    return multimodal.fill(config), multimodal.sample(config, SIDE[request.param]).inputs(config)
+    model = multimodal.fill(config)
+    return model, multimodal.sample(config, SIDE[request.param]).inputs(model)
 
 
 @pytest.fixture

@@ -317,7 +317,7 @@ def test_estimate_counts_what_the_model_makes(name):
     side = 64 if name.startswith("llava") else 80
     cost = estimate(config, sketch(config))
     sample = picture(config, side)
-    inputs = sample.inputs(config)
+    inputs = sample.inputs(model)
     with vtc.compress(model, "random", keep=0.5) as handle, torch.no_grad():
         out = model(**inputs, use_cache=True)
     newlines = sample.tokens - sum(handle.report.before)

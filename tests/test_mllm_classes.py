@@ -69,6 +69,8 @@ def test_keep_all_and_off_again(name):
         assert torch.equal(model(**inputs).logits, dense)
         newlines = sum(classes.tokens_per_item(name, "ragged")) - sum(handle.report.before)
         assert (newlines > 0) == (name in OWN) and newlines >= 0 and handle.kept.all()
+        told = None not in handle.grids  # a method that needs rows and columns is refused at once where there are none
+    assert vtc.explain(model, "downsample", keep=0.5).ok == told
     with vtc.compress(model, "tome", keep=0.5) as handle:
         out = model(**inputs).logits
         assert out.isfinite().all() and not torch.equal(out[:, -1], dense[:, -1])
@@ -190,5 +192,5 @@ def test_the_typical_prompt_is_one(name):
     model = classes.build(name)
     made = prompts.picture(model.config, 64)
     with vtc.compress(model, "divprune", keep=0.5) as handle:
-        model(**made.inputs(model.config))
+        model(**made.inputs(model))
         assert handle.report.before == (made.tokens,)

@@ -101,10 +101,9 @@ def sides(rng: np.random.Generator, least: float, most: float, low: int = 8, hig
 
 def view(name: str, rng: np.random.Generator, age: int) -> View:
     """One of those that the model is to know; as the training goes on (age 0, 1, 2) more of what is large, of clips and
-    of several pictures, and at last (3) of what is padded: where a picture ends on a canvas that is as grey as itself is
+    of several pictures, and at last (3) of what is padded: where a picture ends on a canvas as grey as itself is
     learned last. Many small pictures teach more than a few large ones in the same time, and what is learned of them
-    holds for these. The LLaVA's pictures all become one size: what differs is what is drawn, and what stands around
-    it."""
+    holds for these. The LLaVA's pictures all become one size: what differs is what is drawn and stands around it."""
     level, turn = scenes.FULL if age else CROWD, rng.random()
     clips, several = ((0.2, 0.0), (0.1, 0.1), (0.2, 0.2), (0.1, 0.2))[age] if name == "qwen" else (0.0, 0.1)
     if turn < clips:
@@ -186,8 +185,8 @@ ROWS = 64  # of a batch, at most
 
 
 class Pictures(IterableDataset):
-    """Batches `start` to `stop` of the training split. ages: the batches at which the second, third and fourth age begin.
-    part: which of how many processes; each takes its rows of every batch."""
+    """Batches `start` to `stop` of the training split. ages: the batches at which the second, third and fourth age
+    begin. part: which of how many processes; each takes its rows of every batch."""
 
     def __init__(
         self,

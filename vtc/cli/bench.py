@@ -62,12 +62,12 @@ def _bench_prefill(args: argparse.Namespace, config: Any) -> int:
     budgets = [args.tokens] if args.tokens else args.keep or [1.0, 0.5, 0.25, 0.1]
     positions = positions_given(args)
     methods = methods_at(names, budgets, **positions)
-    inputs = sample(config, args.size).inputs(config)
+    shown = sample(config, args.size)
     repeats, warmup = args.repeats or 3, 1 if args.warmup is None else args.warmup
     with progress_bar(args, (1 + len(methods)) * (repeats + warmup), "making the model") as bar:
         model = fill(config)
         bar.set_description("dense and compressed in turns")
-        dense, rows = measure_prefill(model, inputs, methods, repeats, warmup, tick=bar.update)
+        dense, rows = measure_prefill(model, shown.inputs(model), methods, repeats, warmup, tick=bar.update)
     stamp = environment(batch=1, dtype="float32", repeats=repeats)
     result = {"model": args.model, **positions, "dense": dense.to_dict(), "rows": [row.to_dict() for row in rows]}
     result["environment"] = stamp

@@ -25,6 +25,7 @@ from vtc.adapters.multimodal import trial
 from vtc.adapters.multimodal.cache import cache_name
 from vtc.adapters.multimodal.families.base import Family
 from vtc.adapters.multimodal.families.generic import Generic
+from vtc.adapters.multimodal.families.prompts import beside
 from vtc.adapters.multimodal.find import MultimodalSite
 from vtc.adapters.multimodal.owners import Owners
 from vtc.adapters.multimodal.patch import MultimodalPatch
@@ -284,12 +285,9 @@ def _prompt(inner: Any, token: int) -> dict[str, Tensor]:
     ids = words[:3]
     for number, (high, wide) in enumerate(GRIDS, start=1):
         ids += [token] * (high * wide) + words[3 * number : 3 * number + 4]
-    row = torch.tensor([ids])
-    out = {"input_ids": row, "attention_mask": torch.ones_like(row)}
+    out = beside(inner, torch.tensor([ids]), token)
     out["attention_mask"][:, 0] = 0
-    takes = inspect.signature(type(inner).forward).parameters
-    out |= {n: (row == token).long() for n in ("mm_token_type_ids", "token_type_ids") if n in takes}
-    if "image_grid_thw" in takes:
+    if "image_grid_thw" in inspect.signature(type(inner).forward).parameters:
         edge = getattr(getattr(inner.config, "vision_config", None), "spatial_merge_size", 1)
         out["image_grid_thw"] = torch.tensor([[1, high * edge, wide * edge] for high, wide in GRIDS])
     return out

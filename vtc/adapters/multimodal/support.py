@@ -106,6 +106,11 @@ def _refusal(site: MultimodalSite, method: Method | None) -> str:
     missing = method.lacks("input")
     if missing:
         return missing
+    if "grid" in method.needs and not site.family.gridded:
+        return (
+            f"{method.name} reads {FIELDS['grid']}, which {site.family.name} does not tell: use a method that reads "
+            "the tokens alone, such as divprune"
+        )
     unknown = sorted((method.needs - method.optional) & CAPTURED - site.family.evidence)
     if unknown:
         why = site.family.withheld.get(unknown[0], "vtc does not know of {name}").format(name=site.family.name)

@@ -79,6 +79,7 @@ class Family:
         passed: arguments for the tower that the model's forward passes on without naming them.
         proven: tests compare PPE and what works between the decoder's layers with the plain model; False = only what
             works at the decoder's input.
+        gridded: its tokens are cells of an image, whose rows and columns are told, if not of every image.
         in_tower: why methods cannot merge inside the tower so that fewer tokens reach the decoder; "" = they can.
     """
 
@@ -92,6 +93,7 @@ class Family:
     )  # arguments of the encoder that the model's forward does not pass on
     passed: ClassVar[frozenset[str]] = frozenset()
     proven: bool = True
+    gridded: bool = True
     evidence: ClassVar[frozenset[str]] = CAPTURED  # which of these fields vtc can read off its tower and projector
     withheld: ClassVar[dict[str, str]] = {}  # why it cannot read one of the others ("which ...", {name})
     middle: ClassVar[float] = 0.375  # depth of the tower's "middle" layer (HiPrune: 9 of CLIP's 24)

@@ -52,6 +52,7 @@ RASTER = frozenset(
     mistral_large4 ovis2 perception_lm qianfan_ocr video_llava vipllava
     """.split()
 )
+_NEWLINES = {"hy_v4_vl"}  # among the features of an image, whose `grid_thw` thus tells no rows of tokens
 _IMAGES_ONLY = {"video_llama_3"}  # its forward drops features of videos behind the encoder
 _SINCE = (5, 24)  # of transformers, on which they passed
 
@@ -77,6 +78,8 @@ class Generic(Family):
         if not self.decoder:
             raise Unfit("has no decoder of layers as language_model or text_model")
         takes = inspect.signature(type(inner).forward).parameters
+        told = self.name not in _NEWLINES and any(name.endswith("_grid_thw") for name in takes)
+        self.gridded = self.name in RASTER or told
         found = []
         for name, encode in (("image", "get_image_features"), ("video", "get_video_features")):
             if not callable(getattr(inner, encode, None)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,19 +24,26 @@ class Picture:
     shapes: dict[str, tuple[int, ...]]  # shapes of random tensors
     given: dict[str, list[list[int]]]  # tensors with given values
 
-    def inputs(self, config: Any, text: int = TEXT, seed: int = 0) -> dict[str, Tensor]:
+    def inputs(self, model: Any, text: int = TEXT, seed: int = 0) -> dict[str, Tensor]:
         """The keyword arguments of `model(...)`: a begin token, the image, `text` random words."""
-        generator = torch.Generator().manual_seed(seed)
+        generator, config = torch.Generator().manual_seed(seed), model.config
         image = config.image_token_id
         words = torch.randint(3, 1000, (1, text), generator=generator) % min(1000, _first_special(config))
         ids = torch.cat([words[:, :1], torch.full((1, self.tokens), image), words], dim=1)
-        out: dict[str, Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if "grid" in "".join(self.given):
-            out["mm_token_type_ids"] = (ids == image).long()
-        if config.model_type in ("gemma3", "paligemma"):
-            out["token_type_ids"] = (ids == image).long() if config.model_type == "gemma3" else torch.zeros_like(ids)
+        out = beside(model, ids, image)
         out |= {name: torch.randn(shape, generator=generator) for name, shape in self.shapes.items()}
         return out | {name: torch.tensor(rows) for name, rows in self.given.items()}
+
+
+def beside(model: Any, ids: Tensor, image: int) -> dict[str, Tensor]:
+    """Word ids [B, L], and what else of them the model's forward reads: the mask, and which are an image's."""
+    out = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inner = getattr(model, "model", model)  # the outer forward may hand on what it does not name
+    takes = {name for each in (model, inner) for name in inspect.signature(type(each).forward).parameters}
+    seen = (ids == image).long()
+    if model.config.model_type == "paligemma":  # there it says which words are to be learned: none
+        seen = torch.zeros_like(ids)
+    return out | {name: seen for name in ("mm_token_type_ids", "token_type_ids") if name in takes}
 
 
 def picture(config: Any, side: int = SIDE) -> Picture | None:
