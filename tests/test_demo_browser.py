@@ -21,6 +21,7 @@ api = pytest.importorskip("playwright.sync_api", reason="playwright is not insta
 pytest.importorskip("gradio")
 pytest.importorskip("onnx")
 
+pytestmark = pytest.mark.slow
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 QUIET = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "

@@ -71,6 +71,7 @@ def run(script, errors):
             raise SystemExit(1) from None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", EXAMPLES, ids=name)
 def test_python_examples_run(page, tmp_path):
     """Every ```python block runs, in order, with a small model and images at hand (```py: takes an hour, not run)."""

@@ -33,6 +33,7 @@ def positional(name, net):
     return Net().eval(), inputs[image]
 
 
+@pytest.mark.slow
 @matrix("name, method", GRAPHS, lambda case: {case[0].split("-")[0], case[1]})  # every library, every method
 @torch.no_grad()
 def test_compile_fullgraph(name, method):
@@ -71,6 +72,7 @@ def test_compile_with_inductor():
         torch.testing.assert_close(torch.compile(net, fullgraph=True)(x), eager, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "method"), GRAPHS)
 @torch.no_grad()
 def test_export(name, method):

@@ -297,6 +297,7 @@ def test_half_precision_and_static_cache():
         assert torch.equal(said(model, inputs, cache_implementation="static"), said(model, inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 def test_a_compiled_decoder(name):
     model, inputs = zoo.build(name, fresh=True), zoo.inputs(name, "single")

@@ -38,6 +38,7 @@ def test_nothing_in_the_whole_registry_is_wrong(library):
     assert sum(record["verdict"] == "supported" for record in answers.values()) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", registry.CASES)
 def test_a_sample_answers_as_it_is_written(library):
     wanted = sample(library)

@@ -179,6 +179,7 @@ def promised(model, call, name, options):
         assert not patched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm-vit-dynamic", "timm-dinov3", "hf-dinov2"])
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(asked(llm=False), st.integers(1, 3), st.sampled_from([(64, 64), (40, 96), (16, 8), (8, 8)]))
@@ -188,6 +189,7 @@ def test_encoders(name, ask, batch, size):
     promised(net, lambda: zoo.ZOO[name].read(net(images)), *ask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(asked(llm=True), st.data())
@@ -359,6 +361,7 @@ def test_soak_see(small_encoder, tmp_path):
     soak(show)
 
 
+@pytest.mark.slow
 def test_soak_ask(tmp_path, monkeypatch):
     ask = pytest.importorskip("vtc.demo.ask")
     monkeypatch.setattr(ask, "NEW_TOKENS", 2)

@@ -3,10 +3,12 @@
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import product
 from typing import ClassVar
 
 import pytest
 import torch
+from pairs import matrix
 
 import vtc
 from vtc import checkpoints
@@ -132,8 +134,11 @@ def test_wrong_positions_of_the_answer_answer_worse(loaded, asked, right, monkey
     assert compressed(loaded, asked, DivPrune(keep=0.5)) < right - 0.02
 
 
-@pytest.mark.parametrize("method", [None, "zoo_prune", "pitome+proportional", "norm+frame=rotary"])
-@pytest.mark.parametrize("view", [View(), View(((256, 192), (128, 128))), View(((128, 96),), frames=3)], ids=str)
+VIEWS = (View(), View(((256, 192), (128, 128))), View(((128, 96),), frames=3))
+READ_ONCE = (None, "zoo_prune", "pitome+proportional", "norm+frame=rotary")
+
+
+@matrix("view, method", product(VIEWS, READ_ONCE), set)
 def test_a_picture_read_once_gives_the_same_answers(loaded, view, method):
     """All questions of a picture go on from one prompt, of the dense model and of compressed ones."""
     model, processor = loaded

@@ -85,6 +85,7 @@ def accuracy(model, test):
         return (model(**inputs).logits[:, -2].argmax(-1) == 50 + test[2]).float().mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_it_finds_the_tokens_that_matter(reader, tmp_path, selection):
     model, batches, test = reader
@@ -110,6 +111,7 @@ def test_it_finds_the_tokens_that_matter(reader, tmp_path, selection):
     assert found["chosen"] > 0.9 and found["start"] < 0.6
 
 
+@pytest.mark.slow
 def test_from_several_seeds(reader):
     model, batches, test = reader
     for seed in range(3):

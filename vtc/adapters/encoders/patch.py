@@ -127,11 +127,12 @@ class EncoderPatch:
         if self.site.naflex is not None:
             self.site.naflex.register_forward_pre_hook(Hook("saw_shapes", self), with_kwargs=True)
         if self.method.resizes:
-            assert not isinstance(self.site.resizable, str)
-            for module, extra in self.site.resizable:
+            resized = self.site.resized()
+            assert not isinstance(resized, str)
+            for module, extra in resized:
                 module.register_forward_pre_hook(Hook("shrink", self, extra), with_kwargs=True)
         # no longer needed: these served only the checks, and functions of an adapter cannot be pickled
-        self.site = replace(self.site, encoder=None, probe=None, rotary="")
+        self.site = replace(self.site, encoder=None, probe=None, rotary="", resizable="")
 
     # -- hooks --------------------------------------------------------------------------------------------------
 

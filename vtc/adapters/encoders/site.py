@@ -76,8 +76,8 @@ class EncoderSite:
             (NaFlex) does not.
         naflex: the module that receives patches, if the images of a batch have different grids; grids: what these are,
             by the arguments it is given, None = unknown.
-        resizable: modules that receive the pixels and accept a smaller image, each with keyword arguments to add; or a
-            sentence that says why this is not possible.
+        resizable: finds the modules that receive the pixels and accept a smaller image, each with keyword arguments to
+            add; or a sentence that says why this is not possible.
         shuffled: its embeddings reorder the patches, so a grid is meaningless.
         watched: objects with a `forward_intermediates` that returns every block's tokens.
         no_bias: why the attention cannot take a size bias, if it cannot.
@@ -98,13 +98,17 @@ class EncoderSite:
     between: bool = False
     naflex: nn.Module | None = None
     grids: Callable[[Any, tuple, dict], tuple[Grid, ...] | None] = spatial_shapes
-    resizable: tuple[tuple[nn.Module, dict], ...] | str = ()
+    resizable: Callable[[], tuple[tuple[nn.Module, dict], ...] | str] | str = ""
     shuffled: bool = False
     watched: tuple[nn.Module, ...] = ()
     no_bias: str = ""
     rotary: Callable[[], tuple[Tensor, tuple[int, int], int]] | str = NOT_ROTARY
     encoder: nn.Module | None = None
     probe: Callable[[Any], Any] | None = None
+
+    def resized(self) -> tuple[tuple[nn.Module, dict], ...] | str:
+        """What `resizable` finds: only when it is asked for, since it tries the embeddings."""
+        return self.resizable if isinstance(self.resizable, str) else self.resizable()
 
 
 @dataclass(frozen=True)

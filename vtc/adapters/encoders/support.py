@@ -52,8 +52,8 @@ def refusal(site: EncoderSite, method: Method | None) -> str:
             column_slots(*site.rotary(), method.ppe)
         except OptionError as error:
             return str(error)
-    if method.resizes and isinstance(site.resizable, str):
-        return f'mode="resize": {site.resizable}; mode="pool" works'
+    if method.resizes and isinstance(resized := site.resized(), str):
+        return f'mode="resize": {resized}; mode="pool" works'
     return ""
 
 

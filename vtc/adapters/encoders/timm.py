@@ -262,7 +262,7 @@ def _site(path: str, model: Any) -> EncoderSite | Refusal:
     cut = timm_patches.look(model)
     if isinstance(cut, str):
         return Refusal(path, type_name, cut)
-    resizable: Any = cut.fixed or ((model.patch_embed, {}),)
+    resizable: Any = cut.fixed or (lambda: ((model.patch_embed, {}),))
     if block.relative:
         resizable = "its relative positions belong to one image size"
     return EncoderSite(

@@ -7,6 +7,7 @@ recognised by their parts and tested on random tokens before anything is patched
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -128,20 +129,18 @@ def _site(path: str, model: Any) -> EncoderSite | Refusal:
             return Refusal(path, type_name, "it does not cut images into patches with one projection")
     prefix, suffix = _prefix(embeddings), _count(embeddings, "detection_tokens")
     between = getattr(getattr(model, "encoder", None), "interpolation", None) is not None  # YOLOS' positions
-    resizable: Any = _resizable(embeddings, patchify)
-    if hasattr(model, "rope_embeddings"):
-        resizable = ((embeddings, {}), (model.rope_embeddings, {}))
     inline = "position_embeddings" in block.example(layers[0], 0)[2] and not hasattr(model, "rope_embeddings")
-    if inline:
-        resizable = _INLINE
-    if isinstance(patchify, nn.Conv3d):
-        resizable = "it takes clips of one size"
-    if block.relative:
-        resizable = "its relative positions belong to one image size"
-    if suffix:
-        resizable = "vtc does not resize where tokens stand behind the patches"
+    fixed = ""
     if naflex is not None:
-        resizable = "its images are cut into patches by the processor: give that a smaller max_num_patches"
+        fixed = "its images are cut into patches by the processor: give that a smaller max_num_patches"
+    elif suffix:
+        fixed = "vtc does not resize where tokens stand behind the patches"
+    elif block.relative:
+        fixed = "its relative positions belong to one image size"
+    elif isinstance(patchify, nn.Conv3d):
+        fixed = "it takes clips of one size"
+    elif inline:
+        fixed = _INLINE
     attention = getattr(model.config, "_attn_implementation", None) or "eager"
     return EncoderSite(
         path,
@@ -161,7 +160,7 @@ def _site(path: str, model: Any) -> EncoderSite | Refusal:
         suffix=suffix,
         between=between,
         naflex=naflex,
-        resizable=resizable,
+        resizable=fixed or partial(_resizable, model, patchify),
         shuffled=hasattr(embeddings, "random_masking"),
         no_bias="" if attention in ("eager", "sdpa") else f'attn_implementation="{attention}"',
         rotary=_INLINE if inline else _rotary(model, getattr(patchify, "stride", None)),
@@ -188,10 +187,11 @@ def _block(model: Any, layers: Any) -> Block | str:
     return reason
 
 
-def _resizable(embeddings: nn.Module, patchify: Any) -> Any:
+def _resizable(model: Any, patchify: Any) -> tuple[tuple[nn.Module, dict], ...] | str:
     """The embeddings, and what makes them take another image size; or that a copy of them takes none."""
-    if not isinstance(patchify, nn.Conv2d):
-        return ""
+    embeddings = model.embeddings
+    if hasattr(model, "rope_embeddings"):
+        return (embeddings, {}), (model.rope_embeddings, {})
     more, copied = _interpolation(embeddings), bare_copy(embeddings, on_meta)
     for sides in ((2, 3), (3, 2)):
         size = [side * step for side, step in zip(sides, patchify.stride, strict=True)]
