@@ -106,17 +106,17 @@ def _refusal(site: MultimodalSite, method: Method | None) -> str:
     missing = method.lacks("input")
     if missing:
         return missing
-    if "grid" in method.needs and not site.family.gridded:
-        return (
-            f"{method.name} reads {FIELDS['grid']}, which {site.family.name} does not tell: use a method that reads "
-            "the tokens alone, such as divprune"
-        )
     unknown = sorted((method.needs - method.optional) & CAPTURED - site.family.evidence)
     if unknown:
         why = site.family.withheld.get(unknown[0], "vtc does not know of {name}").format(name=site.family.name)
         return (
             f"{method.name} reads {' and '.join(FIELDS[field] for field in unknown)}, which {why}: use a method that "
             'reads the tokens alone, such as divprune, or importance="norm"'
+        )
+    if "grid" in method.needs and not site.family.gridded:
+        return (
+            f"{method.name} reads {FIELDS['grid']}, which {site.family.name} does not tell: use a method that reads "
+            "the tokens alone, such as divprune"
         )
     needs = (method.needs - method.optional) & {"attention", "middle", "keys"}
     if needs and not site.family.attentions(site.inner):
