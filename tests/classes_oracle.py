@@ -2,11 +2,14 @@
 and without padding, on the embeddings of the columns that stay, at the positions that the plain model gives them.
 
 Everything is read where `generate` enters the decoder: embeddings, positions (of however many axes), and whatever else
-has a place for every column. What comes out of the decoder is compared, so that nothing behind it matters.
+has a place for every column. What comes out of the decoder is compared, so that nothing behind it matters. A part that
+reads a word together with those before it (Qwen 4's n-grams) reads those of the whole conversation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mllm_classes as classes
@@ -50,12 +53,40 @@ def expected(
     batch, length = mask.shape
     prefill, decode = [], []
     for row in range(batch):
-        columns = (kept[row] & mask[row]).nonzero().flatten()
+        columns, real = (kept[row] & mask[row]).nonzero().flatten(), mask[row].nonzero().flatten()
         means = {column: of for (prompt, column), of in (merged or {}).items() if prompt == row}
-        first, then = _row(model, seen, row, columns, visual, (batch, length), tokens[row], means)
+        words = torch.cat([inputs["input_ids"][row, real], tokens[row]])
+        with _ngrams(classes.text_model(model), words, torch.searchsorted(real, columns), len(real)):
+            first, then = _row(model, seen, row, columns, visual, (batch, length), tokens[row], means, int(real[-1]))
         prefill.append(first)
         decode.append(then)
     return prefill, torch.stack(decode)
+
+
+@contextmanager
+def _ngrams(text: nn.Module, words: Tensor, places: Tensor, prompt: int) -> Iterator[None]:
+    """What stands for every word of a conversation together with those before it: all of it is read at once, without a
+    cache. places: which words of the prompt, of so many, stay; those behind it are read one a call."""
+    parts = [part for part in text.modules() if type(part).__name__.endswith("NGramEmbedding")]
+
+    def standing(part: nn.Module) -> Any:
+        whole, calls = part(words[None], None), iter([places, *torch.arange(prompt, len(words))[:, None]])
+
+        def forward(ids: Tensor, cache: Any) -> Tensor:
+            here = next(calls)
+            assert torch.equal(words[here], ids[0]), "these are other words"
+            return whole[:, here]
+
+        return forward
+
+    try:
+        with torch.no_grad():
+            for part in parts:
+                part.forward = standing(part)
+        yield
+    finally:
+        for part in parts:
+            part.__dict__.pop("forward", None)
 
 
 @torch.no_grad()
@@ -68,6 +99,7 @@ def _row(
     shape: tuple[int, int],
     tokens: Tensor,
     means: dict[int, list[int]],
+    last: int,
 ) -> tuple[Tensor, Tensor]:
     text = classes.text_model(model)
     given: dict[str, Any] = {}
@@ -94,7 +126,8 @@ def _row(
     positions = seen.get("position_ids")
     if positions is None:  # then the decoder counts columns
         positions = torch.arange(shape[1])[None]
-    positions = positions.expand(*positions.shape[:-2], shape[0], -1)[..., row : row + 1, :][..., columns]
+    positions = positions.expand(*positions.shape[:-2], shape[0], -1)[..., row : row + 1, :]
+    positions, behind = positions[..., columns], positions[..., [last]] + 1
     cache, count = DynamicCache(config=text.config), len(columns)
 
     def run(**more: Any) -> Tensor:
@@ -108,7 +141,7 @@ def _row(
     first = run(attention_mask=mask(count) if handed is None else handed, position_ids=positions, **given)
     then = []
     for step, token in enumerate(tokens):
-        after, ids = positions[..., -1:] + 1 + step, token.view(1, 1)  # a word: the model around embeds it
+        after, ids = behind + step, token.view(1, 1)  # a word: the model around embeds it
         out = model.model(
             input_ids=ids, attention_mask=mask(count + 1 + step), position_ids=after, use_cache=True, **{CACHE: cache}
         )

@@ -25,7 +25,7 @@ _WINDOWS = "windows of this decoder's sliding layers would shift"
 _STATE = "is no attention and keeps a state of its own"
 BETWEEN_REFUSED = {
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "minicpmv4_6", "minicpmv4_7", "minicpm_ocr", "lfm2_vl"), _STATE),
-    "glm5_next": _STATE,
+    **dict.fromkeys(("glm5_next", "qwen4_exp"), _STATE),
     **dict.fromkeys(("lfm3_vl", "exaone4_5", "cohere_compass", "muse_glimmer", "muse_spark", "dots3_note"), _WINDOWS),
     **dict.fromkeys(("gemma4", "gemma4_moe", "gemma4_unified", "gemma3n", "step3p7"), _WINDOWS),
     **dict.fromkeys(("aya_vision", "cohere2_vision"), _WINDOWS),
@@ -34,6 +34,8 @@ BETWEEN_REFUSED = {
 PPE_REFUSED = {
     **dict.fromkeys(("mistral3_ministral3", "mistral3_mistral4", "mistral_large4"), "outside of its rotary table"),
     "glm5_next": "needs a rotary table, and its decoder .* has none",
+    "qwen4_exp": "keeps positions in its cache",
+    "hunyuan_vl": "turns column c together with neither",  # a pair is of two axes
 }
 OPEN = [name for name in NAMES if name not in BETWEEN_REFUSED]
 DEEP = ("qwen3_vl_moe", "qwen3_omni_moe_thinker", "cosmos3_omni", "granite_docling")  # two planes each

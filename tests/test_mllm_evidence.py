@@ -25,7 +25,7 @@ from vtc.scores.sensitivity import sensitivity
 _ENCODER = "vision_tower.encoder.layers"
 LAYERS = {  # where the layers of the tower are
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen3_vl_moe", "qwen3_omni_moe_thinker"), "visual.blocks"),
-    **dict.fromkeys(("cohere_compass", "cosmos3_omni"), "visual.blocks"),
+    **dict.fromkeys(("qwen4_exp", "cohere_compass", "cosmos3_omni"), "visual.blocks"),
     **dict.fromkeys(("qwen2_5_omni_thinker", "exaone4_5"), "visual.blocks"),  # every other layer in windows
     **dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glm_ocr"), "visual.blocks"),
     **dict.fromkeys(("mistral3", "mistral_large4"), "vision_tower.transformer.layers"),

@@ -17,7 +17,8 @@ from vtc.adapters.multimodal.families import generic
 # One of every way to place features, to count positions, and to keep a state.
 KINDS = "qwen3_5 qwen3_vl_moe glm4v gemma4 mistral3_ministral3 lfm2_vl molmo2 kimi_k25 aria cosmos3_omni".split()
 COUNTING = {"qwen3_5", "qwen3_vl_moe", "glm4v", "cosmos3_omni"}  # decode at positions counted from the mask: not wrong
-UNTRIED = {"hy_v4_vl", "ovis2"}  # newlines among the features, features of its own: proven by their class alone
+# Newlines among the features, features of its own: proven by their class alone.
+UNTRIED = {"hunyuan_vl", "hy_v4_vl", "ovis2"}
 
 
 def check(name):
@@ -39,7 +40,7 @@ def test_every_proven_class_is_tried_and_right(name):
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["qwen3_5", "gemma4", "molmo2", "kimi_k25", "mistral3_ministral3"])
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen4_exp", "gemma4", "molmo2", "kimi_k25", "mistral3_ministral3"])
 def test_in_bfloat16(name, attn):
     model = copy.deepcopy(classes.build(name, attn)).to(torch.bfloat16)
     site = next(item for item in vtc.plan._find(model))[1]
@@ -58,6 +59,11 @@ def test_a_model_that_was_used_before_is_tried_as_a_new_one():
 def counted(monkeypatch):
     """The decoder is not told positions, though it reads them outside its rotary table."""
     monkeypatch.setattr(patch, "try_positions", lambda decoder: trial.Trial())
+
+
+def of_the_words_that_stay(monkeypatch):
+    """N-grams are made of the shorter prompt."""
+    monkeypatch.setattr(patch, "word_readers", lambda decoder: [])
 
 
 def one_axis(monkeypatch):
@@ -92,6 +98,8 @@ def no_gaps(monkeypatch):
 
 MISTAKES = [
     ("mistral3_ministral3", counted, "prefill"),
+    ("qwen4_exp", counted, "decoding"),
+    ("qwen4_exp", of_the_words_that_stay, "prefill"),
     ("qwen3_vl_moe", one_axis, "prefill"),
     ("glm4v", one_axis, "prefill"),
     *((name, next_place, "prefill") for name in KINDS),
@@ -156,14 +164,14 @@ def test_a_class_that_nobody_tried_and_that_cannot_be_tried_is_refused(name, mon
     assert "has not been tried on this class, and could not try it here" in str(vtc.explain(classes.build(name)))
 
 
-@pytest.mark.parametrize("name", ["qwen4_exp", "minimax_m3_vl", "deepseek_vl_hybrid", "fuyu"])
+@pytest.mark.parametrize("name", ["minimax_m3_vl", "deepseek_vl_hybrid", "fuyu"])
 def test_what_is_refused_by_name_would_be_refused_by_trial(name, monkeypatch):
     monkeypatch.setattr(generic, "UNFIT", {})
     monkeypatch.setattr(self_check, "_checked", {})
     assert not vtc.explain(classes.build(name), "divprune").ok
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "gemma4", "mistral3_ministral3"])
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen4_exp", "gemma4", "mistral3_ministral3"])
 def test_the_verdict_is_the_same_without_weights(name):
     with torch.device("meta"):
         model = type(classes.build(name))(copy.deepcopy(classes.build(name).config))

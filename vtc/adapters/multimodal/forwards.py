@@ -41,6 +41,43 @@ class OwnerForward(Patch):
             self.parent.asked = None
 
 
+def word_readers(decoder: Any) -> list[nn.Module]:
+    """The parts of a decoder's layers that are given words instead of hidden states: they read each word together with
+    those before it (n-grams)."""
+
+    def reads(part: nn.Module) -> bool:
+        forward = getattr(type(part), "forward", None)  # a scripted part has none
+        return callable(forward) and list(inspect.signature(forward).parameters)[1:2] == ["input_ids"]
+
+    return [part for part in decoder.layers.modules() if reads(part)]
+
+
+class WordReader(Patch):
+    """Replaces the `forward` of a part that reads words together with those before them. It is given all words of the
+    prompt, and what it makes of those that stay goes on: the words before a token are those of the whole prompt.
+
+    Attributes:
+        prompt: [B, L] long, while the decoder runs on a shorter prompt: the words of the whole one, as far as they do
+            not come with the call.
+        columns: [B, S] long, which of its columns each row of the shorter one is, -1 = padding.
+    """
+
+    prompt: Tensor | None = None
+    columns: Tensor | None = None
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module, forward_name(module))
+
+    def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.prompt is None or self.columns is None:
+            return self.original(input_ids, *args, **kwargs)
+        length = self.prompt.shape[1]
+        spare = self.columns.masked_fill(self.columns < 0, length)
+        words = nn.functional.pad(self.prompt, (0, 1)).to(input_ids).scatter(1, spare, input_ids)[:, :length]
+        made = self.original(words, *args, **kwargs)
+        return made.gather(1, self.columns.clamp(min=0)[..., None].expand(-1, -1, made.shape[-1]))
+
+
 class MaskMaker(Patch):
     """Replaces a model's `create_masks_for_generate`, which makes 4-D masks in advance for static caches: the padding
     mask is passed on instead, and the masks are made from it for the shorter prompt."""

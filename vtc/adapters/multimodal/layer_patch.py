@@ -143,7 +143,7 @@ class DecoderPatch:
         depth = sum(layer <= patch.index for layer, _ in self.steps)  # number of reductions at and before this layer
         if not self.levels or (depth == 0 and not self.method.proportional):
             return patch.original(x, *args, **kwargs)
-        if args or (self.call is not None and torch.is_grad_enabled() and _checkpoints(patch.module)):
+        if args or (self.call is not None and torch.is_grad_enabled() and checkpoints(patch.module)):
             raise InputError(
                 f"{self.method.name} cannot take tokens out between layers that are checkpointed: switch gradient "
                 "checkpointing off, or use a method that works at the decoder's input"
@@ -342,7 +342,7 @@ def _at(places: Tensor, index: Tensor) -> Tensor:
     return torch.where(index < 0, -1, places.gather(1, index.clamp(min=0)))
 
 
-def _checkpoints(layer: Any) -> bool:
+def checkpoints(layer: Any) -> bool:
     return bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
 
 

@@ -28,9 +28,9 @@ from vtc.adapters.multimodal.columns import as_asked, check_arguments, check_ask
 from vtc.adapters.multimodal.encode import Encoders
 from vtc.adapters.multimodal.families.base import Family, prompt
 from vtc.adapters.multimodal.find import MultimodalSite
-from vtc.adapters.multimodal.forwards import Loss, MaskMaker, ModelForward, OwnerForward
+from vtc.adapters.multimodal.forwards import Loss, MaskMaker, ModelForward, OwnerForward, WordReader, word_readers
 from vtc.adapters.multimodal.guard import Guard
-from vtc.adapters.multimodal.layer_patch import DecoderPatch, PendingCall
+from vtc.adapters.multimodal.layer_patch import DecoderPatch, PendingCall, checkpoints
 from vtc.adapters.multimodal.owners import Owners
 from vtc.adapters.multimodal.rotary import Positions
 from vtc.adapters.multimodal.short_prompt import shorten_call
@@ -69,7 +69,7 @@ class MultimodalPatch:
     asked: Any = None  # the columns a wrapping model reads: logits_to_keep, or "all"; None = the shortened ones
     carried: Tensor | None = None  # [slots, B, L]: the columns whose positions each column of this call carries (PPE)
     decoder_patch: DecoderPatch | None = None  # set if tokens are removed between layers of the decoder
-    told: bool = False  # other code than the rotary embedding reads positions: the decoder gets the true ones
+    told: bool = False  # other code than the rotary embedding uses positions: the decoder gets the true ones
 
     @classmethod
     def at(cls, site: MultimodalSite, method: Method) -> MultimodalPatch:
@@ -151,12 +151,13 @@ class MultimodalPatch:
         rotary = getattr(decoder, "rotary_emb", None)
         # a decoder without a rotary table reads no positions (support.py), and nothing calls what stands for it
         self.positions = Positions(nn.Identity() if rotary is None else rotary, self.method.ppe)
-        self.told = try_positions(decoder).reads
+        self.told = try_positions(decoder).told
         forward = ModelForward(self)
         self.guard = Guard(self)
         self.guard.install(root)
         self.encoders = Encoders(self.family, self.inner, self.guard, self.tower)
-        self.patched = [forward, self.positions, *self.encoders.by.values()]
+        self.readers = [WordReader(part) for part in word_readers(decoder)]
+        self.patched = [forward, self.positions, *self.encoders.by.values(), *self.readers]
         for head in self.owners.heads:
             self.patched += [OwnerForward(self, head), Loss(self, head), MaskMaker(head)]
         self.patched += [OwnerForward(self, owner, "all") for owner in self.owners.classifiers]
@@ -352,9 +353,13 @@ class MultimodalPatch:
                 self.decoder_patch.begin(cache, pending, short.columns, short.past)
             if isinstance(cache, Shortened):
                 cache.vtc_inside = True
+            if self.readers and columns is not None and batch is not None:
+                self.read(batch, call, columns)
             output = patch.original(**short.arguments)
         finally:
             self.positions.ids = self.carried = None
+            for reader in self.readers:
+                reader.prompt = reader.columns = None
             if self.decoder_patch is not None:
                 levels = self.decoder_patch.end()
             if isinstance(cache, Shortened):
@@ -368,6 +373,22 @@ class MultimodalPatch:
         if self.went is not None and self.asked is not None:
             output.last_hidden_state = as_asked(self.asked, self.went, output.last_hidden_state)
         return output if call.get("return_dict", self.inner.config.return_dict) else output.to_tuple()
+
+    def read(self, batch: TokenBatch, call: dict[str, Any], columns: Tensor) -> None:
+        """Let parts that read words together with those before them read the whole prompt: the placeholders of its
+        images, and where padding goes the end of a text, as the decoder itself has it."""
+        decoder = getattr(self.inner, self.family.decoder)
+        if torch.is_grad_enabled() and any(map(checkpoints, decoder.layers)):  # they would be run again without it
+            raise InputError(
+                f"the layers of {type(decoder).__name__} read words, and those of the prompt cannot be handed to them "
+                "when they are checkpointed: switch gradient checkpointing off"
+            )
+        end = decoder.config.eos_token_id
+        words = batch.columns.new_full((batch.size * batch.length,), end[0] if isinstance(end, list) else end)
+        for item in batch.items:
+            words[item.columns] = self.family.token(self.inner, item.modality, call.get("input_ids"))
+        for reader in self.readers:
+            reader.prompt, reader.columns = words.view(batch.size, batch.length), columns
 
     def filler(self) -> int:
         """A token id to use for padding; it is masked, so any id that is not a placeholder will do."""

@@ -31,7 +31,7 @@ class Positions(Patch):
             self.slot = {kind: slot_of_column(module, self.slots, *kind) for kind in kinds(module)}
 
     def __call__(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.ids is None:
+        if self.ids is None or position_ids.shape[-1] > self.ids.shape[-1]:  # with those that the cache keeps: the true
             return self.original(x, position_ids, *args, **kwargs)
         return self.table(x, self.ids, *args, **kwargs)
 
@@ -68,6 +68,12 @@ def kinds(rotary: Any) -> list[tuple[str, ...]]:
     return [(kind,) for kind in sorted(getattr(rotary, "layer_types", None) or ())] or [()]
 
 
+def axis_count(rotary: Any) -> int:
+    """How many axes the positions of a model with several have. Compass has a dictionary of sections, by layer."""
+    told = getattr(rotary, "mrope_section", None)
+    return len(told) if isinstance(told, (list, tuple)) and told else 3
+
+
 def sections_of(rotary: Any) -> tuple[int, ...]:
     """How many pairs rotate by each axis, once for every kind of layer that differs."""
     found = dict.fromkeys(sections(axes(rotary, *kind)) for kind in kinds(rotary))
@@ -93,7 +99,7 @@ def _pairs(rotary: Any, *kind: str) -> tuple[Tensor, bool]:
         with torch.device("cpu"):
             rotary = type(rotary)(rotary.config)
     device = next((buffer.device for buffer in rotary.buffers()), torch.device("cpu"))
-    count = 3 if hasattr(rotary, "mrope_section") else 1
+    count = axis_count(rotary) if hasattr(rotary, "mrope_section") else 1
     sines = []
     for number in range(count):
         ids = torch.zeros(count, 1, 1, dtype=torch.long, device=device)

@@ -27,6 +27,7 @@ from vtc.adapters.multimodal.families.base import Family
 from vtc.adapters.multimodal.families.generic import Generic
 from vtc.adapters.multimodal.families.prompts import beside
 from vtc.adapters.multimodal.find import MultimodalSite
+from vtc.adapters.multimodal.forwards import word_readers
 from vtc.adapters.multimodal.owners import Owners
 from vtc.adapters.multimodal.patch import MultimodalPatch
 from vtc.adapters.multimodal.support import planes
@@ -34,6 +35,7 @@ from vtc.layout import Grid
 from vtc.methods import make
 
 STEPS = 3
+SEED = 3  # by which the first tokens of an image go: those behind may be read together with the words before it
 GRIDS: tuple[Grid, ...] = ((3, 4), (2, 6))  # rows and columns of the tokens of two images
 _APART = {"attention_mask", "use_cache", "cache_position", "position_ids", "return_dict"}  # given in other ways
 # How an encoder's features, and those for DeepStack, are handed on: one tensor of all images, or a tensor for each.
@@ -108,6 +110,7 @@ class Rehearsal:
         """Raises Wrong, and what the model raises."""
         whole, dense = self.taken(), self.entry()
         self.placed(dense["inputs_embeds"])
+        self.readers = dict(self.words())
         with self.patched(1.0):
             if not torch.equal(self.call(**self.prompt).last_hidden_state, whole):
                 raise Wrong("with all tokens kept, its output is not what it is without vtc")
@@ -161,9 +164,34 @@ class Rehearsal:
             hook.remove()
         return seen
 
+    def words(self) -> Iterator[tuple[nn.Module, Tensor]]:
+        """The parts that read words together with those before them, and what they are handed for the prompt."""
+        for part in word_readers(self.text):
+            seen: list[Tensor] = []
+            hook = part.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
+            try:
+                self.call(**self.prompt)
+            finally:
+                hook.remove()
+            yield part, seen[0]
+
+    @contextmanager
+    def reading(self, columns: Tensor) -> Iterator[None]:
+        """These parts read all words of the prompt, while the decoder is called with the columns that stay."""
+        hooks = []
+        for part, words in self.readers.items():
+            hooks.append(part.register_forward_pre_hook(lambda module, args, words=words: (words, *args[1:])))
+            hooks.append(part.register_forward_hook(lambda module, args, made: made[:, columns]))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     @contextmanager
     def patched(self, keep: float) -> Iterator[MultimodalPatch]:
-        patch = MultimodalPatch.at(MultimodalSite("", self.family, self.inner, Owners()), make("random", keep=keep))
+        method = make("random", keep=keep, seed=SEED)
+        patch = MultimodalPatch.at(MultimodalSite("", self.family, self.inner, Owners()), method)
         patch.install(self.inner)
         try:
             yield patch
@@ -230,7 +258,8 @@ class Rehearsal:
         here = f"{self.family.decoder}."
         weights = {n.removeprefix(here): w for n, w in self.weights.items() if n.startswith(here)}
         given |= {"position_ids": positions[..., columns], **self.cached(cache)}
-        return torch.func.functional_call(self.text, weights, (), given).last_hidden_state[0]
+        with self.reading(columns):
+            return torch.func.functional_call(self.text, weights, (), given).last_hidden_state[0]
 
     def same(self, one: Tensor, other: Tensor, what: str) -> None:
         if not float((one - other).abs().max()) <= 4 * trial.rounding(other):

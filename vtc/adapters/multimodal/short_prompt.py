@@ -42,7 +42,7 @@ def shorten_call(
     Args:
         past: the cache's entries.
         positions: [B, L] or [axes, B, L], of all its columns. filler: a token id to use for padding.
-        told: the decoder reads positions outside its rotary table, so it is given those of the columns.
+        told: the decoder uses positions outside its rotary table, so it is given those of the columns.
 
     Raises:
         InputError: packed sequences that could no longer be told apart.
@@ -58,7 +58,7 @@ def shorten_call(
     packs = masks.packs(call.get("position_ids"), mask, length)
     if packs is not None and told:
         raise InputError(
-            "position_ids pack several sequences in a row, and this decoder reads positions outside of its rotary "
+            "position_ids pack several sequences in a row, and this decoder uses positions outside of its rotary "
             "table: give one sequence a row, with an attention_mask"
         )
     if packs is not None and entries.padded and (whole is None or mask is not None):

@@ -32,7 +32,7 @@ _FRAMED = frozenset(
     """
     cohere_compass cosmos3_edge cosmos3_omni dots3_note exaone4_5 glm46v glm4v glm4v_moe glm5_next glm_ocr
     hyperclovax_vision_v2 lfm3_vl llava_next_video muse_glimmer muse_spark qwen2_5_omni_thinker qwen3_5 qwen3_5_moe
-    qwen3_omni_moe_thinker qwen3_vl_moe
+    qwen3_omni_moe_thinker qwen3_vl_moe qwen4_exp
     """.split()
 )
 
@@ -136,15 +136,16 @@ def _positions_refuse(decoder: Any, method: Method | None) -> str:
             f"its decoder ({kind}) scales attention by its own count of the tokens in front, which is another when "
             "some go: give the processor smaller images instead"
         )
-    if not trial.reads:
+    if not trial.told:
         return ""
+    how = "reads positions outside of its rotary table" if trial.reads else "keeps positions in its cache"
     if "flash" in str(decoder.config._attn_implementation):
         return (
-            f"its decoder ({kind}) reads positions outside of its rotary table, and FlashAttention would take their "
-            'gaps for borders between prompts: load the model with attn_implementation="sdpa"'
+            f"its decoder ({kind}) {how}, and FlashAttention would take their gaps for borders between prompts: load "
+            'the model with attn_implementation="sdpa"'
         )
     if method is not None and method.ppe:
-        return f"positions={method.positions!r}: {kind} reads positions outside of its rotary table, one for each token"
+        return f"positions={method.positions!r}: {kind} {how}, one for each token"
     return ""
 
 

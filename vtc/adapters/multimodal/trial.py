@@ -2,11 +2,12 @@
 
 The patch gives the original positions of the tokens that stay to the rotary embedding, and positions without gaps to
 all other code. This is correct if no other code uses positions. In some decoders it does: they scale queries by the
-positions that they receive (Ministral 3), or by their own count (Llama 4).
+positions that they receive (Ministral 3), or by their own count (Llama 4), or keep positions for later calls (Qwen 4).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,11 +32,18 @@ class Trial:
     Attributes:
         reads: it reads its `position_ids`; counts: it counts the preceding tokens by itself.
         error: why it could not be tested.
+        keeps: its cache keeps positions, and a rotary table is made for past and present together.
     """
 
     reads: bool = False
     counts: bool = False
     error: str = ""
+    keeps: bool = False
+
+    @property
+    def told(self) -> bool:
+        """Whether it must be given the true positions of the tokens that stay."""
+        return self.reads or self.keeps
 
 
 _tried: WeakKeyDictionary[nn.Module, Trial] = WeakKeyDictionary()
@@ -69,10 +77,13 @@ def _try(decoder: Any) -> Trial:
         each["per_layer_inputs"] = torch.zeros(
             1, 4, decoder.config.num_hidden_layers, width, device=device, dtype=dtype
         )
+    for name in inspect.signature(type(start).forward).parameters:  # words that it reads beside their embeddings
+        if name.endswith("_input_ids"):
+            each[name] = torch.zeros(1, 4, dtype=torch.long, device=device)
     far = torch.tensor([[0, 1, 70_000, FAR]], device=device)
 
-    def run(ids: Tensor, cache: Any = None) -> Tensor:
-        given: dict[str, Any] = {"inputs_embeds": x.to(device, dtype), "attention_mask": shut, "position_ids": ids}
+    def run(ids: Tensor, cache: Any = None, mask: Tensor = shut) -> Tensor:
+        given: dict[str, Any] = {"inputs_embeds": x.to(device, dtype), "attention_mask": mask, "position_ids": ids}
         given |= {"use_cache": cache is not None, cache_name(): cache, **each}
         return torch.func.functional_call(start, made, (), given)[0]
 
@@ -84,11 +95,18 @@ def _try(decoder: Any) -> Trial:
             return Trial(error=" ".join(str(error).split()) or type(error).__name__)
         noise = max(float((again - alone).abs().max()), rounding(alone) / 4)
         reads = _moves(alone, lambda: run(far), noise)
+        cache = DynamicCache(config=decoder.config)
         try:
-            cached = run(near, DynamicCache(config=decoder.config))
+            cached = run(near, cache)
         except Exception:  # layers that share their caches do not accept our mask with a cache
             return Trial(reads)
-        return Trial(reads, _moves(cached, lambda: run(near, Claiming(config=decoder.config)), noise))
+        try:
+            run(near + 4, cache, torch.cat([torch.zeros_like(shut), shut], -1))
+        except Exception:  # those that take no mask of two lengths
+            pass
+        keeps = start.asked > 4
+        counts = _moves(cached, lambda: run(near, Claiming(config=decoder.config)), noise)
+        return Trial(reads, counts, keeps=keeps)
 
 
 def _moves(before: Tensor, run: Callable[[], Tensor], noise: float) -> bool:
@@ -122,12 +140,14 @@ def _start(decoder: Any) -> Any:
     """The decoder cut after the first layers that include every kind of layer. Shares all weights."""
     start = bare(decoder)
     start._modules["layers"] = first(decoder.layers)
+    start.__dict__["asked"] = 0  # for how many positions at once a rotary table was made
     if getattr(decoder, "rotary_emb", None) is None:
         return start
     rotary = on_hand(decoder.rotary_emb)
 
     def fixed(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Rotates tokens by their index, whatever positions it receives."""
+        start.asked = max(start.asked, position_ids.shape[-1])
         counted = torch.arange(position_ids.shape[-1], device=position_ids.device).expand_as(position_ids)
         return type(rotary).forward(rotary, x, counted, *args, **kwargs)
 
@@ -179,21 +199,21 @@ def weights(start: nn.Module) -> dict[str, Tensor]:
             continue
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if tensor.is_meta:
+                whole = torch.zeros if tensor.dtype == torch.bool else torch.ones  # numbers may be divided by
                 found[f"{path}.{name}".strip(".")] = (
-                    _few(tensor.shape)
-                    if tensor.is_floating_point()
-                    else (torch.zeros(tensor.shape, dtype=tensor.dtype))
+                    _few(tensor.shape) if tensor.is_floating_point() else whole(tensor.shape, dtype=tensor.dtype)
                 )
     return found
 
 
 def _few(shape: torch.Size) -> Tensor:
     """Random weights by fan-in. A matrix is a view of a line of numbers; the matrices of a stack (experts) are all the
-    same."""
+    same, and so are the rows of a table with millions (n-grams)."""
     generator = torch.Generator().manual_seed(sum(shape))
     if len(shape) == 2:
-        line = torch.randn(sum(shape), generator=generator) / shape[-1] ** 0.5
-        return line.as_strided(shape, (1, 1))
+        step = int(shape[0] < 5_000_000)
+        line = torch.randn(step * shape[0] + shape[1], generator=generator) / shape[-1] ** 0.5
+        return line.as_strided(shape, (step, 1))
     return (torch.randn(shape[-2:], generator=generator) / max(1, shape[-1:].numel()) ** 0.5).expand(shape)
 
 

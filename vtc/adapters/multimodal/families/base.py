@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc.adapters.multimodal.cache import cache_name
+from vtc.adapters.multimodal.rotary import axis_count
 from vtc.errors import InputError
 from vtc.layout import Grid, Layout, Unit
 
@@ -160,6 +161,10 @@ class Family:
         batch, length = embeds.shape[:2]
         return torch.arange(past, past + length, device=embeds.device).expand(batch, length)
 
+    def axes(self, inner: Any) -> int:
+        """How many axes positions have where they have several."""
+        return axis_count(getattr(getattr(inner, self.decoder), "rotary_emb", None))
+
     def placed(self, inner: Any, call: dict[str, Any], past: int) -> Tensor:
         """The positions of all of a call's columns, [B, L] or [axes, B, L], as in the dense model."""
         given = prompt(call)
@@ -167,7 +172,7 @@ class Family:
         if positions is None:
             words = inner.get_input_embeddings()(given.clamp(min=0)) if given.ndim == 2 else given
             positions = self.positions(inner, call, past, words)
-        positions = positions[-3:] if positions.ndim == 3 else positions
+        positions = positions[-self.axes(inner) :] if positions.ndim == 3 else positions  # text may have one in front
         return positions.expand(*positions.shape[:-2], len(given), -1)[..., -given.shape[1] :]
 
     # -- the tower ----------------------------------------------------------------------------------------------

@@ -23,24 +23,22 @@ UNFIT = {
     "minimax_m3_vl": "takes positions for numbers of columns in its sparse attention, and tokens that stay leave gaps",
     "deepseek_vl_hybrid": "encodes every image at two sizes, given as two arguments",
     "fuyu": "puts patches into the prompt without an encoder",
-    "hunyuan_vl": "numbers the images of a batch on a fourth axis of its positions",
     "inkling_mm_model": "counts distances by columns, and tokens that stay would move together",
     "inkling2": "counts distances by columns, and tokens that stay would move together",
     "inkling2_loop": "counts distances by columns, and tokens that stay would move together",
     "nemotron_h_omni": "holds its decoder in another model with a head of its own",
     "chameleon": "embeds, merges and decodes in one forward",
     "unlimited_ocr": "counts its window's reference from the prompt's ids, whatever stays of them",
-    "qwen4_exp": "reads the words before each token and keeps a history of positions, which fewer tokens would change",
 }
 # The model types whose tiny models pass the oracle (tests/test_mllm_classes.py).
 PROVEN = frozenset(
     """
     apertus1p5 aria aya_vision cohere2_vision cohere_compass cosmos3_edge cosmos3_omni deepseek_ocr2 deepseek_vl
     dots3_note emu3 ernie4_5_vl_moe exaone4_5 fast_vlm gemma3n gemma4 gemma4_unified glm46v glm4v glm4v_moe
-    glm5_next glm_ocr got_ocr2 granite_docling hy_v4_vl hyperclovax_vision_v2 idefics2 janus kimi_k25 lfm2_vl lfm3_vl
-    lighton_ocr llava llava_next_video minicpm_ocr minicpmv4_6 minicpmv4_7 mistral3 mistral_large4 molmo2
+    glm5_next glm_ocr got_ocr2 granite_docling hunyuan_vl hy_v4_vl hyperclovax_vision_v2 idefics2 janus kimi_k25 lfm2_vl
+    lfm3_vl lighton_ocr llava llava_next_video minicpm_ocr minicpmv4_6 minicpmv4_7 mistral3 mistral_large4 molmo2
     muse_glimmer muse_spark ovis2 paddleocr_vl perception_lm qianfan_ocr qwen2_5_omni_thinker qwen3_5 qwen3_5_moe
-    qwen3_omni_moe_thinker qwen3_vl_moe step3p7 video_llama_3 video_llava vipllava
+    qwen3_omni_moe_thinker qwen3_vl_moe qwen4_exp step3p7 video_llama_3 video_llava vipllava
     """.split()
 )
 # Those whose decoders read no positions: for their linear attention and their attention to all, order is all there is.
@@ -159,7 +157,7 @@ class Generic(Family):
         if not hasattr(inner, "compute_3d_position_ids"):
             return counted
         found = axes_of(inner, call, embeds)
-        return counted.expand(3, -1, -1) if found is None else found
+        return counted.expand(self.axes(inner), -1, -1) if found is None else found
 
     # -- the tower ----------------------------------------------------------------------------------------------
 

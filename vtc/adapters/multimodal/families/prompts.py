@@ -123,6 +123,7 @@ def _first_special(config: Any) -> int:
 _LIKE_QWEN = """
     cohere_compass cosmos3_omni exaone4_5 glm46v glm4v glm4v_moe glm5_next glm_ocr hyperclovax_vision_v2 lfm3_vl
     qwen2_5_omni_thinker qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe
+    qwen4_exp
 """.split()
 _FAMILIES: dict[str, Callable[[Any, int], Picture]] = {
     "llava": _one(_llava),

@@ -28,7 +28,7 @@ class Towered(Generic):
 
 
 class Qwen(QwenTower, Towered):
-    """Qwen 3.5, Qwen3-VL-MoE and others with that tower."""
+    """Qwen 3.5, Qwen3-VL-MoE, Qwen 4 and others with that tower."""
 
 
 class QwenWindowed(Qwen):
@@ -288,7 +288,7 @@ class MiniCPM(Rastered):
 
 TOWERS: dict[str, type[Towered]] = {
     **dict.fromkeys(("qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen3_omni_moe_thinker"), Qwen),
-    **dict.fromkeys(("cohere_compass", "cosmos3_omni"), Qwen),
+    **dict.fromkeys(("qwen4_exp", "cohere_compass", "cosmos3_omni"), Qwen),
     **dict.fromkeys(("qwen2_5_omni_thinker", "exaone4_5"), QwenWindowed),
     **dict.fromkeys(("glm4v", "glm46v", "glm4v_moe", "glm_ocr"), Glm),
     **dict.fromkeys(("mistral3", "mistral_large4"), Mistral3),
