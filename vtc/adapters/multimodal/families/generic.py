@@ -50,7 +50,7 @@ RASTER = frozenset(
     mistral_large4 ovis2 perception_lm qianfan_ocr video_llava vipllava
     """.split()
 )
-_NEWLINES = {"hy_v4_vl"}  # among the features of an image, whose `grid_thw` thus tells no rows of tokens
+_NEWLINES = {"hunyuan_vl", "hy_v4_vl"}  # among the features of an image, whose `grid_thw` thus tells no rows of tokens
 _IMAGES_ONLY = {"video_llama_3"}  # its forward drops features of videos behind the encoder
 _SINCE = (5, 24)  # of transformers, on which they passed
 
