@@ -49,7 +49,7 @@ test: lint  ## lint, types and tests, but for the slow ones; ARGS='-k pitome' go
 matrix: setup  ## what `make test` leaves out of its products: every model with every method, case and attention
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 -m matrix $(ARGS)
 
-slow: setup  ## the slow tests: sanitizers, compilers, browsers, notebooks, training, what examples print
+slow: setup  ## the slow tests: sanitizers, compilers, browsers, processes, notebooks, training, the site, what examples print
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 -m "slow and not matrix" $(ARGS)
 
 lint: setup  ## ruff and mypy

@@ -308,6 +308,7 @@ def process(*arguments):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_process():
     done = process("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"vtc {vtc.__version__}\n", "")
@@ -317,6 +318,7 @@ def test_process():
     assert done.returncode == 2 and "'nothing'" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_closed_pipe():
     """`vtc list | head -0`: no traceback."""
     reader, writer = os.pipe()

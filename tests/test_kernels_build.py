@@ -309,6 +309,7 @@ def two_at_once(folder: Path, **variables: str) -> list[str]:
     return [err for _, err in ended]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "vtc" / "_cpp.abi3.so").exists(), reason="the C++ kernels are not built here")
 def test_processes_at_once(tmp_path):
     """In both the first operator is in a graph that torch.compile makes, which can hold no building and no loading."""

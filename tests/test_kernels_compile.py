@@ -105,6 +105,7 @@ def test_without_sources_cupy_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path:
         cupy.source("energy")
 
 
+@pytest.mark.slow
 def test_importing_vtc_does_not_import_cupy() -> None:
     code = "import sys, vtc, vtc.ops.cupy; assert 'cupy' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
@@ -124,6 +125,7 @@ assert not torch.cuda.is_initialized()
 """
 
 
+@pytest.mark.slow
 @with_cupy
 def test_cupy_is_registered_before_a_graph_needs_it(tmp_path: Path) -> None:
     """In a package without compiled kernels; registering inside of torch.compile would break the graph."""

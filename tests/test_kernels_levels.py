@@ -73,6 +73,7 @@ def test_the_level_that_is_asked_for_runs() -> None:
     assert mined("", LEVELS[-1]).returncode == -signal.SIGILL  # unasked, the best
 
 
+@pytest.mark.slow
 def test_an_unknown_level_is_left_aside() -> None:
     ran = python("-c", "import torch, vtc; vtc.ops.energy(torch.eye(3)[None], 'elu', 0.5)", VTC_CPU="sse")
     assert ran.returncode == 0

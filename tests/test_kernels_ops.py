@@ -97,6 +97,7 @@ assert vtc.ops.backend() == "cpp"
 """
 
 
+@pytest.mark.slow
 def test_compiles_as_the_first_thing_in_a_process():
     done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

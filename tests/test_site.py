@@ -13,6 +13,7 @@ import vtc
 for package in ("mkdocs", "material", "mkdocstrings"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[docs]'")
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 # What a browser fetches by itself; links that people follow (<a href>) are none of these.
 FETCHED = re.compile(r"""<(?:script|img|iframe|source)\b[^>]*\bsrc=["'](?:https?:)?//|@import\s|url\(["']?https?:""")
