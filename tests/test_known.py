@@ -10,6 +10,7 @@ import mllm_classes
 import mllm_zoo
 import pytest
 import zoo
+from mllm_classes import others
 
 import vtc
 from vtc.adapters.multimodal.families.generic import PROVEN, UNFIT
@@ -36,7 +37,7 @@ def listed(capsys):
 
 
 def test_every_class_is_there_with_its_status():
-    assert list(LLMS) == [*mllm_zoo.FAMILIES, *mllm_classes.CLASSES]
+    assert list(LLMS) == [*mllm_zoo.FAMILIES, *mllm_classes.CLASSES, *others.REFUSED]
     supported = {row["type"] for row in LLMS.values() if not row["reason"]}
     assert supported >= PROVEN and {row["type"] for row in LLMS.values() if row["tests"] == "mllm_zoo"} <= supported
     for name, reason in UNFIT.items():
@@ -60,8 +61,13 @@ def test_encoders_of_the_tests_are_among_those_of_the_registries():
         assert type(zoo.model(name)).__name__ in registered, name
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "gemma3", "gemma4", "llava_pixtral", "chameleon", "phi4_multimodal"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_vl", "gemma3", "gemma4", "llava_pixtral", "chameleon", "phi4_multimodal", "llama4", "git"]
+)
 def test_multimodal_models_are_as_vtc_explains_them(name):
+    if name in others.REFUSED:
+        assert LLMS[name]["reason"] in str(vtc.explain(others.sketch(name), "divprune", keep=0.5))
+        return
     row, tests = LLMS[name], mllm_zoo if name in mllm_zoo.FAMILIES else mllm_classes
     plan = vtc.explain(tests.build(name))
     assert plan.ok == (not row["reason"]) and row["reason"] in str(plan)

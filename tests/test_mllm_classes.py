@@ -9,6 +9,7 @@ import mllm_classes as classes
 import pytest
 import torch
 from classes_oracle import expected, said, tolerance
+from mllm_classes import others
 from mllm_oracle import entered
 from mllm_zoo import CACHE, fingerprint
 from pairs import matrix
@@ -54,6 +55,14 @@ def test_refusals_say_why(name):
     with pytest.raises(vtc.UnsupportedModelError, match=REFUSED[name]):
         vtc.compress(model, "random", keep=0.5)
     assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("name", others.REFUSED)
+def test_every_other_class_is_refused(name):
+    """Whole and without weights; nothing is half served, and the reason is the true one."""
+    model = others.sketch(name)
+    with pytest.raises(vtc.UnsupportedModelError, match=others.REFUSED[name]):
+        vtc.compress(model, "divprune", keep=0.5)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -68,7 +68,8 @@ DeepStack's planes. `events=` needs videos that are told frame by frame.
 Each against the plain decoder, in which nothing is taken out (`tests/test_mllm_between.py`).
 
 Any other class is tried when it is compressed ([how](architecture.md#how-a-prompt-is-shortened)), and so are these on
-older transformers, where what works between layers, PPE and `events=` stay refused. Refused by name, because each
+older transformers, where what works between layers, PPE and `events=` stay refused. Refused are, of transformers'
+image-text-to-text classes (encoders inside them may still be merged in):
 
 """
 LLM_HEAD = """
@@ -128,6 +129,7 @@ def multimodal() -> list[dict[str, Any]]:
     """A row for every tiny multimodal LLM of the tests."""
     import mllm_classes
     import mllm_zoo
+    from mllm_classes import others
 
     import vtc
     from vtc.methods import METHODS
@@ -151,7 +153,25 @@ def multimodal() -> list[dict[str, Any]]:
             else:
                 row["reason"] = plan.encoders[0].refusal
             rows.append(row)
-    return rows
+    return [*rows, *map(other, others.REFUSED)]
+
+
+def other(name: str) -> dict[str, Any]:
+    """The row of a class that no tiny model is made of."""
+    from mllm_classes import others
+
+    import vtc
+
+    plan = vtc.explain(others.sketch(name), "divprune", keep=0.5)
+    row = {
+        "kind": "multimodal",
+        "library": "transformers",
+        "class": others.CLASSES[name],
+        "names": [name],
+        "type": name,
+    }
+    reason = plan.encoders[0].refusal if plan.encoders else "it holds no vision encoder that vtc knows"
+    return row | {"tests": others.__name__, "reason": reason, "methods": {}}
 
 
 def written(data: Mapping[str, Any]) -> str:
@@ -209,8 +229,10 @@ def matrix(corner: str, rows: Mapping[str, Answers]) -> str:
 
 def others(rows: list[dict[str, Any]]) -> str:
     """What the generic family takes, and what not."""
+    from mllm_classes import LEFT_OUT
+    from mllm_classes.others import REFUSED
+
     from vtc.adapters.multimodal.families import FAMILIES
-    from vtc.adapters.multimodal.families.generic import UNFIT
     from vtc.adapters.multimodal.families.towers import TOWERS
 
     own = {row["type"] for row in rows if row.get("tests") == "mllm_zoo"} | set(FAMILIES)
@@ -221,7 +243,9 @@ def others(rows: list[dict[str, Any]]) -> str:
         told = [words for words, field in _TOLD.items() if field in tower.evidence]
         by.setdefault(", ".join(told) or "nothing", []).append(f"`{name}`")
     towers = "\n".join(f"- {told}: {', '.join(those)}" for told, those in by.items())
-    refused = "\n".join(f"- `{name}`: {reason}" for name, reason in sorted(UNFIT.items()))
+    why = {row["type"]: row["reason"] for row in rows if row.get("tests") == "mllm_classes" and row["reason"]}
+    why |= {name: LEFT_OUT[name] for name in REFUSED}
+    refused = "\n".join(f"- `{name}`: {reason}" for name, reason in sorted(why.items()))
     return MORE_HEAD.format(count=len(types), names=names, towers=towers) + refused + "\n"
 
 

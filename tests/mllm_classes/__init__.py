@@ -32,11 +32,11 @@ _ENCODER = "encoder-decoder: the image is the encoder's, the decoder attends to 
 LEFT_OUT: dict[str, str] = {
     **dict.fromkeys(("llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "in `mllm_zoo`"),
     **dict.fromkeys(("internvl", "idefics3", "smolvlm", "gemma3", "paligemma"), "in `mllm_zoo`"),
-    "llama4": "fails on every call in transformers 5.24, at `outputs.image_outputs`; described in `crops.BROKEN`",
+    "llama4": "fails on every call in transformers 5.24, at `outputs.image_outputs`",  # a tiny one: `crops.BROKEN`
     "glmga": "alias of glm46v, the same class",
     "shieldgemma2": "alias of gemma3, the same class",
     "pp_chart2table": "alias of got_ocr2, the same class",
-    "mistral4": "a decoder without images; with them it is `mistral3_mistral4`",
+    "mistral4": "a decoder without images; with them it is a `mistral3`",
     "florence2": _ENCODER,
     "pix2struct": _ENCODER,
     "pp_formulanet": _ENCODER,

@@ -26,7 +26,6 @@ UNFIT = {
     "inkling_mm_model": "counts distances by columns, and tokens that stay would move together",
     "inkling2": "counts distances by columns, and tokens that stay would move together",
     "inkling2_loop": "counts distances by columns, and tokens that stay would move together",
-    "nemotron_h_omni": "holds its decoder in another model with a head of its own",
     "chameleon": "embeds, merges and decodes in one forward",
     "unlimited_ocr": "counts its window's reference from the prompt's ids, whatever stays of them",
 }
@@ -74,7 +73,7 @@ class Generic(Family):
         self.proven = self.name in PROVEN and _version() >= _SINCE
         self.decoder = next((n for n in _DECODERS if hasattr(getattr(inner, n, None), "layers")), "")
         if not self.decoder:
-            raise Unfit("has no decoder of layers as language_model or text_model")
+            raise Unfit(_elsewhere(inner))
         takes = inspect.signature(type(inner).forward).parameters
         told = self.name not in _NEWLINES and any(name.endswith("_grid_thw") for name in takes)
         self.gridded = self.name in RASTER or told
@@ -171,6 +170,16 @@ class Generic(Family):
         if not parts:
             raise Unfit("holds no vision tower")
         return max(parts, key=lambda part: sum(p.numel() for p in part.parameters()))
+
+
+def _elsewhere(inner: Any) -> str:
+    """Where a model has its decoder, if not as a stack of layers."""
+    words = next((found for name in _DECODERS if (found := getattr(inner, name, None)) is not None), None)
+    if hasattr(words, "lm_head"):
+        return "holds its decoder in another model with a head of its own"
+    if hasattr(words, "encoder") and hasattr(words, "decoder"):
+        return "has an encoder of words in front of its decoder"
+    return "has no decoder of layers as language_model or text_model"
 
 
 def _version() -> tuple[int, int]:
