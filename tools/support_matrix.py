@@ -153,25 +153,21 @@ def multimodal() -> list[dict[str, Any]]:
             else:
                 row["reason"] = plan.encoders[0].refusal
             rows.append(row)
-    return [*rows, *map(other, others.REFUSED)]
+    return [*rows, *map(sketched, others.REFUSED)]
 
 
-def other(name: str) -> dict[str, Any]:
+def sketched(name: str) -> dict[str, Any]:
     """The row of a class that no tiny model is made of."""
     from mllm_classes import others
 
     import vtc
 
     plan = vtc.explain(others.sketch(name), "divprune", keep=0.5)
-    row = {
-        "kind": "multimodal",
-        "library": "transformers",
-        "class": others.CLASSES[name],
-        "names": [name],
-        "type": name,
-    }
-    reason = plan.encoders[0].refusal if plan.encoders else "it holds no vision encoder that vtc knows"
-    return row | {"tests": others.__name__, "reason": reason, "methods": {}}
+    row = {"kind": "multimodal", "library": "transformers", "class": others.CLASSES[name], "names": [name]}
+    reason = "it holds no vision encoder that vtc knows"
+    for part in plan.encoders[:1]:  # where it is a part of the model that is refused, which
+        reason = str(part) if part.path else part.refusal
+    return row | {"type": name, "tests": others.__name__, "reason": reason, "methods": {}}
 
 
 def written(data: Mapping[str, Any]) -> str:
@@ -200,7 +196,7 @@ def page(data: Mapping[str, Any]) -> str:
     llms = {row["names"][0]: row["methods"] for row in data["models"] if row.get("tests") == "mllm_zoo"}
     text = HEAD + "\n".join(covers) + "\n\n" + matrix("encoder", data["matrix"])
     across = {label: {name: answers[label] for name, answers in llms.items()} for label in next(iter(llms.values()))}
-    return text + registry() + LLM_HEAD + matrix("method", across) + others(data["models"])
+    return text + registry() + LLM_HEAD + matrix("method", across) + more(data["models"])
 
 
 _TOLD = {
@@ -227,11 +223,8 @@ def matrix(corner: str, rows: Mapping[str, Answers]) -> str:
     return "\n".join([*lines, "", *(f"{number}. {reason}" for number, reason in enumerate(notes, 1))]) + "\n"
 
 
-def others(rows: list[dict[str, Any]]) -> str:
+def more(rows: list[dict[str, Any]]) -> str:
     """What the generic family takes, and what not."""
-    from mllm_classes import LEFT_OUT
-    from mllm_classes.others import REFUSED
-
     from vtc.adapters.multimodal.families import FAMILIES
     from vtc.adapters.multimodal.families.towers import TOWERS
 
@@ -243,8 +236,7 @@ def others(rows: list[dict[str, Any]]) -> str:
         told = [words for words, field in _TOLD.items() if field in tower.evidence]
         by.setdefault(", ".join(told) or "nothing", []).append(f"`{name}`")
     towers = "\n".join(f"- {told}: {', '.join(those)}" for told, those in by.items())
-    why = {row["type"]: row["reason"] for row in rows if row.get("tests") == "mllm_classes" and row["reason"]}
-    why |= {name: LEFT_OUT[name] for name in REFUSED}
+    why = {row["type"]: row["reason"] for row in rows if row["kind"] == "multimodal" and row["reason"]}
     refused = "\n".join(f"- `{name}`: {reason}" for name, reason in sorted(why.items()))
     return MORE_HEAD.format(count=len(types), names=names, towers=towers) + refused + "\n"
 

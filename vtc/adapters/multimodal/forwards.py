@@ -45,11 +45,13 @@ def word_readers(decoder: Any) -> list[nn.Module]:
     """The parts of a decoder's layers that are given words instead of hidden states: they read each word together with
     those before it (n-grams)."""
 
-    def reads(part: nn.Module) -> bool:
-        forward = getattr(type(part), "forward", None)  # a scripted part has none
+    def reads(kind: type) -> bool:
+        forward = getattr(kind, "forward", None)  # a scripted part has none
         return callable(forward) and list(inspect.signature(forward).parameters)[1:2] == ["input_ids"]
 
-    return [part for part in decoder.layers.modules() if reads(part)]
+    parts = list(decoder.layers.modules())
+    reading = {kind for kind in set(map(type, parts)) if reads(kind)}  # a signature takes long, and experts are many
+    return [part for part in parts if type(part) in reading]
 
 
 class WordReader(Patch):
