@@ -104,6 +104,7 @@ def fit(model, inputs, steps=20):
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["compressed first", "adapted first", "around the adapted"])
 @pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "gemma3", "idefics3"])
 def test_lora_trains(name, order):

@@ -277,6 +277,7 @@ def alive():
     return len(objects), sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "name", "method"),
     [

@@ -150,6 +150,7 @@ def test_a_picture_read_once_gives_the_same_answers(loaded, view, method):
         assert list(answers.shared_replies(model, processor, asked, 3)) == alone
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_joins_words_is_asked_one_by_one(loaded, monkeypatch):
     model, processor = loaded
     asked = answers.questions(3, 2)
@@ -158,6 +159,7 @@ def test_a_tokenizer_that_joins_words_is_asked_one_by_one(loaded, monkeypatch):
     assert list(answers.shared_replies(model, processor, asked, 3)) == alone
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_share_is_asked_one_by_one(loaded, monkeypatch):
     """One whose answers would be others, and a processor that names no image token."""
     model, processor = loaded

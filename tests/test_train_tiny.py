@@ -39,6 +39,7 @@ def pair(request):
     return learner, model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*VIEWS, *CLIPS])
 def test_training_and_asking_are_one(pair, name):
     """Several questions behind one prompt, each under its mask, have the logits that each has alone."""
