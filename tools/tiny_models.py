@@ -43,8 +43,9 @@ TEXT |= {"initializer_range": 0.05}
 
 def seal(folder: Path) -> None:
     """Write the checksums that `vtc.checkpoints` checks, of every file that is shipped."""
-    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".jinja", ".safetensors")]
-    sums = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.stem not in ("state", "SHA256")}
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix in (".json", ".jinja", ".safetensors")]
+    files = [path for path in files if path.stem not in ("state", "SHA256")]
+    sums = {f.relative_to(folder).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
     (folder / "SHA256.json").write_text(json.dumps(sums, indent=1))
 
 

@@ -1,6 +1,6 @@
 """Train IDPruner's scorer for a small model of `vtc.checkpoints`, on scenes of the training split.
 
-    python tools/train_scorers.py tiny_llava        # writes selector.safetensors beside its weights
+    python tools/train_scorers.py tiny_llava        # writes scorer/selector.safetensors beside its weights
 
 The data are those of tools/train_tiny.py, the training is `vtc.train.train_scorer`.
 """
@@ -64,7 +64,7 @@ def main() -> None:
     data = Examples(processor, args.steps, args.batch)
     found = train.train_scorer(model, data, keep=args.keep, steps=args.steps, lr=args.rate, checkpoint=state)
     found.model = args.model
-    scores.save_scorer(found, folder / "selector.safetensors")
+    scores.save_scorer(found, folder / "scorer" / "selector.safetensors")
     seal(folder)
 
 

@@ -152,6 +152,7 @@ def export(folder: Path, learner: Learner) -> None:
     learner.cpu().fold()
     model, processor = MODELS[learner.name]()  # whose layers are Transformers' own
     processor.save_pretrained(folder)
+    model.config.architectures = [type(model).__name__]  # what vLLM goes by
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     state = {k: v.bfloat16().contiguous() for k, v in learner.model.state_dict().items() if "vision_tower" not in k}

@@ -14,11 +14,13 @@ GIVEN = {
     "encoder": frozenset({"layer_keys", "grid"}),
     "input": frozenset({"attention", "middle", "keys", "inputs", "projector", "text", "grid"}),
     "decoder": frozenset({"prompt_attention", "decoder_keys", "decoder_text", "grid"}),
+    "served": frozenset({"grid"}),
 }
 PLACES = {
     "encoder": "a layer of a vision encoder",
     "input": "the input of a multimodal LLM's decoder",
     "decoder": "a layer of a multimodal LLM's decoder",
+    "served": "vLLM",
 }
 # Their names in messages.
 FIELDS = {

@@ -56,7 +56,7 @@ def place(name: str) -> Path:
 
 def scorer(name: str) -> str:
     """The path of IDPruner's scorer for a tiny model: `IDPruner(keep=0.1, scorer=tiny.scorer("tiny_qwen"))`."""
-    return str(folder(name) / "selector.safetensors")
+    return str(folder(name) / "scorer" / "selector.safetensors")  # beside the weights vLLM takes it for a shard
 
 
 def folder(name: str) -> Path:

@@ -11,6 +11,7 @@ from torch import Tensor
 from vtc.budget import Budget
 from vtc.checks import check_fraction, is_int
 from vtc.errors import OptionError
+from vtc.layout import Grid
 from vtc.positions.ppe import PPE, Positions, read
 from vtc.token_map import TokenMap
 from vtc.tokens import FIELDS, GIVEN, PLACES, Tokens
@@ -113,6 +114,10 @@ class Method:
     def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
         """Remove `r` tokens behind the prefix: an int, or [B] when there is a mask (a ragged batch)."""
         raise NotImplementedError
+
+    def reached(self, kept: int, grid: Grid | None) -> int:
+        """How many tokens of an image stay if at most `kept` may, known before the image is encoded."""
+        return kept
 
     def events_of(self, means: Tensor) -> list[list[int]]:
         """For a method that groups frames: the frames of every event, in order, from the frames' means [F, C]."""

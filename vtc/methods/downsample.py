@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vtc.errors import OptionError
+from vtc.layout import Grid
 from vtc.methods.base import Method
 from vtc.token_map import TokenMap
 from vtc.tokens import Tokens
@@ -48,6 +49,12 @@ class Downsample(Method):
         removed = r.tolist() if isinstance(r, Tensor) else [r] * len(grids)
         coarse = [coarse_grid(grid, grid[0] * grid[1] - n) for grid, n in zip(grids, removed, strict=True)]
         return pool_map(tokens.features.shape[1], grids, coarse, tokens.prefix, tokens.mask, tokens.size)
+
+    def reached(self, kept: int, grid: Grid | None) -> int:
+        if grid is None:
+            raise OptionError("downsample needs every image to fill a grid, and one here does not: use another method")
+        height, width = coarse_grid(grid, kept)
+        return height * width
 
 
 def coarse_grid(grid: tuple[int, int], budget: int) -> tuple[int, int]:

@@ -1,0 +1,33 @@
+"""The models of vLLM whose images are reduced: what of them is not the same for all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """Architectures of vLLM that lay out image tokens alike.
+
+    Attributes:
+        name: as users know it.
+        architectures: the names in a model's config.json.
+        axes: of positions: 3 = M-RoPE, whose tokens keep their places; 1 = they follow each other without gaps.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    axes: int
+
+
+FAMILIES = (
+    Family("Qwen2-VL", ("Qwen2VLForConditionalGeneration",), 3),
+    Family("Qwen2.5-VL", ("Qwen2_5_VLForConditionalGeneration",), 3),
+    Family("Qwen3-VL", ("Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"), 3),
+    Family("LLaVA-1.5", ("LlavaForConditionalGeneration",), 1),
+)
+
+
+def family(architecture: str) -> Family | None:
+    """The family of an architecture; None = vtc does not serve it."""
+    return next((each for each in FAMILIES if architecture in each.architectures), None)

@@ -1,0 +1,158 @@
+"""A model of vLLM that hands its decoder fewer image tokens.
+
+Behind the tower a method decides; the rows that stay are cached, scheduled and scattered by vLLM as if the image had
+never had more. Where positions have three axes the tokens keep theirs: the row of each says where in its image it was,
+and vLLM asks for positions anew once it has the rows (which it does for its own pruning of videos).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.errors import InputError
+from vtc.vllm.decide import reduce
+from vtc.vllm.families import Family
+from vtc.vllm.processor import KEY, shortened
+from vtc.vllm.settings import configured
+
+BASE = 128  # rows and columns travel as two digits each, which bfloat16 holds exactly; 257 it would not
+DIGITS = 4
+
+
+class Reduced:
+    """In front of a model's class."""
+
+    family: Family
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        settings = configured()
+        if settings is None:
+            raise InputError("vtc was switched off while this model was being made: start the server anew")
+        self.vtc_method = settings.method
+        self.vtc_width = vllm_config.model_config.get_hidden_size()
+        self.vtc_at_once = vllm_config.scheduler_config.max_num_encoder_input_tokens
+        self.vtc_method.check(self.vtc_width)
+        if self.family.axes == 3:
+            # the runner asks the configuration, after the model is made, whether to ask for positions anew
+            config = vllm_config.model_config.multimodal_config
+            object.__setattr__(config, "is_multimodal_pruning_enabled", partial(bool, True))
+
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        told = kwargs.pop(KEY, None)
+        if told is None:
+            raise InputError("images came without the number of their tokens that stay: vtc's processor did not run")
+        counts = [tuple(one.tolist()) for one in told]  # dense, kept, rows, columns
+        images = self._encoded(kwargs, [dense for dense, *_ in counts])
+        grids = [(rows, columns) if rows else None for *_, rows, columns in counts]
+        found = reduce(self.vtc_method, images, [kept for _, kept, *_ in counts], grids, self.vtc_width)
+        if self.family.axes == 1:
+            return tuple(rows for rows, _ in found)
+        return tuple(
+            torch.cat([rows, _digits(places, grid).to(rows)], 1)  # type: ignore[arg-type]
+            for (rows, places), grid in zip(found, grids, strict=True)
+        )
+
+    def _encoded(self, kwargs: dict[str, Any], dense: list[int]) -> list[Tensor]:
+        """The tower's rows of every image. vLLM plans with the tokens that stay, so that more images may come together
+        than its memory was measured for: they are encoded as many at a time as without vtc."""
+        images: list[Tensor] = []
+        start = 0
+        while start < len(dense):
+            end, total = start + 1, dense[start]
+            while end < len(dense) and total + dense[end] <= self.vtc_at_once:
+                total, end = total + dense[end], end + 1
+            some = kwargs if (start, end) == (0, len(dense)) else _part(kwargs, start, end)
+            images += super().embed_multimodal(**some)  # type: ignore[misc]
+            start = end
+        if [len(image) for image in images] != dense:
+            raise InputError(f"the tower made {[len(image) for image in images]} tokens of images announced as {dense}")
+        return images
+
+
+class ReducedOnThreeAxes(Reduced):
+    """Its image tokens keep their positions."""
+
+    supports_multimodal_pruning = True
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
+        """Those of the whole prompt, at the columns that stay. Which of an image's these are is not known yet; the
+        first stand in for them, whose first axis is already right."""
+        tokens: list[int] = []
+        columns: list[int] = []
+        whole, done = [], 0
+        for feature in sorted(mm_features, key=lambda each: each.mm_position.offset):
+            at = feature.mm_position.offset
+            dense, kept = feature.data[KEY].data.tolist()[:2]
+            columns += range(len(tokens), len(tokens) + at - done)
+            tokens += input_tokens[done:at]
+            columns += range(len(tokens), len(tokens) + kept)
+            whole.append(replace(feature, mm_position=replace(feature.mm_position, offset=len(tokens), length=dense)))
+            tokens += [input_tokens[at]] * dense
+            done = at + kept
+        columns += range(len(tokens), len(tokens) + len(input_tokens) - done)
+        tokens += input_tokens[done:]
+        positions, delta = super().get_mrope_input_positions(tokens, whole)  # type: ignore[misc]
+        return positions[:, columns], delta + len(tokens) - len(input_tokens)
+
+    def recompute_mrope_positions(
+        self,
+        input_ids: list[int] | Tensor,
+        multimodal_embeddings: Sequence[Tensor],
+        mrope_positions: Tensor,
+        num_computed_tokens: int,
+    ) -> tuple[list[Tensor], Tensor, int]:
+        """The rows of the images in this step without their digits, and the prompt's positions [3, n] with theirs.
+
+        An image's tokens share their first axis, on which its rows and columns begin: what is written here is read
+        again by the next chunk, and by a request that was preempted.
+        """
+        ids = torch.as_tensor(input_ids, device=mrope_positions.device)
+        positions = mrope_positions.clone()
+        delta = int(positions.max()) + 1 - positions.shape[1]  # of the dense prompt, if it ends in words; see below
+        rows = [each[:, :-DIGITS] for each in multimodal_embeddings]
+        if rows:
+            at = (ids == self.config.image_token_id).nonzero()[:, 0]  # type: ignore[attr-defined]
+            at = at[at >= num_computed_tokens]
+            digits = torch.cat([each[:, -DIGITS:] for each in multimodal_embeddings]).to(positions)
+            at = at[: len(digits)]
+            positions[1, at] = positions[0, at] + digits[:, 0] * BASE + digits[:, 1]
+            positions[2, at] = positions[0, at] + digits[:, 2] * BASE + digits[:, 3]
+        return rows, positions, delta
+
+
+def _digits(places: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[k, 4]: row and column of the places in a grid, two digits each."""
+    row, column = places // grid[1], places % grid[1]
+    return torch.stack([row // BASE, row % BASE, column // BASE, column % BASE], 1)
+
+
+def _part(kwargs: dict[str, Any], start: int, end: int) -> dict[str, Any]:
+    """The arguments of some of the images: by image, or, behind `image_grid_thw`, by patch."""
+    grid = kwargs.get("image_grid_thw")
+    if grid is None:
+        return {name: value[start:end] for name, value in kwargs.items()}
+    edges = [0, *grid.prod(-1).cumsum(0).tolist()]
+    return {
+        name: value[start:end] if name == "image_grid_thw" else value[edges[start] : edges[end]]
+        for name, value in kwargs.items()
+    }
+
+
+def reduced(own: Any, family: Family) -> type:
+    """The class of vLLM with a method behind its tower."""
+    factories = own._processor_factory
+    fields = {
+        "family": family,
+        "_processor_factory": replace(factories, processor=shortened(factories.processor)),
+        "supports_encoder_cudagraph": False,  # its graphs would go around `embed_multimodal`
+        "__module__": "vtc.vllm.models",
+    }
+    front = ReducedOnThreeAxes if family.axes == 3 else Reduced
+    return type(own.__name__, (front, own), fields)

@@ -1,0 +1,99 @@
+"""vLLM's processors with shorter runs of image placeholders, so that its scheduler plans with the tokens that stay.
+
+How many these are is told to the model in a field of each image; method and budget are among the keywords that vLLM
+hashes an image with, so that no cache ever gives one budget's tokens to another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
+
+from vtc.budget import kept_of_units
+from vtc.errors import OptionError
+from vtc.layout import Grid
+from vtc.vllm.settings import configured, read
+
+KEY = "vtc"  # the keyword of a request, and the field of an image: [dense, kept, rows, columns], 0 = no grid
+
+
+class Shortened:
+    """In front of a processor's class."""
+
+    info: Any
+
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        videos = inputs.mm_data_items.get_all_counts().get("video", 0)
+        if videos:
+            raise OptionError("vtc does not reduce videos in vLLM yet, and the prompt holds one: leave it out")
+        settings = configured()
+        if settings is None:
+            raise OptionError("vtc was switched off after this server had started: start it anew")
+        given = dict(inputs.hf_processor_mm_kwargs)
+        given[KEY] = settings.of_request(given.pop(KEY, None)).text()
+        return super().apply(replace(inputs, hf_processor_mm_kwargs=given), timing_ctx)  # type: ignore[misc]
+
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """Dense: the memory that is measured with them has to suffice for any request's budget."""
+        inputs = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
+        return replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, KEY: {"keep": 1.0}})
+
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
+        return super()._apply_hf_processor_main(mm_items, _without(hf_kwargs))  # type: ignore[misc]
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, Any]) -> Any:
+        return super()._get_mm_fields_config(hf_inputs, _without(hf_processor_mm_kwargs))  # type: ignore[misc]
+
+    def _get_mm_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
+    ) -> Any:
+        updates = super()._get_mm_prompt_updates(mm_items, _without(hf_processor_mm_kwargs), out_mm_kwargs)  # type: ignore[misc]
+        method = read(hf_processor_mm_kwargs[KEY]).method
+        shorter = []
+        for item, found in zip(out_mm_kwargs.get("image", ()), updates.get("image", ()), strict=True):
+            (update,) = found
+            if update.content.is_embed is not None:
+                raise OptionError("vtc expects an image's placeholders to be all alike, and here they are not")
+            dense = len(update.content.full)
+            grid = self._grid(item, dense)
+            (kept,) = kept_of_units(method.keep, [dense], [0])  # type: ignore[arg-type]
+            if kept < dense:
+                kept = method.reached(kept, grid)
+            told = torch.tensor([dense, kept, *(grid or (0, 0))])
+            item[KEY] = MultiModalFieldElem(told, MultiModalBatchedField(keep_on_cpu=True))
+            shorter.append([update.with_content(update.content.full[:kept])])
+        return {**updates, "image": shorter} if shorter else updates
+
+    def _grid(self, item: Any, dense: int) -> Grid | None:
+        """Rows and columns of an image's tokens; None = they fill no rectangle, or one of an unknown shape."""
+        if "image_grid_thw" in item:  # patches, several in a token
+            _, rows, columns = item["image_grid_thw"].data.tolist()
+            edge = math.isqrt(rows * columns // dense)
+            return rows // edge, columns // edge
+        patch = getattr(self.info.get_hf_config().vision_config, "patch_size", None)
+        if "pixel_values" not in item or not isinstance(patch, int):
+            return None
+        height, width = item["pixel_values"].data.shape[-2:]
+        grid = (height // patch, width // patch)
+        return grid if grid[0] * grid[1] == dense else None
+
+
+def _without(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name != KEY}
+
+
+def shortened(make: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """The same factory of processors, whose class has `Shortened` in front."""
+
+    def made(info: Any, dummy_inputs: Any) -> Any:
+        processor = make(info, dummy_inputs)
+        own = type(processor)
+        processor.__class__ = type(own.__name__, (Shortened, own), {})
+        return processor
+
+    return made
