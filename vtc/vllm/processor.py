@@ -91,9 +91,7 @@ def shortened(make: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """The same factory of processors, whose class has `Shortened` in front."""
 
     def made(info: Any, dummy_inputs: Any) -> Any:
-        processor = make(info, dummy_inputs)
-        own = type(processor)
-        processor.__class__ = type(own.__name__, (Shortened, own), {})
-        return processor
+        own = make if isinstance(make, type) else type(make(info, dummy_inputs))  # a few families have a function
+        return type(own.__name__, (Shortened, own), {})(info, dummy_inputs)
 
     return made
