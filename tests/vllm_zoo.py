@@ -8,11 +8,15 @@ from typing import Any
 import mllm_processor
 import mllm_zoo as zoo
 import torch
+from safetensors.torch import load_file, save_file
 
 import vtc
 
 FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava")
-IMAGES = {"qwen2_vl": "qwen", "qwen2_5_vl": "qwen", "qwen3_vl": "qwen", "llava": "llava"}
+MARKS = dict.fromkeys(
+    ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "tiny_qwen"), "<|vision_start|> <|image_pad|> <|vision_end|>"
+)
+MARKS["llava"] = "<image>"
 SIZES = {"wide": (192, 64), "tall": (64, 192), "square": (128, 128)}  # pixels; a token of a Qwen has 16 x 16
 STEPS = 6
 
@@ -43,7 +47,7 @@ def save(name: str, folder: Path) -> str:
     config = zoo.FAMILIES[name].config()
     text = config.text_config
     text.num_attention_heads, text.num_key_value_heads, text.head_dim = 2, 1, 32
-    if IMAGES[name] == "qwen":
+    if name != "llava":
         more = {"mrope_interleaved": True} if name == "qwen3_vl" else {}
         text.rope_parameters = zoo._rope(8, 4, 4, **more)
     else:
@@ -52,13 +56,20 @@ def save(name: str, folder: Path) -> str:
     model = transformers.AutoModelForImageTextToText.from_config(config)
     zoo.randomise(model)
     model.save_pretrained(folder)
+    if (
+        name == "llava"
+    ):  # vLLM knows the tower's weights by the names they have on the Hub, and not as Transformers 5 saves
+        path = folder / "model.safetensors"
+        state = {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in load_file(path).items()}
+        save_file(state, path, {"format": "pt"})
     processor(name).save_pretrained(folder)
     return str(folder)
 
 
-def prompt(name: str, images: int, words: str = "what is this w7 w9 ?") -> str:
-    mark = {"qwen": "<|vision_start|> <|image_pad|> <|vision_end|>", "llava": "<image>"}[IMAGES[name]]
-    return " ".join(["user", *[mark] * images, words, "bot"])
+def prompt(name: str, images: int) -> str:
+    if name == "tiny_qwen":
+        return " ".join(["<user>", *[MARKS[name]] * images, "what shape is the yellow thing ? <bot>"])
+    return " ".join(["user", *[MARKS[name]] * images, "what is this w7 w9 ? bot"])
 
 
 def cases(name: str) -> dict[str, tuple[str, list[Any]]]:
@@ -79,23 +90,35 @@ class Reference:
         self.model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         self.processor = transformers.AutoProcessor.from_pretrained(folder)
 
-    def answer(self, case: tuple[str, list[Any]], method: Any = None) -> tuple[list[int], torch.Tensor]:
-        """Greedy tokens, and the log-probabilities [steps, vocabulary] of each."""
+    def answer(
+        self, case: tuple[str, list[Any]], method: Any = None, compact: bool = False
+    ) -> tuple[list[int], torch.Tensor]:
+        """Greedy tokens, and the log-probabilities [steps, vocabulary] of each. compact: the decoder is given the same
+        embeddings, but at positions without gaps."""
         words, pictures = case
         inputs = self.processor(text=words, images=pictures or None, return_tensors="pt")
-        handle = None if method is None else vtc.compress(self.model, method)
-        try:
+        if method is None or not pictures:
+            return self.generated(inputs)
+        with vtc.compress(self.model, method):
+            if not compact:
+                return self.generated(inputs)
+            given: list[torch.Tensor] = []
+            hook = self.model.model.language_model.register_forward_pre_hook(
+                lambda module, args, kwargs: given.append(kwargs["inputs_embeds"]), with_kwargs=True
+            )
             with torch.no_grad():
-                out = self.model.generate(
-                    **inputs,
-                    do_sample=False,
-                    max_new_tokens=STEPS,
-                    min_new_tokens=STEPS,
-                    output_logits=True,
-                    return_dict_in_generate=True,
-                )
-        finally:
-            if handle is not None:
-                handle.remove()
-        tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-        return tokens, torch.cat(out.logits).log_softmax(-1)
+                self.model(**inputs)
+            hook.remove()
+        return self.generated({"inputs_embeds": given[0], "attention_mask": torch.ones(given[0].shape[:2])})
+
+    def generated(self, inputs: Any) -> tuple[list[int], torch.Tensor]:
+        with torch.no_grad():
+            out = self.model.generate(
+                **inputs,
+                do_sample=False,
+                max_new_tokens=STEPS,
+                min_new_tokens=STEPS,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        return out.sequences[0, -STEPS:].tolist(), torch.cat(out.logits).log_softmax(-1)
