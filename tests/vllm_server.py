@@ -19,7 +19,14 @@ import vtc.vllm  # noqa: E402
 from vtc.methods import Method  # noqa: E402
 from vtc.vllm.settings import VARIABLE, Settings  # noqa: E402
 
-ENGINE = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 8, "max_logprobs": 20, "max_model_len": 512}
+ENGINE = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_num_seqs": 8,
+    "max_logprobs": 20,
+    "max_model_len": 512,
+    "block_size": 32,
+}
 
 
 class Served:
@@ -33,12 +40,23 @@ class Served:
         else:
             vtc.vllm.enable(method, positions=positions)
         self.positions = positions
-        self.llm = LLM(folder, **{**ENGINE, "max_num_batched_tokens": 2048, **more})
+        self.llm = LLM(folder, **{**ENGINE, "max_num_batched_tokens": 2048, "disable_log_stats": False, **more})
 
     def use(self, method: Method) -> None:
         """Another method from here on."""
         os.environ[VARIABLE] = Settings(method, self.positions).text()
         self.llm.apply_model(lambda model: setattr(model, "vtc_method", method))
+
+    def model(self) -> Any:
+        return self.llm.apply_model(lambda model: model)[0]
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
+    @property
+    def preempted(self) -> int:
+        """How many times a request was thrown out."""
+        return sum(each.value for each in self.llm.get_metrics() if each.name == "vllm:num_preemptions")
 
     def answers(self, cases: list[Any], keeps: list[Any] | None = None, **more: Any) -> list[Any]:
         """(tokens, {token: log-probability} of each step, length of the prompt) of every case, all at once."""
@@ -53,7 +71,9 @@ class Served:
             if keeps is not None and keeps[i] is not None:
                 prompts[-1]["mm_processor_kwargs"] = {"vtc": {"keep": keeps[i]}}
         found = []
+        self.cached = 0  # tokens of these prompts that a cache held
         for out in self.llm.generate(prompts, SamplingParams(**options), use_tqdm=False):
+            self.cached += out.num_cached_tokens or 0
             steps = [{token: each.logprob for token, each in step.items()} for step in out.outputs[0].logprobs]
             found.append((list(out.outputs[0].token_ids), steps, len(out.prompt_token_ids)))
         return found

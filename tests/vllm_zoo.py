@@ -19,6 +19,7 @@ MARKS = dict.fromkeys(
 MARKS["llava"] = "<image>"
 SIZES = {"wide": (192, 64), "tall": (64, 192), "square": (128, 128)}  # pixels; a token of a Qwen has 16 x 16
 STEPS = 6
+SMALL_IMAGES = {"mm_processor_kwargs": {"size": {"shortest_edge": 64 * 64, "longest_edge": 128 * 128}}}  # 64 tokens
 
 
 def processor(name: str) -> Any:
@@ -91,17 +92,17 @@ class Reference:
         self.processor = transformers.AutoProcessor.from_pretrained(folder)
 
     def answer(
-        self, case: tuple[str, list[Any]], method: Any = None, compact: bool = False
+        self, case: tuple[str, list[Any]], method: Any = None, compact: bool = False, steps: int = STEPS
     ) -> tuple[list[int], torch.Tensor]:
         """Greedy tokens, and the log-probabilities [steps, vocabulary] of each. compact: the decoder is given the same
         embeddings, but at positions without gaps."""
         words, pictures = case
         inputs = self.processor(text=words, images=pictures or None, return_tensors="pt")
         if method is None or not pictures:
-            return self.generated(inputs)
+            return self.generated(inputs, steps)
         with vtc.compress(self.model, method):
             if not compact:
-                return self.generated(inputs)
+                return self.generated(inputs, steps)
             given: list[torch.Tensor] = []
             hook = self.model.model.language_model.register_forward_pre_hook(
                 lambda module, args, kwargs: given.append(kwargs["inputs_embeds"]), with_kwargs=True
@@ -109,16 +110,16 @@ class Reference:
             with torch.no_grad():
                 self.model(**inputs)
             hook.remove()
-        return self.generated({"inputs_embeds": given[0], "attention_mask": torch.ones(given[0].shape[:2])})
+        return self.generated({"inputs_embeds": given[0], "attention_mask": torch.ones(given[0].shape[:2])}, steps)
 
-    def generated(self, inputs: Any) -> tuple[list[int], torch.Tensor]:
+    def generated(self, inputs: Any, steps: int) -> tuple[list[int], torch.Tensor]:
         with torch.no_grad():
             out = self.model.generate(
                 **inputs,
                 do_sample=False,
-                max_new_tokens=STEPS,
-                min_new_tokens=STEPS,
+                max_new_tokens=steps,
+                min_new_tokens=steps,
                 output_logits=True,
                 return_dict_in_generate=True,
             )
-        return out.sequences[0, -STEPS:].tolist(), torch.cat(out.logits).log_softmax(-1)
+        return out.sequences[0, -steps:].tolist(), torch.cat(out.logits).log_softmax(-1)

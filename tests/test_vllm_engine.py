@@ -1,0 +1,198 @@
+"""vLLM with vtc gives what Transformers gives with vtc: by vLLM's own engine, on small random models.
+
+`make vllm-check` runs this file in an environment with vLLM, which needs other versions than the development's.
+"""
+
+from importlib.util import find_spec
+
+import pytest
+
+if find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed; run make vllm-check", allow_module_level=True)
+
+import gc
+import os
+from functools import cache
+
+import torch
+import vllm_zoo as zoo
+from vllm_server import Served, distance
+
+import vtc.vllm
+from vtc.checkpoints import tiny
+from vtc.errors import OptionError
+from vtc.methods import make
+
+METHODS = {
+    name: make(name, keep=0.25, **({"importance": "norm"} if name in ("idpruner", "scope") else {}))
+    for name in ("random", "norm", "downsample", "divprune", "idpruner", "scope", "tome", "pitome", "dpc_knn")
+}
+MOST = 5e-5  # of a log-probability
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """The folder of a model, made once."""
+
+    @cache
+    def made(name):
+        return str(tiny.folder(name)) if name in tiny.TINY else zoo.save(name, tmp_path_factory.mktemp(name))
+
+    return made
+
+
+@pytest.fixture
+def served(folder):
+    """Engines, which are shut down behind the test."""
+    engines = []
+
+    def start(name, method, **more):
+        more = {"positions": "compact"} | more if name == "llava" and method is not None else more
+        more = {"max_model_len": 2048} | more if name == "tiny_qwen" else more
+        engines.append(Served(folder(name), method, **more))
+        return engines[-1]
+
+    yield start
+    for engine in engines:
+        engine.close()
+    vtc.vllm.disable()
+    gc.collect()
+
+
+@pytest.mark.parametrize("name", [*zoo.FAMILIES, "tiny_qwen"])
+def test_every_method_answers_as_in_transformers(served, folder, name):
+    engine, reference = served(name, METHODS["random"]), zoo.Reference(folder(name))
+    cases = zoo.cases(name)
+    far = {}
+    for method in METHODS.values():
+        engine.use(method)
+        for (case, asked), answer in zip(cases.items(), engine.answers(list(cases.values())), strict=True):
+            off = distance(answer, *reference.answer(asked, method, compact=name == "llava"))
+            if off > MOST:
+                far[method.name, case] = off
+    assert not far
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
+def test_what_keeps_all_is_vllm_to_the_bit(served, name):
+    cases = list(zoo.cases(name).values())
+    plain = served(name, None).answers(cases)
+    engine = served(name, METHODS["tome"])
+    assert engine.answers(cases, keeps=[1.0] * len(cases)) == plain
+    assert engine.answers(cases[:1]) != plain[:1]  # vtc is there
+    again = served(name, None)
+    assert again.answers(cases) == plain and not hasattr(again.model(), "vtc_method")
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("chunk", [24, 32])
+def test_chunks_of_a_prefill_may_cut_an_image(served, folder, name, chunk):
+    """And sequences beside it; a step takes `chunk` tokens of all requests together."""
+    method = make("divprune", keep=0.7)
+    engine = served(name, method, max_num_batched_tokens=chunk, max_num_seqs=2, **zoo.SMALL_IMAGES)
+    reference, cases = zoo.Reference(folder(name)), zoo.cases(name)
+    for (case, asked), answer in zip(cases.items(), engine.answers(list(cases.values())), strict=True):
+        assert distance(answer, *reference.answer(asked, method)) < MOST, case
+
+
+def test_a_prefix_hit_may_resume_inside_an_image(served, folder):
+    method = make("divprune", keep=0.9)
+    engine, reference = served("qwen2_5_vl", method), zoo.Reference(folder("qwen2_5_vl"))
+    words, pictures = zoo.cases("qwen2_5_vl")["square"]
+    engine.answers([(words, pictures)])
+    other = words.replace("what is this", "w9 w8 is this")
+    for asked, blocks in ((words, 2), (other, 1)):  # of 32 tokens; the image has 58, behind two words
+        answer = engine.answers([(asked, pictures)])[0]
+        assert engine.cached == 32 * blocks
+        assert distance(answer, *reference.answer((asked, pictures), method)) < MOST
+
+
+def test_budgets_never_share_an_entry_of_a_cache(served, folder):
+    engine, reference = served("qwen2_5_vl", METHODS["divprune"]), zoo.Reference(folder("qwen2_5_vl"))
+    asked = zoo.cases("qwen2_5_vl")["wide"]
+    keeps = [0.25, 0.5, 1.0, 7, None, 0.5, 0.25]
+    answers = engine.answers([asked] * len(keeps), keeps) + [engine.answers([asked], [keep])[0] for keep in keeps]
+    for keep, answer in zip(keeps * 2, answers, strict=True):
+        method = make("divprune", keep=0.25 if keep is None else keep)
+        assert answer[2] == 10 + {0.25: 12, 0.5: 24, 1.0: 48, 7: 7, None: 12}[keep]
+        assert distance(answer, *reference.answer(asked, method)) < MOST
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"keep": 0}, "keep=0"),
+        ({"keep": 1.5}, "keep=1.5: out of range"),
+        ({"keep": "half"}, "keep='half'"),
+        ({"keep": 500}, "keep=500 is more than the 48 tokens of an image"),
+        ({"keep": 0.5, "method": "tome"}, "a request gives its budget and nothing else"),
+        (0.5, "a request gives its budget and nothing else"),
+    ],
+)
+def test_a_request_is_refused_and_the_server_lives(engine, given, says):
+    from vllm import SamplingParams
+
+    words, pictures = zoo.cases("qwen2_5_vl")["wide"]
+    request = {"prompt": words, "multi_modal_data": {"image": pictures}, "mm_processor_kwargs": {"vtc": given}}
+    with pytest.raises(OptionError, match=says):
+        engine.llm.generate([request], SamplingParams(max_tokens=1), use_tqdm=False)
+    assert engine.answers([(words, pictures)])[0][2] == 22
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    engine = Served(folder("qwen2_5_vl"), METHODS["divprune"])
+    yield engine
+    engine.close()
+    vtc.vllm.disable()
+
+
+def test_a_prompt_must_go_on_behind_its_last_image(engine):
+    words, pictures = zoo.cases("qwen2_5_vl")["wide"]
+    with pytest.raises(OptionError, match="ends in an image"):
+        engine.answers([("user <|vision_start|> <|image_pad|>", pictures)])
+
+
+def test_positions_are_right_in_bfloat16():
+    """Rows and columns above 256 would be rounded there."""
+    from vtc.vllm.model import BASE, _digits
+
+    grid = (3, 1021)
+    places = torch.arange(3 * 1021)
+    digits = _digits(places, grid).bfloat16().long()
+    assert torch.equal(digits[:, 0] * BASE + digits[:, 1], places // 1021)
+    assert torch.equal(digits[:, 2] * BASE + digits[:, 3], places % 1021)
+
+
+def test_requests_that_were_preempted_go_on(served, folder):
+    """The cache holds less than the requests need, so that some are thrown out and read again."""
+    method = make("tome", keep=0.5)
+    engine = served("qwen2_5_vl", method, num_gpu_blocks_override=6, max_model_len=128)
+    reference, cases = zoo.Reference(folder("qwen2_5_vl")), zoo.cases("qwen2_5_vl")
+    asked = [cases[case] for case in ("wide", "tall", "square") for _ in range(2)]
+    answers = engine.answers(asked, max_tokens=40, min_tokens=40)
+    assert engine.preempted > 0
+    for case, answer in zip(asked, answers, strict=True):
+        tokens, logits = reference.answer(case, method, steps=40)
+        assert distance(answer, tokens, logits) < MOST
+
+
+def test_the_tower_never_gets_more_than_was_measured(served):
+    engine = served("qwen2_5_vl", METHODS["divprune"], max_num_batched_tokens=128, **zoo.SMALL_IMAGES)
+    batches = []
+
+    def watch(model):
+        forward = model.visual.forward
+        model.visual.forward = lambda x, grid_thw: batches.append(len(x) // 4) or forward(x, grid_thw=grid_thw)
+
+    engine.llm.apply_model(watch)
+    engine.answers([zoo.cases("qwen2_5_vl")[case] for case in ("wide", "tall", "square") * 2])
+    assert len(batches) > 1 and max(batches) <= 128
+
+
+def test_the_environment_alone_is_enough(served, folder, monkeypatch):
+    """As in a server: nobody calls `enable`."""
+    engine = served("qwen2_5_vl", METHODS["divprune"])
+    words, pictures = zoo.cases("qwen2_5_vl")["wide"]
+    monkeypatch.setitem(os.environ, vtc.vllm.settings.VARIABLE, "divprune:keep=0.5")
+    assert engine.answers([(words, pictures)])[0][2] == 34
