@@ -8,7 +8,7 @@ CHOICE := --split validation --methods all --limit 8 --seeds 3 --keep 0.25 0.1
 quote = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test matrix slow lint docs wheel wheel-check old-transformers harness-check eval answers bench registry soak raised gpu-check
+.PHONY: help setup run demo test matrix slow lint docs wheel wheel-check old-transformers harness-check vllm-check eval answers bench registry soak raised gpu-check
 
 help:  ## this list
 	@echo "make TARGET, with TARGET one of"
@@ -70,6 +70,9 @@ old-transformers: setup  ## the Hugging Face tests on the oldest supported trans
 
 harness-check: setup  ## vtc in clip_benchmark and lmms-eval, by their own code
 	@$(BIN)/python tools/harness_check.py
+
+vllm-check: setup  ## vtc in vLLM, by vLLM's own engine on the CPU (installs 3.5 GB)
+	@$(BIN)/python tools/vllm_check.py
 
 eval: setup  ## the measurements, into out/: accuracy on ELPV, features of photographs, the spectrum
 	@echo "eval: installing elpv-dataset, 2,624 images of solar cells (90 MB, CC BY-NC-SA)"

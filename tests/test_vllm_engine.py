@@ -11,21 +11,29 @@ if find_spec("vllm") is None:
     pytest.skip("vLLM is not installed; run make vllm-check", allow_module_level=True)
 
 import gc
+import json
 import os
+import subprocess
+import sys
 from functools import cache
 
+import mllm_zoo
 import torch
 import vllm_zoo as zoo
 from vllm_server import Served, distance
 
 import vtc.vllm
 from vtc.checkpoints import tiny
-from vtc.errors import OptionError
+from vtc.errors import OptionError, VTCError
 from vtc.methods import make
+from vtc.vllm import plugin
 
 METHODS = {
-    name: make(name, keep=0.25, **({"importance": "norm"} if name in ("idpruner", "scope") else {}))
-    for name in ("random", "norm", "downsample", "divprune", "idpruner", "scope", "tome", "pitome", "dpc_knn")
+    name: make(name, keep=0.25) for name in ("random", "downsample", "norm", "divprune", "tome", "pitome", "dpc_knn")
+}
+METHODS |= {
+    name: make(name, keep=0.25, importance="norm")
+    for name in ("idpruner", "scope", "zoo_prune", "cdpruner", "vispruner")
 }
 MOST = 5e-5  # of a log-probability
 
@@ -71,6 +79,27 @@ def test_every_method_answers_as_in_transformers(served, folder, name):
             if off > MOST:
                 far[method.name, case] = off
     assert not far
+
+
+def test_equal_patches_are_decided_by_rounding_alone(served, folder):
+    """Drawn pictures have many patches that are alike, and the two towers round differently in the seventh digit: which
+    of them stay, or go where, differs then. Given the same rows, the answers are the same."""
+    engine, reference = served("tiny_qwen", METHODS["random"]), zoo.Reference(folder("tiny_qwen"))
+    cases = [(zoo.prompt("tiny_qwen", 1), [zoo.drawn(seed)]) for seed in range(4)]
+    rows = []
+
+    def encoded(words, pictures):
+        inputs = reference.processor(text=words, images=pictures, return_tensors="pt")
+        with torch.no_grad():
+            out = reference.model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+        return torch.cat(list(out.pooler_output))
+
+    engine.llm.apply_model(lambda model: setattr(model.visual, "forward", lambda x, grid_thw: rows[-1]))
+    for case in cases:
+        rows.append(encoded(*case))
+        for method in METHODS.values():
+            engine.use(method)
+            assert distance(engine.answers([case])[0], *reference.answer(case, method)) < MOST, method.name
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
@@ -196,3 +225,65 @@ def test_the_environment_alone_is_enough(served, folder, monkeypatch):
     words, pictures = zoo.cases("qwen2_5_vl")["wide"]
     monkeypatch.setitem(os.environ, vtc.vllm.settings.VARIABLE, "divprune:keep=0.5")
     assert engine.answers([(words, pictures)])[0][2] == 34
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("qwen2_5_vl", {"pipeline_parallel_size": 2}, "pipeline_parallel_size=2: only the first stage learns"),
+        ("qwen2_5_vl", {"tensor_parallel_size": 2}, "tensor_parallel_size=2 was not tried yet"),
+        ("qwen2_5_vl", {"limit_mm_per_prompt": {"video": 1}}, "does not reduce videos in vLLM yet"),
+        ("qwen2_5_vl", {"video_pruning_rate": 0.5}, "beside vLLM's video_pruning_rate"),
+        ("qwen2_5_vl", {"mm_processor_kwargs": {"vtc": {"keep": 0.5}}}, "the server's own budget stands in VTC_VLLM"),
+        (
+            "qwen2_5_vl",
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+            "speculative decoding",
+        ),
+        ("qwen2_5_vl", {"model_impl": "transformers"}, "does not serve TransformersMultiModalForCausalLM"),
+        ("llava", {}, 'LLaVA-1.5 has positions on one axis.*positions="compact"'),
+        ("internvl", {}, "vtc does not serve InternVLForConditionalGeneration in vLLM: it serves Qwen2-VL"),
+    ],
+)
+def test_what_is_not_served_is_refused_before_anything_is_loaded(folder, tmp_path, name, options, says):
+    from vllm.engine.arg_utils import EngineArgs
+
+    vtc.vllm.enable("divprune", keep=0.5)
+    if name == "internvl":
+        mllm_zoo.FAMILIES[name].config().save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text()) | {
+            "architectures": ["InternVLForConditionalGeneration"]
+        }
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        where = str(tmp_path)
+    else:
+        where = folder(name)
+    try:
+        with pytest.raises(VTCError, match=says):
+            EngineArgs(
+                model=where, skip_tokenizer_init=name == "internvl", **{"max_model_len": 512, **options}
+            ).create_engine_config()
+    finally:
+        vtc.vllm.disable()
+
+
+def test_a_class_that_is_not_ours_is_refused(folder):
+    """Of another plug-in, or one that vLLM remembers."""
+    from vllm import ModelRegistry
+    from vllm.engine.arg_utils import EngineArgs
+
+    vtc.vllm.enable("divprune", keep=0.5)
+    ModelRegistry.models.update(plugin._replaced)
+    try:
+        with pytest.raises(VTCError, match="by Qwen2_5_VLForConditionalGeneration, which vtc does not reduce"):
+            EngineArgs(model=folder("qwen2_5_vl"), max_model_len=512).create_engine_config()
+    finally:
+        vtc.vllm.disable()
+
+
+def test_a_wrong_setting_stops_the_start(tmp_path):
+    """One line is the last one, and the exit code says so."""
+    command = [sys.executable, "-c", "from vllm.engine.arg_utils import EngineArgs; EngineArgs(model='x')"]
+    done = subprocess.run(command, env=os.environ | {"VTC_VLLM": "fastv:keep=0.5"}, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "fastv removes tokens between the decoder's layers" in done.stderr.strip().splitlines()[-1]

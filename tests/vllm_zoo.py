@@ -123,3 +123,15 @@ class Reference:
                 return_dict_in_generate=True,
             )
         return out.sequences[0, -steps:].tolist(), torch.cat(out.logits).log_softmax(-1)
+
+
+def drawn(seed: int, side: int = 256) -> Any:
+    """A picture of four flat shapes on a flat ground, as in `vtc.eval.scenes`: many of its patches are alike."""
+    from PIL import Image, ImageDraw
+
+    picture = Image.new("RGB", (side, side), "white")
+    pen, draw = ImageDraw.Draw(picture), torch.Generator().manual_seed(seed)
+    for i, colour in enumerate(("red", "green", "blue", "yellow")):
+        x, y = torch.randint(0, side - 56, (2,), generator=draw).tolist()
+        (pen.rectangle if i % 2 else pen.ellipse)((x, y, x + 40, y + 40), fill=colour)
+    return picture

@@ -9,7 +9,7 @@ from typing import Any
 
 from vtc.budget import Budget
 from vtc.errors import OptionError
-from vtc.methods import METHODS, Method, make
+from vtc.methods import Method, make
 
 VARIABLE = "VTC_VLLM"  # vLLM's processes are told by the environment alone
 POSITIONS = ("keep", "compact")
@@ -131,18 +131,3 @@ def configured() -> Settings | None:
     """The settings in the environment; None = vtc is not to do anything. Raises OptionError."""
     text = os.environ.get(VARIABLE, "")
     return read(text) if text.strip() else None
-
-
-def supported() -> list[str]:
-    """The names of the methods that run in vLLM with their default options, or with importance="norm"."""
-    names = []
-    for name in METHODS:
-        tries: list[dict[str, Any]] = [{}, {"importance": "norm"}]
-        for options in tries:
-            try:
-                if not refusal(make(name, keep=0.5, **options)):
-                    names.append(name)
-                    break
-            except OptionError:  # it has no such option
-                pass
-    return names
