@@ -73,7 +73,8 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
     def command(name: str, brief: str, text: str, example: str) -> argparse.ArgumentParser:
         words: dict[str, Any] = {"help": brief, "description": text, "epilog": f"Example: {example}"}
         added = commands.add_parser(name, **words, formatter_class=argparse.RawDescriptionHelpFormatter)
-        added.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+        if name != "serve":
+            added.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
         if name in ("run", "bench", "demo"):
             added.add_argument("--threads", type=count, metavar="N", help="processor threads (default: as torch says)")
         added.set_defaults(run=runs[name])
@@ -249,4 +250,21 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
         "--host", metavar="ADDRESS", help="where to listen (default: 127.0.0.1, this machine alone; 0.0.0.0: everybody)"
     )
     add("--port", type=count, metavar="N", help="default: the first free one from 7860 on")
+
+    serving = command(
+        "serve",
+        "a server with fewer image tokens, by vLLM",
+        "Starts vLLM's own server, whose requests spend fewer tokens on images. Everything else, such as --port, is\n"
+        "for vLLM, and stands behind MODEL.",
+        "vtc serve Qwen/Qwen2.5-VL-3B-Instruct --method divprune --keep 0.25 --max-model-len 8192",
+    )
+    serving.allow_abbrev = False  # vLLM's options may begin like these
+    add = serving.add_argument
+    add("model", metavar="MODEL", help="a folder, or an id on the Hub")
+    add("--method", required=True, metavar="NAME", help="vtc list names them; those that cannot run in vLLM say why")
+    some = serving.add_mutually_exclusive_group(required=True)
+    some.add_argument("--keep", type=fraction, metavar="Q", help="the fraction of each image's tokens that stays")
+    some.add_argument("--tokens", type=count, metavar="N", help="the number of each image's tokens that stays")
+    add("--importance", metavar="NAME", help="for methods that rank: norm")
+    add("--positions", choices=("keep", "compact"), default="keep", help="compact: for models that cannot keep them")
     return top

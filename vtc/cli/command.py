@@ -21,7 +21,11 @@ EXTRAS |= {"gradio": "demo"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's). Returns the exit code: 1 = not supported, 2 = bad input."""
     try:
-        args = parser(_COMMANDS).parse_args(argv)
+        commands = parser(_COMMANDS)
+        args, rest = commands.parse_known_args(argv)
+        if rest and args.run is not _serve:
+            commands.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.rest = rest
     except SystemExit as end:  # --help, --version, and invalid arguments
         return end.code if isinstance(end.code, int) else 2
     try:
@@ -181,5 +185,15 @@ def _demo(args: argparse.Namespace) -> int:
     return code
 
 
+def _serve(args: argparse.Namespace) -> int:
+    from vtc.methods import make
+    from vtc.vllm.serve import serve
+
+    options = {} if args.importance is None else {"importance": args.importance}
+    keep = args.tokens if args.keep is None else args.keep
+    serve(args.model, make(args.method, keep=keep, **options), args.positions, args.rest)
+    return 0
+
+
 _COMMANDS = {"run": run, "list": _list, "list-models": _list_models, "explain": _explain, "bench": bench}
-_COMMANDS |= {"eval": _eval, "demo": _demo}
+_COMMANDS |= {"eval": _eval, "demo": _demo, "serve": _serve}
