@@ -133,6 +133,18 @@ def test_a_request_has_its_own_budget_or_a_400_with_the_reason(server):
     assert tokens() == few  # it lives
 
 
+def test_tokens_are_counted_in_vllms_metrics(server):
+    def counted():
+        lines = [line.split() for line in server("/metrics")[1].splitlines() if line.startswith("vtc_image_tokens_")]
+        return [float(dict(lines)[f"vtc_image_tokens_{kind}_total"]) for kind in ("dense", "kept")]
+
+    asked = body([zoo.mllm_processor.picture(2, 128, 128)])
+    before = counted()
+    usage = [json.loads(server("/v1/chat/completions", asked)[1])["usage"]["prompt_tokens"] for _ in range(2)]
+    dense, kept = (new - old for new, old in zip(counted(), before, strict=True))
+    assert kept == sum(usage) - 22 and dense == 4 * kept  # also of an image that was cached
+
+
 def test_a_video_is_a_400(server):
     asked = body([])
     asked["messages"][0]["content"].append({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}})

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from prometheus_client import Counter
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
+from vllm.multimodal.processing import PromptUpdateDetails
 
 from vtc.budget import kept_of_units
 from vtc.errors import OptionError
@@ -20,6 +22,17 @@ from vtc.layout import Grid
 from vtc.vllm.settings import configured, read
 
 KEY = "vtc"  # the keyword of a request, and the field of an image: [dense, kept, rows, columns], 0 = no grid
+
+# in the metrics of vLLM's server, from where its prompts are made
+DENSE = Counter("vtc_image_tokens_dense", "Image tokens of all requests, before vtc.")
+KEPT = Counter("vtc_image_tokens_kept", "Image tokens of all requests, as the decoder got them.")
+
+
+@dataclass
+class Shorter(PromptUpdateDetails):
+    """An image's placeholders, and how many they were; vLLM keeps it with what it caches of the image."""
+
+    dense: int = 0
 
 
 class Shortened:
@@ -37,12 +50,17 @@ class Shortened:
             raise OptionError("vtc was switched off after this server had started: start it anew")
         given = dict(inputs.hf_processor_mm_kwargs)
         given[KEY] = settings.of_request(given.pop(KEY, None)).text()
-        out = super().apply(replace(inputs, hf_processor_mm_kwargs=given), timing_ctx)  # type: ignore[misc]
-        for item, place in zip(out["mm_kwargs"].get("image", ()), out["mm_placeholders"].get("image", ()), strict=True):
-            shorter = item is None or KEY not in item or bool(item[KEY].data[0] > item[KEY].data[1])
-            if self.axes == 3 and shorter and place.offset + place.length == len(out["prompt_token_ids"]):
+        return super().apply(replace(inputs, hf_processor_mm_kwargs=given), timing_ctx)  # type: ignore[misc]
+
+    def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
+        prompt, places = super()._maybe_apply_prompt_updates(mm_items, mm_res)  # type: ignore[misc]
+        for (update,), place in zip(mm_res.prompt_updates.get("image", ()), places.get("image", ()), strict=True):
+            dense, kept = update.content.dense, len(update.content.full)
+            if self.axes == 3 and kept < dense and place.start_idx + kept == len(prompt):
                 raise OptionError("the prompt ends in an image, and vtc reads off the words behind it where it goes on")
-        return out
+            DENSE.inc(dense)
+            KEPT.inc(kept)
+        return prompt, places
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Dense: the memory that is measured with them has to suffice for any request's budget."""
@@ -72,7 +90,7 @@ class Shortened:
                 kept = method.reached(kept, grid)
             told = torch.tensor([dense, kept, *(grid or (0, 0))])
             item[KEY] = MultiModalFieldElem(told, MultiModalBatchedField(keep_on_cpu=True))
-            shorter.append([update.with_content(update.content.full[:kept])])
+            shorter.append([update.with_content(Shorter(update.content.full[:kept], dense=dense))])
         return {**updates, "image": shorter} if shorter else updates
 
     def _grid(self, item: Any, dense: int) -> Grid | None:
