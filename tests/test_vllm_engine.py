@@ -219,6 +219,13 @@ def test_the_tower_never_gets_more_than_was_measured(served):
     assert len(batches) > 1 and max(batches) <= 128
 
 
+def test_a_compiled_decoder_answers_the_same(served, folder):
+    engine, reference = served("qwen2_5_vl", METHODS["tome"], enforce_eager=False), zoo.Reference(folder("qwen2_5_vl"))
+    cases = zoo.cases("qwen2_5_vl")
+    for (case, asked), answer in zip(cases.items(), engine.answers(list(cases.values())), strict=True):
+        assert distance(answer, *reference.answer(asked, METHODS["tome"])) < MOST, case
+
+
 def test_the_environment_alone_is_enough(served, folder, monkeypatch):
     """As in a server: nobody calls `enable`."""
     engine = served("qwen2_5_vl", METHODS["divprune"])
