@@ -27,6 +27,7 @@ from vtc.checkpoints import tiny
 from vtc.errors import OptionError, VTCError
 from vtc.methods import make
 from vtc.vllm import plugin
+from vtc.vllm.settings import VARIABLE
 
 METHODS = {
     name: make(name, keep=0.25) for name in ("random", "downsample", "norm", "divprune", "tome", "pitome", "dpc_knn")
@@ -35,6 +36,7 @@ METHODS |= {
     name: make(name, keep=0.25, importance="norm")
     for name in ("idpruner", "scope", "zoo_prune", "cdpruner", "vispruner")
 }
+EC = {"ec_connector": "ECExampleConnector", "ec_role": "ec_consumer"}
 MOST = 5e-5  # of a log-probability
 
 
@@ -226,12 +228,17 @@ def test_a_compiled_decoder_answers_the_same(served, folder):
         assert distance(answer, *reference.answer(asked, METHODS["tome"])) < MOST, case
 
 
-def test_the_environment_alone_is_enough(served, folder, monkeypatch):
-    """As in a server: nobody calls `enable`."""
-    engine = served("qwen2_5_vl", METHODS["divprune"])
-    words, pictures = zoo.cases("qwen2_5_vl")["wide"]
-    monkeypatch.setitem(os.environ, vtc.vllm.settings.VARIABLE, "divprune:keep=0.5")
-    assert engine.answers([(words, pictures)])[0][2] == 34
+def test_the_environment_alone_is_enough(folder):
+    """As in a server that somebody else starts."""
+    code = "from vllm.engine.arg_utils import EngineArgs as E; E(model={!r}, max_model_len=512).create_engine_config()"
+    command, env = (
+        [sys.executable, "-c", code.format(folder("qwen2_5_vl"))],
+        os.environ | {"VLLM_LOGGING_LEVEL": "INFO"},
+    )
+    done = subprocess.run(command, env=env | {VARIABLE: "divprune:keep=0.5"}, capture_output=True, text=True)
+    assert "vtc: divprune, keep=0.5, positions kept, Qwen2.5-VL; videos are refused" in done.stdout + done.stderr
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "vtc:" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -247,6 +254,9 @@ def test_the_environment_alone_is_enough(served, folder, monkeypatch):
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
             "speculative decoding",
         ),
+        ("qwen2_5_vl", {"enable_mm_embeds": True}, "embeddings in place of images were not tried"),
+        ("qwen2_5_vl", {"enable_lora": True, "enable_tower_connector_lora": True}, "counts the tower's tokens"),
+        ("qwen2_5_vl", {"ec_transfer_config": EC}, "an encoder on another machine was not tried"),
         ("qwen2_5_vl", {"model_impl": "transformers"}, "does not serve TransformersMultiModalForCausalLM"),
         ("llava", {}, 'LLaVA-1.5 has positions on one axis.*positions="compact"'),
         ("internvl", {}, "vtc does not serve InternVLForConditionalGeneration in vLLM: it serves Qwen2-VL"),

@@ -17,7 +17,7 @@ import vllm_zoo as zoo  # noqa: E402
 
 import vtc.vllm  # noqa: E402
 from vtc.methods import Method  # noqa: E402
-from vtc.vllm.settings import VARIABLE, Settings  # noqa: E402
+from vtc.vllm.settings import Settings  # noqa: E402
 
 ENGINE = {
     "dtype": "float32",
@@ -44,7 +44,8 @@ class Served:
 
     def use(self, method: Method) -> None:
         """Another method from here on."""
-        os.environ[VARIABLE] = Settings(method, self.positions).text()
+        processor = self.llm.llm_engine.renderer.mm_processor
+        type(processor).settings = Settings(method, self.positions)
         self.llm.apply_model(lambda model: setattr(model, "vtc_method", method))
 
     def model(self) -> Any:

@@ -128,6 +128,12 @@ def check(config: Any, settings: Settings) -> str:
         raise OptionError(
             f"vtc: tensor_parallel_size={parallel.tensor_parallel_size} was not tried yet: use data_parallel_size"
         )
+    if config.ec_transfer_config is not None:
+        raise OptionError("vtc: ec_transfer_config: an encoder on another machine was not tried: leave it out")
+    if multimodal.enable_mm_embeds:
+        raise OptionError("vtc: enable_mm_embeds: embeddings in place of images were not tried: leave it out")
+    if config.lora_config is not None and config.lora_config.enable_tower_connector_lora:
+        raise OptionError("vtc: enable_tower_connector_lora counts the tower's tokens by those that stay: leave it out")
     if multimodal.video_pruning_rate:
         raise OptionError("vtc beside vLLM's video_pruning_rate was not tried: leave one of the two out")
     if "vtc" in (multimodal.mm_processor_kwargs or {}):

@@ -19,7 +19,7 @@ from vllm.multimodal.processing import PromptUpdateDetails
 from vtc.budget import kept_of_units
 from vtc.errors import OptionError
 from vtc.layout import Grid
-from vtc.vllm.settings import configured, read
+from vtc.vllm.settings import Settings, configured, read
 
 KEY = "vtc"  # the keyword of a request, and the field of an image: [dense, kept, rows, columns], 0 = no grid
 
@@ -39,17 +39,15 @@ class Shortened:
     """In front of a processor's class."""
 
     info: Any
+    settings: Settings
     axes: int  # of positions
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         videos = inputs.mm_data_items.get_all_counts().get("video", 0)
         if videos:
             raise OptionError("vtc does not reduce videos in vLLM yet, and the prompt holds one: leave it out")
-        settings = configured()
-        if settings is None:
-            raise OptionError("vtc was switched off after this server had started: start it anew")
         given = dict(inputs.hf_processor_mm_kwargs)
-        given[KEY] = settings.of_request(given.pop(KEY, None)).text()
+        given[KEY] = self.settings.of_request(given.pop(KEY, None)).text()
         return super().apply(replace(inputs, hf_processor_mm_kwargs=given), timing_ctx)  # type: ignore[misc]
 
     def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
@@ -116,6 +114,7 @@ def shortened(make: Callable[[Any, Any], Any], axes: int) -> Callable[[Any, Any]
 
     def made(info: Any, dummy_inputs: Any) -> Any:
         own = make if isinstance(make, type) else type(make(info, dummy_inputs))  # a few families have a function
-        return type(own.__name__, (Shortened, own), {"axes": axes})(info, dummy_inputs)
+        fields = {"axes": axes, "settings": configured()}
+        return type(own.__name__, (Shortened, own), fields)(info, dummy_inputs)
 
     return made
