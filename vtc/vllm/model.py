@@ -38,7 +38,6 @@ class Reduced:
         self.vtc_method = settings.method
         self.vtc_width = vllm_config.model_config.get_hidden_size()
         self.vtc_at_once = vllm_config.scheduler_config.max_num_encoder_input_tokens
-        self.vtc_method.check(self.vtc_width)
         if self.family.axes == 3:
             # the runner asks the configuration, after the model is made, whether to ask for positions anew
             config = vllm_config.model_config.multimodal_config

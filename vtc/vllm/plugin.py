@@ -122,7 +122,7 @@ def check(config: Any, settings: Settings) -> str:
     if parallel.pipeline_parallel_size > 1:
         raise OptionError(
             f"vtc: pipeline_parallel_size={parallel.pipeline_parallel_size}: only the first stage learns the positions "
-            "of the tokens that stay: use tensor_parallel_size"
+            "of the tokens that stay: use data_parallel_size"
         )
     if parallel.tensor_parallel_size > 1:
         raise OptionError(
