@@ -112,17 +112,16 @@ class ReducedOnThreeAxes(Reduced):
         An image's tokens share their first axis, on which its rows and columns begin: what is written here is read
         again by the next chunk, and by a request that was preempted.
         """
-        ids = torch.as_tensor(input_ids, device=mrope_positions.device)
-        positions = mrope_positions.clone()
-        delta = int(positions.max()) + 1 - positions.shape[1]  # the last words', which follow the whole image
         rows = [each[:, :-DIGITS] for each in multimodal_embeddings]
-        if rows:
-            at = (ids == self.config.image_token_id).nonzero()[:, 0]  # type: ignore[attr-defined]
-            at = at[at >= num_computed_tokens]
+        positions = mrope_positions
+        if rows:  # else a step of words alone, as most are
+            at = (torch.as_tensor(input_ids, device=positions.device) == self.config.image_token_id).nonzero()[:, 0]  # type: ignore[attr-defined]
             digits = torch.cat([each[:, -DIGITS:] for each in multimodal_embeddings]).to(positions)
-            at = at[: len(digits)]
+            at = at[at >= num_computed_tokens][: len(digits)]
+            positions = positions.clone()
             positions[1, at] = positions[0, at] + digits[:, 0] * BASE + digits[:, 1]
             positions[2, at] = positions[0, at] + digits[:, 2] * BASE + digits[:, 3]
+        delta = int(positions.max()) + 1 - positions.shape[1]  # the last words', which follow the whole image
         return rows, positions, delta
 
 
