@@ -46,7 +46,7 @@ class Served:
         """Another method from here on."""
         processor = self.llm.llm_engine.renderer.mm_processor
         type(processor).settings = Settings(method, self.positions)
-        self.llm.apply_model(lambda model: setattr(model, "vtc_method", method))
+        self.llm.apply_model(lambda model: model.vtc_use(method))
 
     def model(self) -> Any:
         return self.llm.apply_model(lambda model: model)[0]

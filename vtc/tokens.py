@@ -14,7 +14,7 @@ GIVEN = {
     "encoder": frozenset({"layer_keys", "grid"}),
     "input": frozenset({"attention", "middle", "keys", "inputs", "projector", "text", "grid"}),
     "decoder": frozenset({"prompt_attention", "decoder_keys", "decoder_text", "grid"}),
-    "served": frozenset({"grid"}),
+    "served": frozenset({"attention", "middle", "keys", "grid"}),
 }
 PLACES = {
     "encoder": "a layer of a vision encoder",

@@ -13,18 +13,23 @@ class Family:
         name: as users know it.
         architectures: the names in a model's config.json.
         axes: of positions: 3 = M-RoPE, whose tokens keep their places; 1 = they follow each other without gaps.
+        tower: the attribute that encodes images. middle: depth of its "middle" layer, as in Transformers. prefix: its
+            class tokens in front of the patches of an image.
     """
 
     name: str
     architectures: tuple[str, ...]
     axes: int
+    tower: str = "visual"
+    middle: float = 0.5
+    prefix: int = 0
 
 
 FAMILIES = (
     Family("Qwen2-VL", ("Qwen2VLForConditionalGeneration",), 3),
     Family("Qwen2.5-VL", ("Qwen2_5_VLForConditionalGeneration",), 3),
     Family("Qwen3-VL", ("Qwen3VLForConditionalGeneration",), 3),
-    Family("LLaVA-1.5", ("LlavaForConditionalGeneration",), 1),
+    Family("LLaVA-1.5", ("LlavaForConditionalGeneration",), 1, "vision_tower", 0.375, 1),
 )
 
 

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from vtc.errors import InputError
+from vtc.methods import Method
+from vtc.token_map import TokenMap
 from vtc.vllm.decide import reduce
+from vtc.vllm.evidence import READ, Evidence
 from vtc.vllm.families import Family
 from vtc.vllm.processor import KEY, shortened
 from vtc.vllm.settings import configured
@@ -35,7 +38,7 @@ class Reduced:
         settings = configured()
         if settings is None:
             raise InputError("vtc was switched off while this model was being made: start the server anew")
-        self.vtc_method = settings.method
+        self.vtc_use(settings.method)
         self.vtc_width = vllm_config.model_config.get_hidden_size()
         self.vtc_at_once = vllm_config.scheduler_config.max_num_encoder_input_tokens
         if self.family.axes == 3:
@@ -43,14 +46,23 @@ class Reduced:
             config = vllm_config.model_config.multimodal_config
             object.__setattr__(config, "is_multimodal_pruning_enabled", partial(bool, True))
 
+    def vtc_use(self, method: Method) -> None:
+        """Decide by this method from here on."""
+        if hasattr(self, "vtc_evidence"):
+            self.vtc_evidence.remove()
+        self.vtc_method, family = method, self.family
+        tower = getattr(self, family.tower)
+        self.vtc_evidence = Evidence(tower, method.needs & READ, family.middle, family.prefix)
+
     def embed_multimodal(self, **kwargs: Any) -> Any:
         told = kwargs.pop(KEY, None)
         if told is None:
             raise InputError("images came without the number of their tokens that stay: vtc's processor did not run")
         counts = [tuple(one.tolist()) for one in told]  # dense, kept, rows, columns
-        images = self._encoded(kwargs, [dense for dense, *_ in counts])
+        dense, kept = [dense for dense, *_ in counts], [kept for _, kept, *_ in counts]
+        images, evidence = self._encoded(kwargs, dense, listening=kept != dense)
         grids = [(rows, columns) if rows else None for *_, rows, columns in counts]
-        found = reduce(self.vtc_method, images, [kept for _, kept, *_ in counts], grids, self.vtc_width)
+        found = reduce(self.vtc_method, images, kept, grids, self.vtc_width, evidence, _agreed)
         if self.family.axes == 1:
             return tuple(rows for rows, _ in found)
         return tuple(
@@ -58,21 +70,41 @@ class Reduced:
             for (rows, places), grid in zip(found, grids, strict=True)
         )
 
-    def _encoded(self, kwargs: dict[str, Any], dense: list[int]) -> list[Tensor]:
-        """The tower's rows of every image. vLLM plans with the tokens that stay, so that more images may come together
-        than its memory was measured for: they are encoded as many at a time as without vtc."""
+    def _encoded(
+        self, kwargs: dict[str, Any], dense: list[int], listening: bool
+    ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        """The tower's rows of every image, and what else the method reads. vLLM plans with the tokens that stay, so
+        that more images may come together than its memory was measured for: they are encoded as many at a time as
+        without vtc."""
         images: list[Tensor] = []
+        evidence: list[dict[str, Tensor]] = []
         start = 0
         while start < len(dense):
             end, total = start + 1, dense[start]
             while end < len(dense) and total + dense[end] <= self.vtc_at_once:
                 total, end = total + dense[end], end + 1
             some = kwargs if (start, end) == (0, len(dense)) else _part(kwargs, start, end)
-            images += super().embed_multimodal(**some)  # type: ignore[misc]
+            self.vtc_evidence.listen(listening)
+            try:
+                images += super().embed_multimodal(**some)  # type: ignore[misc]
+                if listening and self.vtc_evidence.taps:
+                    evidence += self.vtc_evidence.of(*self._patches(some, dense[start:end]))
+            finally:
+                self.vtc_evidence.listen(False)
             start = end
         if [len(image) for image in images] != dense:
             raise InputError(f"the tower made {[len(image) for image in images]} tokens of images announced as {dense}")
-        return images
+        return images, evidence
+
+    def _patches(self, kwargs: dict[str, Any], dense: list[int]) -> tuple[list[int], list[Tensor | None], int]:
+        """How many patches each image has, where a window attention puts its tokens, and the patches of a token."""
+        grid = kwargs.get("image_grid_thw")
+        if grid is None:
+            return dense, [None] * len(dense), 1
+        tower = getattr(self, self.family.tower)
+        windowed = hasattr(tower, "get_window_index_thw")
+        orders = [tower.get_window_index_thw(*each)[0] if windowed else None for each in grid.tolist()]
+        return grid.prod(-1).tolist(), orders, tower.spatial_merge_size**2
 
 
 class ReducedOnThreeAxes(Reduced):
@@ -123,6 +155,17 @@ class ReducedOnThreeAxes(Reduced):
             positions[2, at] = positions[0, at] + digits[:, 2] * BASE + digits[:, 3]
         delta = int(positions.max()) + 1 - positions.shape[1]  # the last words', which follow the whole image
         return rows, positions, delta
+
+
+def _agreed(token_map: TokenMap) -> TokenMap:
+    """What the first rank of tensor parallelism decided: others may have rounded differently."""
+    from vllm.distributed import get_tp_group
+
+    group = get_tp_group()
+    if group.world_size == 1:
+        return token_map
+    first = {name: group.broadcast(getattr(token_map, name).contiguous()) for name in ("group", "anchor", "size")}
+    return replace(token_map, **first, order=None, closeness=None)
 
 
 def _digits(places: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -108,6 +108,7 @@ def check(config: Any, settings: Settings) -> str:
         )
     from vllm.model_executor.model_loader.utils import get_model_cls
 
+    from vtc.vllm.evidence import READ
     from vtc.vllm.model import Reduced
 
     if not issubclass(get_model_cls(model), Reduced):
@@ -124,9 +125,16 @@ def check(config: Any, settings: Settings) -> str:
             f"vtc: pipeline_parallel_size={parallel.pipeline_parallel_size}: only the first stage learns the positions "
             "of the tokens that stay: use data_parallel_size"
         )
-    if parallel.tensor_parallel_size > 1:
+    reads = settings.method.needs & READ
+    if reads and parallel.tensor_parallel_size > 1 and multimodal.mm_encoder_tp_mode == "data":
         raise OptionError(
-            f"vtc: tensor_parallel_size={parallel.tensor_parallel_size} was not tried yet: use data_parallel_size"
+            f'vtc: {settings.method.name} reads the tower\'s attention, and with mm_encoder_tp_mode="data" each rank has '
+            "other images: leave it out, or take divprune"
+        )
+    if reads and config.compilation_config.compile_mm_encoder:
+        raise OptionError(
+            f"vtc: {settings.method.name} reads the tower's attention, which compile_mm_encoder hides: leave it out, or "
+            "take divprune"
         )
     if config.ec_transfer_config is not None:
         raise OptionError("vtc: ec_transfer_config: an encoder on another machine was not tried: leave it out")
