@@ -8,15 +8,21 @@ from typing import Any
 import mllm_processor
 import mllm_zoo as zoo
 import torch
+from mllm_classes import CLASSES
 from safetensors.torch import load_file, save_file
 
 import vtc
 
-FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava")
+FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava")  # every method
+MORE = ("qwen3_vl_moe", "glm4v")  # and one method each
 MARKS = dict.fromkeys(
-    ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "tiny_qwen"), "<|vision_start|> <|image_pad|> <|vision_end|>"
+    ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "tiny_qwen"), "<|vision_start|> <|image_pad|> <|vision_end|>"
 )
-MARKS["llava"] = "<image>"
+MARKS |= {"llava": "<image>", "glm4v": "<|begin_of_image|> <|image|> <|end_of_image|>"}
+AS_ON_THE_HUB = {  # vLLM knows the weights as they are there, and not as Transformers 5 saves them
+    "llava": lambda name, x: (name.replace("vision_tower.", "vision_tower.vision_model."), x),
+    "qwen3_vl_moe": lambda name, x: (name, x.transpose(1, 2).contiguous() if "mlp.experts." in name else x),
+}
 SIZES = {"wide": (192, 64), "tall": (64, 192), "square": (128, 128)}  # pixels; a token of a Qwen has 16 x 16
 STEPS = 6
 SMALL_IMAGES = {"mm_processor_kwargs": {"size": {"shortest_edge": 64 * 64, "longest_edge": 128 * 128}}}  # 64 tokens
@@ -28,15 +34,20 @@ def processor(name: str) -> Any:
         side = {"height": 96, "width": 96}  # 144 tokens
         made.image_processor.size, made.image_processor.crop_size = {"shortest_edge": 96}, side
         return made
-    made = mllm_processor.qwen()
-    if name != "qwen2_5_vl":
-        import transformers
+    import transformers
 
-        kind = transformers.Qwen3VLProcessor if name == "qwen3_vl" else transformers.Qwen2VLProcessor
-        video = made.video_processor
-        if name == "qwen3_vl":
-            video = transformers.Qwen3VLVideoProcessor(patch_size=8, merge_size=2, temporal_patch_size=2)
-        made = kind(made.image_processor, made.tokenizer, video, chat_template=made.chat_template)
+    made = mllm_processor.qwen()
+    parts = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
+    if name == "glm4v":
+        marks = ("image|", "video|", "begin_of_image|", "end_of_image|", "begin_of_video|", "end_of_video|")
+        words = mllm_processor.tokenizer([f"<|{mark}>" for mark in marks])
+        pictures, video = transformers.Glm4vImageProcessor(**parts), transformers.Glm4vVideoProcessor(**parts)
+        made = transformers.Glm4vProcessor(pictures, words, video)
+    elif name.startswith("qwen3_vl"):
+        video = transformers.Qwen3VLVideoProcessor(**parts)
+        made = transformers.Qwen3VLProcessor(made.image_processor, made.tokenizer, video)
+    elif name == "qwen2_vl":
+        made = transformers.Qwen2VLProcessor(made.image_processor, made.tokenizer, made.video_processor)
     made.image_processor.size = {"shortest_edge": 64 * 64, "longest_edge": 256 * 256}
     return made
 
@@ -45,24 +56,27 @@ def save(name: str, folder: Path) -> str:
     """A random model with heads of the width 32, which is the least that vLLM's attention takes."""
     import transformers
 
-    config = zoo.FAMILIES[name].config()
+    config = (zoo.FAMILIES | CLASSES)[name].config()
     text = config.text_config
     text.num_attention_heads, text.num_key_value_heads, text.head_dim = 2, 1, 32
-    if name != "llava":
-        more = {"mrope_interleaved": True} if name == "qwen3_vl" else {}
+    if name == "glm4v":
+        text.hidden_size = config.vision_config.out_hidden_size = 128  # heads of 64, of which half turns
+        text.head_dim, text.rope_parameters = 64, zoo._rope(8, 4, 4, partial_rotary_factor=0.5)
+        text.attention_bias = True  # which real configurations have
+    elif name != "llava":
+        more = {"mrope_interleaved": True} if name.startswith("qwen3_vl") else {}
         text.rope_parameters = zoo._rope(8, 4, 4, **more)
     else:
         config.vision_config.image_size, config.image_seq_length = 96, 144
+    if name == "qwen3_vl_moe":
+        text.norm_topk_prob = True  # which real configurations have
     torch.manual_seed(0)
     model = transformers.AutoModelForImageTextToText.from_config(config)
     zoo.randomise(model)
     model.save_pretrained(folder)
-    if (
-        name == "llava"
-    ):  # vLLM knows the tower's weights by the names they have on the Hub, and not as Transformers 5 saves
+    if name in AS_ON_THE_HUB:
         path = folder / "model.safetensors"
-        state = {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in load_file(path).items()}
-        save_file(state, path, {"format": "pt"})
+        save_file(dict(AS_ON_THE_HUB[name](*each) for each in load_file(path).items()), path, {"format": "pt"})
     processor(name).save_pretrained(folder)
     return str(folder)
 

@@ -28,7 +28,8 @@ class Family:
 FAMILIES = (
     Family("Qwen2-VL", ("Qwen2VLForConditionalGeneration",), 3),
     Family("Qwen2.5-VL", ("Qwen2_5_VLForConditionalGeneration",), 3),
-    Family("Qwen3-VL", ("Qwen3VLForConditionalGeneration",), 3),
+    Family("Qwen3-VL", ("Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"), 3),
+    Family("GLM-4.1V", ("Glm4vForConditionalGeneration",), 3),
     Family("LLaVA-1.5", ("LlavaForConditionalGeneration",), 1, "vision_tower", 0.375, 1),
 )
 
