@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 import vtc
 
 FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava")  # every method
-MORE = ("qwen3_vl_moe", "glm4v")  # and one method each
+MORE = ("qwen3_vl_moe", "glm4v", "internvl")  # and one method each
+COMPACT = ("llava", "internvl")  # in vLLM without gaps
 MARKS = dict.fromkeys(
     ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "tiny_qwen"), "<|vision_start|> <|image_pad|> <|vision_end|>"
 )
-MARKS |= {"llava": "<image>", "glm4v": "<|begin_of_image|> <|image|> <|end_of_image|>"}
+MARKS |= {"llava": "<image>", "glm4v": "<|begin_of_image|> <|image|> <|end_of_image|>", "internvl": "<IMG_CONTEXT>"}
 AS_ON_THE_HUB = {  # vLLM knows the weights as they are there, and not as Transformers 5 saves them
     "llava": lambda name, x: (name.replace("vision_tower.", "vision_tower.vision_model."), x),
     "qwen3_vl_moe": lambda name, x: (name, x.transpose(1, 2).contiguous() if "mlp.experts." in name else x),
@@ -38,6 +39,19 @@ def processor(name: str) -> Any:
 
     made = mllm_processor.qwen()
     parts = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
+    if name == "internvl":
+        words = mllm_processor.tokenizer(["<IMG_CONTEXT>", "<video>", "<img>", "</img>"])
+        named = {"start_image_token": "<img>", "end_image_token": "</img>"}
+        named |= {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+        words._set_model_specific_special_tokens(named)
+        return transformers.InternVLProcessor(
+            transformers.GotOcr2ImageProcessor(
+                size={"height": 48, "width": 48}, crop_to_patches=True, min_patches=1, max_patches=4
+            ),
+            words,
+            transformers.InternVLVideoProcessor(size={"height": 48, "width": 48}),
+            image_seq_length=9,
+        )
     if name == "glm4v":
         marks = ("image|", "video|", "begin_of_image|", "end_of_image|", "begin_of_video|", "end_of_video|")
         words = mllm_processor.tokenizer([f"<|{mark}>" for mark in marks])
@@ -63,6 +77,8 @@ def save(name: str, folder: Path) -> str:
         text.hidden_size = config.vision_config.out_hidden_size = 128  # heads of 64, of which half turns
         text.head_dim, text.rope_parameters = 64, zoo._rope(8, 4, 4, partial_rotary_factor=0.5)
         text.attention_bias = True  # which real configurations have
+    elif name == "internvl":
+        pass
     elif name != "llava":
         more = {"mrope_interleaved": True} if name.startswith("qwen3_vl") else {}
         text.rope_parameters = zoo._rope(8, 4, 4, **more)

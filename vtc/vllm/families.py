@@ -14,7 +14,8 @@ class Family:
         architectures: the names in a model's config.json.
         axes: of positions: 3 = M-RoPE, whose tokens keep their places; 1 = they follow each other without gaps.
         tower: the attribute that encodes images. middle: depth of its "middle" layer, as in Transformers. prefix: its
-            class tokens in front of the patches of an image.
+            class tokens in front of the patches of an image. attends: whether that tower's attention is read.
+        tiles: the field of an image that counts its tiles, each with a budget of its own; "" = it is one.
     """
 
     name: str
@@ -23,6 +24,8 @@ class Family:
     tower: str = "visual"
     middle: float = 0.5
     prefix: int = 0
+    attends: bool = True
+    tiles: str = ""
 
 
 FAMILIES = (
@@ -31,6 +34,14 @@ FAMILIES = (
     Family("Qwen3-VL", ("Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"), 3),
     Family("GLM-4.1V", ("Glm4vForConditionalGeneration",), 3),
     Family("LLaVA-1.5", ("LlavaForConditionalGeneration",), 1, "vision_tower", 0.375, 1),
+    Family(
+        "InternVL",
+        ("InternVLForConditionalGeneration",),
+        1,
+        "vision_tower",
+        attends=False,
+        tiles="image_num_patches",
+    ),
 )
 
 

@@ -52,19 +52,23 @@ class Reduced:
             self.vtc_evidence.remove()
         self.vtc_method, family = method, self.family
         tower = getattr(self, family.tower)
-        self.vtc_evidence = Evidence(tower, method.needs & READ, family.middle, family.prefix)
+        needs = method.needs & READ if family.attends else frozenset()
+        self.vtc_evidence = Evidence(tower, needs, family.middle, family.prefix)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         told = kwargs.pop(KEY, None)
         if told is None:
             raise InputError("images came without the number of their tokens that stay: vtc's processor did not run")
-        counts = [tuple(one.tolist()) for one in told]  # dense, kept, rows, columns
-        dense, kept = [dense for dense, *_ in counts], [kept for _, kept, *_ in counts]
+        counts = [one.tolist() for one in told]  # dense, kept, rows, columns, kept of each tile
+        dense, kept = [one[0] for one in counts], [one[1] for one in counts]
         images, evidence = self._encoded(kwargs, dense, listening=kept != dense)
-        grids = [(rows, columns) if rows else None for *_, rows, columns in counts]
-        found = reduce(self.vtc_method, images, kept, grids, self.vtc_width, evidence, _agreed)
+        each, tiles = [one[4:] for one in counts], [len(one) - 4 for one in counts]
+        grids = [(one[2], one[3]) if one[2] else None for one in counts for _ in one[4:]]
+        units = [tile for image, n in zip(images, tiles, strict=True) for tile in image.chunk(n)]
+        found = reduce(self.vtc_method, units, [k for one in each for k in one], grids, self.vtc_width, evidence, _agreed)
         if self.family.axes == 1:
-            return tuple(rows for rows, _ in found)
+            rows = iter([rows for rows, _ in found])
+            return tuple(torch.cat([next(rows) for _ in range(n)]) for n in tiles)
         return tuple(
             torch.cat([rows, _digits(places, grid).to(rows)], 1)  # type: ignore[arg-type]
             for (rows, places), grid in zip(found, grids, strict=True)
@@ -83,7 +87,7 @@ class Reduced:
             end, total = start + 1, dense[start]
             while end < len(dense) and total + dense[end] <= self.vtc_at_once:
                 total, end = total + dense[end], end + 1
-            some = kwargs if (start, end) == (0, len(dense)) else _part(kwargs, start, end)
+            some = kwargs if (start, end) == (0, len(dense)) else _part(kwargs, start, end, self.family.tiles)
             self.vtc_evidence.listen(listening)
             try:
                 images += super().embed_multimodal(**some)  # type: ignore[misc]
@@ -174,16 +178,19 @@ def _digits(places: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.stack([row // BASE, row % BASE, column // BASE, column % BASE], 1)
 
 
-def _part(kwargs: dict[str, Any], start: int, end: int) -> dict[str, Any]:
-    """The arguments of some of the images: by image, or, behind `image_grid_thw`, by patch."""
+def _part(kwargs: dict[str, Any], start: int, end: int, tiles: str) -> dict[str, Any]:
+    """The arguments of some of the images: the pixels by image, by patch as in `image_grid_thw`, or by tile; all else
+    by image, but for what is one for all."""
     grid = kwargs.get("image_grid_thw")
-    if grid is None:
-        return {name: value[start:end] for name, value in kwargs.items()}
-    edges = [0, *grid.prod(-1).cumsum(0).tolist()]
-    return {
-        name: value[start:end] if name == "image_grid_thw" else value[edges[start] : edges[end]]
-        for name, value in kwargs.items()
-    }
+    counts = grid.prod(-1) if grid is not None else kwargs[tiles].flatten() if tiles else None
+    edges = None if counts is None else [0, *counts.cumsum(0).tolist()]
+
+    def part(name: str, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and not value.ndim:
+            return value
+        return value[edges[start] : edges[end]] if edges and name == "pixel_values" else value[start:end]
+
+    return {name: part(name, value) for name, value in kwargs.items()}
 
 
 def reduced(own: Any, family: Family) -> type:
@@ -191,7 +198,7 @@ def reduced(own: Any, family: Family) -> type:
     factories = own._processor_factory
     fields = {
         "family": family,
-        "_processor_factory": replace(factories, processor=shortened(factories.processor, family.axes)),
+        "_processor_factory": replace(factories, processor=shortened(factories.processor, family)),
         "supports_encoder_cudagraph": False,  # its graphs would go around `embed_multimodal`
         "__module__": "vtc.vllm.models",
     }

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from vtc.errors import OptionError, UnsupportedModelError
+from vtc.tokens import FIELDS
 from vtc.vllm.families import FAMILIES, family
 from vtc.vllm.settings import VARIABLE, Settings, configured
 
@@ -126,6 +127,12 @@ def check(config: Any, settings: Settings) -> str:
             "of the tokens that stay: use data_parallel_size"
         )
     reads = settings.method.needs & READ
+    missing = reads - settings.method.optional
+    if missing and not found.attends:
+        raise OptionError(
+            f"vtc: {settings.method.name} reads {FIELDS[min(missing)]}, which is not read of {found.name} in vLLM: take "
+            'divprune, or importance="norm"'
+        )
     if reads and parallel.tensor_parallel_size > 1 and multimodal.mm_encoder_tp_mode == "data":
         raise OptionError(
             f'vtc: {settings.method.name} reads the tower\'s attention, and with mm_encoder_tp_mode="data" each rank has '

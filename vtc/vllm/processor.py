@@ -19,6 +19,7 @@ from vllm.multimodal.processing import PromptUpdateDetails
 from vtc.budget import kept_of_units
 from vtc.errors import OptionError
 from vtc.layout import Grid
+from vtc.vllm.families import Family
 from vtc.vllm.settings import Settings, configured, read
 
 KEY = "vtc"  # the keyword of a request, and the field of an image: [dense, kept, rows, columns], 0 = no grid
@@ -30,9 +31,10 @@ KEPT = Counter("vtc_image_tokens_kept", "Image tokens of all requests, as the de
 
 @dataclass
 class Shorter(PromptUpdateDetails):
-    """An image's placeholders, and how many they were; vLLM keeps it with what it caches of the image."""
+    """An image's placeholders, how many they were and are; vLLM keeps it with what it caches of the image."""
 
     dense: int = 0
+    kept: int = 0
 
 
 class Shortened:
@@ -40,7 +42,7 @@ class Shortened:
 
     info: Any
     settings: Settings
-    axes: int  # of positions
+    family: Family
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         videos = inputs.mm_data_items.get_all_counts().get("video", 0)
@@ -53,8 +55,8 @@ class Shortened:
     def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
         prompt, places = super()._maybe_apply_prompt_updates(mm_items, mm_res)  # type: ignore[misc]
         for (update,), place in zip(mm_res.prompt_updates.get("image", ()), places.get("image", ()), strict=True):
-            dense, kept = update.content.dense, len(update.content.full)
-            if self.axes == 3 and kept < dense and place.start_idx + kept == len(prompt):
+            dense, kept = update.content.dense, update.content.kept
+            if self.family.axes == 3 and kept < dense and place.start_idx + kept == len(prompt):
                 raise OptionError("the prompt ends in an image, and vtc reads off the words behind it where it goes on")
             DENSE.inc(dense)
             KEPT.inc(kept)
@@ -79,25 +81,35 @@ class Shortened:
         shorter = []
         for item, found in zip(out_mm_kwargs.get("image", ()), updates.get("image", ()), strict=True):
             (update,) = found
-            if update.content.is_embed is not None:
-                raise OptionError("vtc expects an image's placeholders to be all alike, and here they are not")
-            dense = len(update.content.full)
-            grid = self._grid(item, dense)
-            (kept,) = kept_of_units(method.keep, [dense], [0])  # type: ignore[arg-type]
-            if kept < dense:
-                kept = method.reached(kept, grid)
-            told = torch.tensor([dense, kept, *(grid or (0, 0))])
+            content = update.content
+            full = content.full
+            whole = torch.ones(len(full)) if content.is_embed is None else content.is_embed(full)
+            at = whole.nonzero()[:, 0].tolist()
+            if at and at[-1] - at[0] >= len(at):
+                raise OptionError("vtc expects an image's placeholders in one piece, and here words stand between them")
+            dense = len(at)
+            tiles = int(item[self.family.tiles].data) if self.family.tiles else 1
+            size = dense // tiles
+            grid = self._grid(item, size)
+            each = kept_of_units(method.keep, [size] * tiles, [0] * tiles)  # type: ignore[arg-type]
+            each = [method.reached(kept, grid) if kept < size else kept for kept in each]
+            told = torch.tensor([dense, sum(each), *(grid or (0, 0)), *each])
             item[KEY] = MultiModalFieldElem(told, MultiModalBatchedField(keep_on_cpu=True))
-            shorter.append([update.with_content(Shorter(update.content.full[:kept], dense=dense))])
+            short = full[: at[0] + sum(each)] + full[at[-1] + 1 :]
+            shorter.append([update.with_content(Shorter(short, content.is_embed, dense, sum(each)))])
         return {**updates, "image": shorter} if shorter else updates
 
     def _grid(self, item: Any, dense: int) -> Grid | None:
-        """Rows and columns of an image's tokens; None = they fill no rectangle, or one of an unknown shape."""
+        """Rows and columns of the tokens of an image or tile; None = they fill no rectangle, or one of an unknown
+        shape."""
         if "image_grid_thw" in item:  # patches, several in a token
             _, rows, columns = item["image_grid_thw"].data.tolist()
             edge = math.isqrt(rows * columns // dense)
             return rows // edge, columns // edge
         patch = getattr(self.info.get_hf_config().vision_config, "patch_size", None)
+        if self.family.tiles:  # squares, of which each token is a square
+            side = math.isqrt(dense)
+            return (side, side) if side * side == dense else None
         if "pixel_values" not in item or not isinstance(patch, int):
             return None
         height, width = item["pixel_values"].data.shape[-2:]
@@ -109,12 +121,12 @@ def _without(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name != KEY}
 
 
-def shortened(make: Callable[[Any, Any], Any], axes: int) -> Callable[[Any, Any], Any]:
+def shortened(make: Callable[[Any, Any], Any], family: Family) -> Callable[[Any, Any], Any]:
     """The same factory of processors, whose class has `Shortened` in front."""
 
     def made(info: Any, dummy_inputs: Any) -> Any:
         own = make if isinstance(make, type) else type(make(info, dummy_inputs))  # a few families have a function
-        fields = {"axes": axes, "settings": configured()}
+        fields = {"family": family, "settings": configured()}
         return type(own.__name__, (Shortened, own), fields)(info, dummy_inputs)
 
     return made
