@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import mllm_processor
 import mllm_zoo as zoo
@@ -12,6 +14,7 @@ from mllm_classes import CLASSES
 from safetensors.torch import load_file, save_file
 
 import vtc
+from vtc.adapters.multimodal.rotary import Positions
 
 FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava")  # every method
 MORE = ("qwen3_vl_moe", "glm4v", "internvl")  # and one method each
@@ -77,9 +80,7 @@ def save(name: str, folder: Path) -> str:
         text.hidden_size = config.vision_config.out_hidden_size = 128  # heads of 64, of which half turns
         text.head_dim, text.rope_parameters = 64, zoo._rope(8, 4, 4, partial_rotary_factor=0.5)
         text.attention_bias = True  # which real configurations have
-    elif name == "internvl":
-        pass
-    elif name != "llava":
+    elif name not in COMPACT:
         more = {"mrope_interleaved": True} if name.startswith("qwen3_vl") else {}
         text.rope_parameters = zoo._rope(8, 4, 4, **more)
     else:
@@ -124,23 +125,15 @@ class Reference:
     def answer(
         self, case: tuple[str, list[Any]], method: Any = None, compact: bool = False, steps: int = STEPS
     ) -> tuple[list[int], torch.Tensor]:
-        """Greedy tokens, and the log-probabilities [steps, vocabulary] of each. compact: the decoder is given the same
-        embeddings, but at positions without gaps."""
+        """Greedy tokens, and the log-probabilities [steps, vocabulary] of each. compact: at positions without gaps,
+        which are the model's own for the shorter prompt."""
         words, pictures = case
         inputs = self.processor(text=words, images=pictures or None, return_tensors="pt")
         if method is None or not pictures:
             return self.generated(inputs, steps)
-        with vtc.compress(self.model, method):
-            if not compact:
-                return self.generated(inputs, steps)
-            given: list[torch.Tensor] = []
-            hook = self.model.model.language_model.register_forward_pre_hook(
-                lambda module, args, kwargs: given.append(kwargs["inputs_embeds"]), with_kwargs=True
-            )
-            with torch.no_grad():
-                self.model(**inputs)
-            hook.remove()
-        return self.generated({"inputs_embeds": given[0], "attention_mask": torch.ones(given[0].shape[:2])}, steps)
+        gaps = patch.object(Positions, "taken", lambda *args: None) if compact else nullcontext()
+        with vtc.compress(self.model, method), gaps:
+            return self.generated(inputs, steps)
 
     def generated(self, inputs: Any, steps: int) -> tuple[list[int], torch.Tensor]:
         with torch.no_grad():

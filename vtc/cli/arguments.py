@@ -182,6 +182,7 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
     add("--images", metavar="FOLDER", help="self-check: the pictures")
     add("--prompt", metavar="TEXT", help="self-check, LLM: the question (default: Describe this image.)")
     add("--download", action="store_true", help="let Hugging Face fetch what is not here yet (self-check: weights too)")
+    _bench_serve(commands.choices["bench"], runs["bench serve"])
 
     add = command(
         "eval",
@@ -258,13 +259,41 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
         "for vLLM, and stands behind MODEL.",
         "vtc serve Qwen/Qwen2.5-VL-3B-Instruct --method divprune --keep 0.25 --max-model-len 8192",
     )
-    serving.allow_abbrev = False  # vLLM's options may begin like these
-    add = serving.add_argument
+    _served(serving)
+    return top
+
+
+def _bench_serve(bench: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int]) -> None:
+    """`vtc bench serve`."""
+    inside = bench.add_subparsers(title="another measurement", metavar="serve", parser_class=_Parser)
+    served = inside.add_parser(
+        "serve",
+        help="requests a second and time to first token in vLLM; see vtc bench serve --help",
+        description="Starts an engine of vLLM, asks it about pictures, dense and compressed in turns, and prints requests a\n"
+        "second and time to first token. Everything else is for vLLM, and stands behind MODEL.",
+        epilog="Example: vtc bench serve Qwen/Qwen2.5-VL-3B-Instruct --method divprune --keep 0.25 --max-model-len 8192",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    served.set_defaults(run=run)
+    add = served.add_argument
+    _served(served)
+    add("--concurrency", type=count, nargs="+", default=[1, 8, 32], metavar="N", help="requests at once (1 8 32)")
+    add("--requests", type=count, default=32, metavar="N", help="in a round, at least those at once (32)")
+    add("--picture", type=size, default=(448, 448), metavar="WxH", help="size of each picture (448x448)")
+    add("--words", type=count, default=16, metavar="N", help="tokens of every answer (16)")
+    add("--rounds", type=count, default=3, metavar="N", help="rounds of each (3)")
+    add("--json", action="store_true", help="print one JSON document and nothing else")
+
+
+def _served(parser: argparse.ArgumentParser) -> None:
+    """What is served, and how it is compressed; the rest of the line is vLLM's."""
+    parser.allow_abbrev = False  # vLLM's options may begin like these
+    parser.set_defaults(others=True)
+    add = parser.add_argument
     add("model", metavar="MODEL", help="a folder, or an id on the Hub")
     add("--method", required=True, metavar="NAME", help="vtc list names them; those that cannot run in vLLM say why")
-    some = serving.add_mutually_exclusive_group(required=True)
+    some = parser.add_mutually_exclusive_group(required=True)
     some.add_argument("--keep", type=fraction, metavar="Q", help="the fraction of each image's tokens that stays")
     some.add_argument("--tokens", type=count, metavar="N", help="the number of each image's tokens that stays")
-    add("--importance", metavar="NAME", help="for methods that rank: norm")
+    add("--importance", metavar="NAME", help="for methods that rank: norm, attention ...")
     add("--positions", choices=("keep", "compact"), default="keep", help="compact: for models that cannot keep them")
-    return top

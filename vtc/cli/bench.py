@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from vtc.cli.common import not_here, positions_given, print_json, progress_bar, split_names
+from vtc.cli.common import not_here, positions_given, print_json, progress_bar, served_method, split_names
 
 
 def bench(args: argparse.Namespace) -> int:
@@ -103,4 +103,22 @@ def _bench_encoder(args: argparse.Namespace) -> int:
         from vtc.cli.tables import show_bench
 
         show_bench(rows, result)
+    return print_json(args, result)
+
+
+def bench_serve(args: argparse.Namespace) -> int:
+    from vtc.bench import environment
+    from vtc.bench.served import Load, served
+
+    load = Load(args.concurrency, args.requests, args.picture, args.words, args.rounds)
+    method = served_method(args)
+    with progress_bar(args, 2 * len(args.concurrency) * args.rounds, "dense and compressed in turns") as bar:
+        rows = served(args.model, method, args.positions, load, args.rest, tick=bar.update)
+    result = {"model": args.model, "method": method.name, **method.options(), "rows": [row.to_dict() for row in rows]}
+    result["load"] = {k: v for k, v in vars(load).items() if k != "concurrency"}
+    result["environment"] = environment(repeats=args.rounds)
+    if not args.json:
+        from vtc.cli.tables import show_served
+
+        show_served(rows, result)
     return print_json(args, result)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from vtc.cli.arguments import fail, parser
-from vtc.cli.bench import bench
-from vtc.cli.common import not_here, positions_given, print_json, split_names
+from vtc.cli.bench import bench, bench_serve
+from vtc.cli.common import not_here, positions_given, print_json, served_method, split_names
 from vtc.cli.run import run
 
 EXTRAS = dict.fromkeys(("rich", "tqdm", "PIL", "matplotlib", "numpy"), "cli")
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         commands = parser(_COMMANDS)
         args, rest = commands.parse_known_args(argv)
-        if rest and args.run is not _serve:
+        if rest and not getattr(args, "others", False):
             commands.error(f"unrecognized arguments: {' '.join(rest)}")
         args.rest = rest
     except SystemExit as end:  # --help, --version, and invalid arguments
@@ -186,14 +186,11 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from vtc.methods import make
     from vtc.vllm.serve import serve
 
-    options = {} if args.importance is None else {"importance": args.importance}
-    keep = args.tokens if args.keep is None else args.keep
-    serve(args.model, make(args.method, keep=keep, **options), args.positions, args.rest)
+    serve(args.model, served_method(args), args.positions, args.rest)
     return 0
 
 
 _COMMANDS = {"run": run, "list": _list, "list-models": _list_models, "explain": _explain, "bench": bench}
-_COMMANDS |= {"eval": _eval, "demo": _demo, "serve": _serve}
+_COMMANDS |= {"eval": _eval, "demo": _demo, "serve": _serve, "bench serve": bench_serve}

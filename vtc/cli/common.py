@@ -21,6 +21,14 @@ def positions_given(args: argparse.Namespace) -> dict[str, Any]:
     return {"positions": PPE(args.slots)}
 
 
+def served_method(args: argparse.Namespace) -> Any:
+    """The method that a server runs."""
+    from vtc.methods import make
+
+    options = {} if args.importance is None else {"importance": args.importance}
+    return make(args.method, keep=args.tokens if args.keep is None else args.keep, **options)
+
+
 def split_names(given: list[str] | None, default: list[str]) -> list[str]:
     """Names separated by spaces or commas."""
     return [name.strip() for part in given or default for name in part.split(",") if name.strip()]

@@ -13,6 +13,7 @@ from rich.table import Table
 from vtc.bench.fidelity import Checked
 from vtc.bench.photo import PhotoComparison
 from vtc.bench.prefill import Dense, Prefill
+from vtc.bench.served import Served
 from vtc.bench.timing import Row
 
 
@@ -77,6 +78,35 @@ def show_bench(rows: Sequence[Row], result: Mapping[str, Any]) -> None:
     note = f"realised: times as fast as dense in the same round, median and quartiles of {about['repeats']} rounds."
     console.print(f"[dim]{note} keep=1: what the patched model costs that keeps every token.[/dim]")
     _stamp(console, about)
+    console.print()
+
+
+def show_served(rows: Sequence[Served], result: Mapping[str, Any]) -> None:
+    """The table of `vtc bench serve`."""
+    console, load = Console(highlight=False), result["load"]
+    before, after = rows[0].prompt
+    about = f"pictures of {load['size'][0]} x {load['size'][1]}, answers of {load['words']} tokens"
+    console.print(f"\n[bold]{escape(result['model'])}[/bold] in vLLM, {result['method']}, {about}")
+    heads = ("at once", "dense", result["method"], "times", "extremes", "dense", result["method"], "times")
+    title = f"Requests a second, then ms to the first token; prompts of {before} and {after} tokens"
+    table = _table(title, *heads, left=())
+    for row in rows:
+        table.add_row(
+            str(row.concurrency),
+            *(f"{rate:.2f}" for rate in row.rate),
+            f"{row.faster:.2f}",
+            f"{row.low:.2f}-{row.high:.2f}",
+            *(f"{1e3 * seconds:.0f}" for seconds in row.first),
+            f"{row.sooner:.2f}",
+        )
+    console.print(table)
+    slower = [str(row.concurrency) for row in rows if row.faster < 1]
+    if slower:
+        console.print(
+            f"[bold]Slower than dense at {', '.join(slower)} at once[/bold]: choosing {after} tokens took longer there "
+            f"than reading {before - after} more. The tower's work and the answers' stay as they are."
+        )
+    _stamp(console, result["environment"])
     console.print()
 
 

@@ -45,6 +45,22 @@ FAMILIES = (
 )
 
 
+# why those are not served that one may look for
+NOT_SERVED = {
+    "Gemma3ForConditionalGeneration": "its image tokens see each other, which vLLM does not let them on CPUs, where vtc is "
+    "checked",
+    "Qwen3_5ForConditionalGeneration": "its linear attention runs in bfloat16 alone on CPUs, where vtc is checked",
+    "Qwen3_5MoeForConditionalGeneration": "its linear attention runs in bfloat16 alone on CPUs, where vtc is checked",
+    "Mistral3ForConditionalGeneration": "a word stands between the rows of its image tokens, and how many of a row stay is "
+    "not known before the image is encoded",
+    "PixtralForConditionalGeneration": "a word stands between the rows of its image tokens, and how many of a row stay is "
+    "not known before the image is encoded",
+    "LlavaNextForConditionalGeneration": "its crops and the newlines between their rows are not laid out for vLLM yet",
+    "LlavaOnevisionForConditionalGeneration": "its crops and the newlines between their rows are not laid out for vLLM yet",
+    "InternVLChatModel": "it is checked with the weights in Transformers' own format, InternVLForConditionalGeneration",
+}
+
+
 def family(architecture: str) -> Family | None:
     """The family of an architecture; None = vtc does not serve it."""
     return next((each for each in FAMILIES if architecture in each.architectures), None)

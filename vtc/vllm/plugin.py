@@ -9,7 +9,7 @@ from typing import Any
 
 from vtc.errors import OptionError, UnsupportedModelError
 from vtc.tokens import FIELDS
-from vtc.vllm.families import FAMILIES, family
+from vtc.vllm.families import FAMILIES, NOT_SERVED, family
 from vtc.vllm.settings import VARIABLE, Settings, configured
 
 TESTED = ("0.32.0",)
@@ -104,8 +104,9 @@ def check(config: Any, settings: Settings) -> str:
     found = family(architecture)
     if found is None:
         names = ", ".join(each.name for each in FAMILIES)
+        why = f" ({NOT_SERVED[architecture]})" if architecture in NOT_SERVED else ""
         raise UnsupportedModelError(
-            f"vtc does not serve {architecture} in vLLM: it serves {names}; unset {VARIABLE} to serve it dense"
+            f"vtc does not serve {architecture} in vLLM{why}: it serves {names}; unset {VARIABLE} to serve it dense"
         )
     from vllm.model_executor.model_loader.utils import get_model_cls
 
