@@ -72,11 +72,7 @@ REFUSED = {
     "fastv": "removes tokens between the decoder's layers, and vLLM's KV cache has one length for all of them",
     "dart": "between the decoder's layers",
     "cdpruner": "reads the question, and vLLM caches what it made of an image for every question",
-    "visionzip": "which vLLM does not give",
-    "vispruner": "which vLLM does not give",
-    "hiprune": "which vLLM does not give",
     "zoo_prune": "which vLLM does not give",
-    "scope": "reads the attention that each token received near the end of the vision tower, which vLLM does not give",
 }
 
 

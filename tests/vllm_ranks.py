@@ -1,4 +1,8 @@
-"""Two ranks of tensor parallelism beside Transformers: prints the largest difference of a log-probability."""
+"""An engine of its own kind beside Transformers: prints the largest difference of a log-probability."""
+
+import json
+import tempfile
+from pathlib import Path
 
 import vllm_zoo as zoo
 from vllm_server import Served, distance
@@ -6,10 +10,17 @@ from vllm_server import Served, distance
 from vtc.methods import make
 
 
-def main(folder: str, name: str) -> None:
-    method, reference = make(name, keep=0.25), zoo.Reference(folder)
-    engine = Served(folder, method, tensor_parallel_size=2, distributed_executor_backend="mp")
-    cases = list(zoo.cases("qwen2_5_vl").values())
+def main(family: str, method: str, options: str) -> None:
+    """options: of `vllm.LLM`, as JSON."""
+    folder = zoo.save(family, Path(tempfile.mkdtemp()))
+    chosen, reference = make(method, keep=0.25), zoo.Reference(folder)
+    compact = family in zoo.COMPACT
+    engine = Served(folder, chosen, **({"positions": "compact"} if compact else {}), **json.loads(options))
+    cases = list(zoo.cases(family).values())
     answers = engine.answers(cases)
     engine.close()
-    print(max(distance(answer, *reference.answer(case, method)) for case, answer in zip(cases, answers, strict=True)))
+    far = [
+        distance(answer, *reference.answer(case, chosen, compact=compact))
+        for case, answer in zip(cases, answers, strict=True)
+    ]
+    print(max(far))

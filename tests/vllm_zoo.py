@@ -85,6 +85,8 @@ def save(name: str, folder: Path) -> str:
         text.rope_parameters = zoo._rope(8, 4, 4, **more)
     else:
         config.vision_config.image_size, config.image_seq_length = 96, 144
+    if name == "internvl":
+        config.vision_config.image_size, config.vision_config.patch_size = [48, 48], [8, 8]
     if name == "qwen3_vl_moe":
         text.norm_topk_prob = True  # which real configurations have
     torch.manual_seed(0)

@@ -65,7 +65,9 @@ class Reduced:
         each, tiles = [one[4:] for one in counts], [len(one) - 4 for one in counts]
         grids = [(one[2], one[3]) if one[2] else None for one in counts for _ in one[4:]]
         units = [tile for image, n in zip(images, tiles, strict=True) for tile in image.chunk(n)]
-        found = reduce(self.vtc_method, units, [k for one in each for k in one], grids, self.vtc_width, evidence, _agreed)
+        found = reduce(
+            self.vtc_method, units, [k for one in each for k in one], grids, self.vtc_width, evidence, _agreed
+        )
         if self.family.axes == 1:
             rows = iter([rows for rows, _ in found])
             return tuple(torch.cat([next(rows) for _ in range(n)]) for n in tiles)
