@@ -57,8 +57,8 @@ def main() -> int:
     ]
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body)]
     about = (
-        f"A decoder of 16 layers of width 768 with random weights behind tiny_qwen's tower, pictures of 448x448, answers of "
-        f"{LOAD[-1]} tokens, medians of {LOAD[-3]} rounds (extremes). {common.environment()}."
+        "A decoder of 16 layers of width 768 with random weights behind tiny_qwen's tower, pictures of 448x448, "
+        f"answers of {LOAD[-1]} tokens, medians of {LOAD[-3]} rounds (extremes). {common.environment()}."
     )
     common.put(ROOT / "docs" / "serving.md", "served", "\n".join([*lines, "", about]))
     return 0

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What no processor can show of vtc in vLLM: both of its runners on a GPU, CUDA graphs, the compiled decoder, two ranks.
+"""What no processor can show of vtc in vLLM: both of its runners on a GPU, CUDA graphs, two ranks of a GPU each.
 
     pip install vllm==0.32.0 pytest && pip install . && python tools/vllm_gpu.py        # on a machine with a GPU
 
 Every line is an engine in a process of its own, asked what tests/test_vllm_engine.py asks, in float32, beside
-Transformers on the processor: the largest difference of a log-probability, and what is too far off. Exit code 1 = one was.
+Transformers on the processor: the largest difference of a log-probability. Exit code 1 = one is too large.
 """
 
 from __future__ import annotations

@@ -119,20 +119,20 @@ async def _round(engine: Any, prompt: str, load: Load, level: int, dense: bool, 
     sampling = SamplingParams(
         temperature=0, max_tokens=load.words, ignore_eos=True, output_kind=RequestOutputKind.DELTA
     )
-    gate, firsts, prompts = asyncio.Semaphore(level), [], []
+    gate, firsts, prompts = asyncio.Semaphore(level), list[float](), list[int]()
     pictures = [_picture(load.size, number) for number in range(count)]
 
     async def ask(number: int) -> None:
         async with gate:
-            began, first = time.perf_counter(), None
+            began, answered = time.perf_counter(), False
             request: dict[str, Any] = {"prompt": prompt, "multi_modal_data": {"image": pictures[number]}}
             if dense:
                 request["mm_processor_kwargs"] = {"vtc": {"keep": 1.0}}
             async for out in engine.generate(request, sampling, f"vtc-{time.perf_counter_ns()}-{number}"):
-                if first is None and out.outputs and out.outputs[0].token_ids:
-                    first = time.perf_counter() - began
+                if not answered and out.outputs and out.outputs[0].token_ids:
+                    answered = True
+                    firsts.append(time.perf_counter() - began)
                     prompts.append(len(out.prompt_token_ids))
-            firsts.append(first)
 
     start = time.perf_counter()
     await asyncio.gather(*(ask(number) for number in range(count)))

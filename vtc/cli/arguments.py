@@ -269,9 +269,9 @@ def _bench_serve(bench: argparse.ArgumentParser, run: Callable[[argparse.Namespa
     served = inside.add_parser(
         "serve",
         help="requests a second and time to first token in vLLM; see vtc bench serve --help",
-        description="Starts an engine of vLLM, asks it about pictures, dense and compressed in turns, and prints requests a\n"
-        "second and time to first token. Everything else is for vLLM, and stands behind MODEL.",
-        epilog="Example: vtc bench serve Qwen/Qwen2.5-VL-3B-Instruct --method divprune --keep 0.25 --max-model-len 8192",
+        description="Starts an engine of vLLM, asks it about pictures, dense and compressed in turns, and prints\n"
+        "requests a second and time to first token. Everything else is for vLLM, and stands behind MODEL.",
+        epilog="Example: vtc bench serve Qwen/Qwen2.5-VL-3B-Instruct --method divprune --keep 0.25",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     served.set_defaults(run=run)

@@ -64,10 +64,6 @@ class Evidence:
         if "middle" in self.needs:
             self.taps["middle"] = Tap(found[round(self.middle * len(found))])
 
-    def remove(self) -> None:
-        for tap in self.taps.values():
-            tap.hook.remove()
-
     def listen(self, on: bool) -> None:
         for tap in self.taps.values():
             tap.heard = [] if on else None

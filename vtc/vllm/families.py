@@ -45,19 +45,19 @@ FAMILIES = (
 )
 
 
-# why those are not served that one may look for
-NOT_SERVED = {
-    "Gemma3ForConditionalGeneration": "its image tokens see each other, which vLLM does not let them on CPUs, where vtc is "
-    "checked",
-    "Qwen3_5ForConditionalGeneration": "its linear attention runs in bfloat16 alone on CPUs, where vtc is checked",
-    "Qwen3_5MoeForConditionalGeneration": "its linear attention runs in bfloat16 alone on CPUs, where vtc is checked",
-    "Mistral3ForConditionalGeneration": "a word stands between the rows of its image tokens, and how many of a row stay is "
-    "not known before the image is encoded",
-    "PixtralForConditionalGeneration": "a word stands between the rows of its image tokens, and how many of a row stay is "
-    "not known before the image is encoded",
-    "LlavaNextForConditionalGeneration": "its crops and the newlines between their rows are not laid out for vLLM yet",
-    "LlavaOnevisionForConditionalGeneration": "its crops and the newlines between their rows are not laid out for vLLM yet",
-    "InternVLChatModel": "it is checked with the weights in Transformers' own format, InternVLForConditionalGeneration",
+_LINEAR = "its linear attention runs in bfloat16 alone on processors, where vtc is checked"
+_ROWS = "a word stands between the rows of its image tokens, and how many of a row stay is not known in time"
+_CROPS = "its crops and the newlines between their rows are not laid out for vLLM yet"
+NOT_SERVED = {  # and why, of those that one may look for
+    "Gemma3ForConditionalGeneration": "its image tokens see each other, which vLLM does not let them on processors, "
+    "where vtc is checked",
+    "Qwen3_5ForConditionalGeneration": _LINEAR,
+    "Qwen3_5MoeForConditionalGeneration": _LINEAR,
+    "Mistral3ForConditionalGeneration": _ROWS,
+    "PixtralForConditionalGeneration": _ROWS,
+    "LlavaNextForConditionalGeneration": _CROPS,
+    "LlavaOnevisionForConditionalGeneration": _CROPS,
+    "InternVLChatModel": "it is checked in Transformers' own format, InternVLForConditionalGeneration",
 }
 
 

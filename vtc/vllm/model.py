@@ -19,7 +19,7 @@ from vtc.errors import InputError
 from vtc.methods import Method
 from vtc.token_map import TokenMap
 from vtc.vllm.decide import reduce
-from vtc.vllm.evidence import READ, Evidence
+from vtc.vllm.evidence import READ, Evidence, Tap
 from vtc.vllm.families import Family
 from vtc.vllm.processor import KEY, shortened
 from vtc.vllm.settings import configured
@@ -32,6 +32,7 @@ class Reduced:
     """In front of a model's class."""
 
     family: Family
+    vtc_taps: tuple[Tap, ...] = ()
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -48,12 +49,13 @@ class Reduced:
 
     def vtc_use(self, method: Method) -> None:
         """Decide by this method from here on."""
-        if hasattr(self, "vtc_evidence"):
-            self.vtc_evidence.remove()
+        for tap in self.vtc_taps:
+            tap.hook.remove()
         self.vtc_method, family = method, self.family
         tower = getattr(self, family.tower)
         needs = method.needs & READ if family.attends else frozenset()
         self.vtc_evidence = Evidence(tower, needs, family.middle, family.prefix)
+        self.vtc_taps = tuple(self.vtc_evidence.taps.values())
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         told = kwargs.pop(KEY, None)

@@ -131,18 +131,18 @@ def check(config: Any, settings: Settings) -> str:
     missing = reads - settings.method.optional
     if missing and not found.attends:
         raise OptionError(
-            f"vtc: {settings.method.name} reads {FIELDS[min(missing)]}, which is not read of {found.name} in vLLM: take "
-            'divprune, or importance="norm"'
+            f"vtc: {settings.method.name} reads {FIELDS[min(missing)]}, which is not read of {found.name} in vLLM: "
+            'take divprune, or importance="norm"'
         )
     if reads and parallel.tensor_parallel_size > 1 and multimodal.mm_encoder_tp_mode == "data":
         raise OptionError(
-            f'vtc: {settings.method.name} reads the tower\'s attention, and with mm_encoder_tp_mode="data" each rank has '
-            "other images: leave it out, or take divprune"
+            f"vtc: {settings.method.name} reads the tower's attention, and each rank has other images with "
+            'mm_encoder_tp_mode="data": leave it out, or take divprune'
         )
     if reads and config.compilation_config.compile_mm_encoder:
         raise OptionError(
-            f"vtc: {settings.method.name} reads the tower's attention, which compile_mm_encoder hides: leave it out, or "
-            "take divprune"
+            f"vtc: {settings.method.name} reads the tower's attention, which compile_mm_encoder hides: leave it out, "
+            "or take divprune"
         )
     if config.ec_transfer_config is not None:
         raise OptionError("vtc: ec_transfer_config: an encoder on another machine was not tried: leave it out")
