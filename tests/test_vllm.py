@@ -126,7 +126,7 @@ def test_the_number_that_is_announced_is_the_number_that_stays(name):
     images = [torch.randn(h * w, 20, generator=generator) for h, w in grids]
     kept = [method.reached(k, grid) for k, grid in zip((7, 25, 3, 23), grids, strict=True)]
     read = [
-        {n: torch.rand(len(x), *[8] * (n == "keys"), generator=generator) for n in method.needs - {"grid"}}
+        {n: torch.rand(len(x), *[8] * (n == "keys"), generator=generator) for n in method.needs & READ}
         for x in images
     ]
     together = decide.reduce(method, images, kept, grids, 16, read)
