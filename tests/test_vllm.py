@@ -13,6 +13,7 @@ import vtc.vllm
 from vtc.errors import InputError, OptionError, UnsupportedModelError
 from vtc.methods import METHODS, make
 from vtc.vllm import decide, plugin
+from vtc.vllm.evidence import READ
 from vtc.vllm.settings import VARIABLE, Settings, configured, read
 
 
