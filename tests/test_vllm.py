@@ -126,13 +126,12 @@ def test_the_number_that_is_announced_is_the_number_that_stays(name):
     generator = torch.Generator().manual_seed(0)
     images = [torch.randn(h * w, 20, generator=generator) for h, w in grids]
     kept = [method.reached(k, grid) for k, grid in zip((7, 25, 3, 23), grids, strict=True)]
-    read = [
-        {n: torch.rand(len(x), *[8] * (n == "keys"), generator=generator) for n in method.needs & READ}
-        for x in images
+    heard = [
+        {n: torch.rand(len(x), *[8] * (n == "keys"), generator=generator) for n in method.needs & READ} for x in images
     ]
-    together = decide.reduce(method, images, kept, grids, 16, read)
+    together = decide.reduce(method, images, kept, grids, 16, heard)
     assert [len(rows) for rows, _ in together] == [len(places) for _, places in together] == kept
-    for image, k, grid, own, (rows, places) in zip(images, kept, grids, read, together, strict=True):
+    for image, k, grid, own, (rows, places) in zip(images, kept, grids, heard, together, strict=True):
         assert bool((places.diff() > 0).all()) and 0 <= int(places.min()) and int(places.max()) < len(image)
         alone, where = decide.reduce(method, [image], [k], [grid], 16, [own])[0]
         assert torch.equal(where, places)
@@ -142,7 +141,7 @@ def test_the_number_that_is_announced_is_the_number_that_stays(name):
         elif not method.merges:
             assert torch.equal(rows, image[places])
     wider = [torch.cat([image[:, :16], image[:, 16:] * 1e3], 1) for image in images]  # planes are not looked at
-    for (_, one), (_, other) in zip(together, decide.reduce(method, wider, kept, grids, 16, read), strict=True):
+    for (_, one), (_, other) in zip(together, decide.reduce(method, wider, kept, grids, 16, heard), strict=True):
         assert torch.equal(one, other)
 
 

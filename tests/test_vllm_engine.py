@@ -60,7 +60,6 @@ def served(folder):
     engines = []
 
     def start(name, method, **more):
-        more = {"positions": "compact"} | more if name in zoo.COMPACT and method is not None else more
         more = {"max_model_len": 2048} | more if name == "tiny_qwen" else more
         engines.append(Served(folder(name), method, **more))
         return engines[-1]
@@ -72,15 +71,17 @@ def served(folder):
     gc.collect()
 
 
-@pytest.mark.parametrize("name", [*zoo.FAMILIES, "tiny_qwen"])
-def test_every_method_answers_as_in_transformers(served, folder, name):
-    engine, reference = served(name, METHODS["random"]), zoo.Reference(folder(name))
+@pytest.mark.parametrize(
+    ("name", "positions"), [*((name, "keep") for name in (*zoo.FAMILIES, "tiny_qwen")), ("llava", "compact")]
+)
+def test_every_method_answers_as_in_transformers(served, folder, name, positions):
+    engine, reference = served(name, METHODS["random"], positions=positions), zoo.Reference(folder(name))
     cases = zoo.cases(name)
     far = {}
     for label, method in METHODS.items():
         engine.use(method)
         for (case, asked), answer in zip(cases.items(), engine.answers(list(cases.values())), strict=True):
-            off = distance(answer, *reference.answer(asked, method, compact=name == "llava"))
+            off = distance(answer, *reference.answer(asked, method, compact=positions == "compact"))
             if off > MOST:
                 far[label, case] = off
     assert not far
@@ -97,7 +98,7 @@ def test_other_families_answer_as_in_transformers(served, folder, name):
         method = METHODS[label]
         engine.use(method)
         for (case, asked), answer in zip(cases.items(), engine.answers(list(cases.values())), strict=True):
-            off = distance(answer, *reference.answer(asked, method, compact=name in zoo.COMPACT))
+            off = distance(answer, *reference.answer(asked, method))
             assert off < most, (label, case)
 
 
@@ -168,12 +169,13 @@ def test_what_keeps_all_is_vllm_to_the_bit(served, name):
     assert again.answers(cases) == plain and not hasattr(again.model(), "vtc_method")
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "llava"])
 @pytest.mark.parametrize("chunk", [24, 32])
 def test_chunks_of_a_prefill_may_cut_an_image(served, folder, name, chunk):
     """And sequences beside it; a step takes `chunk` tokens of all requests together."""
     method = make("divprune", keep=0.7)
-    engine = served(name, method, max_num_batched_tokens=chunk, max_num_seqs=2, **zoo.SMALL_IMAGES)
+    small = {} if name == "llava" else zoo.SMALL_IMAGES
+    engine = served(name, method, max_num_batched_tokens=chunk, max_num_seqs=2, **small)
     reference, cases = zoo.Reference(folder(name)), zoo.cases(name)
     for (case, asked), answer in zip(cases.items(), engine.answers(list(cases.values())), strict=True):
         assert distance(answer, *reference.answer(asked, method)) < MOST, case
@@ -274,9 +276,10 @@ def test_the_tower_never_gets_more_than_was_measured(served):
     assert len(batches) > 1 and max(batches) <= 128
 
 
-def test_a_compiled_decoder_answers_the_same(served, folder):
-    engine, reference = served("qwen2_5_vl", METHODS["tome"], enforce_eager=False), zoo.Reference(folder("qwen2_5_vl"))
-    cases = zoo.cases("qwen2_5_vl")
+@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("internvl", marks=pytest.mark.slow)])
+def test_a_compiled_decoder_answers_the_same(served, folder, name):
+    engine, reference = served(name, METHODS["tome"], enforce_eager=False), zoo.Reference(folder(name))
+    cases = zoo.cases(name)
     for (case, asked), answer in zip(cases.items(), engine.answers(list(cases.values())), strict=True):
         assert distance(answer, *reference.answer(asked, METHODS["tome"])) < MOST, case
 
@@ -310,7 +313,7 @@ def test_the_environment_alone_is_enough(folder):
         ("qwen2_5_vl", {"enable_lora": True, "enable_tower_connector_lora": True}, "counts the tower's tokens"),
         ("qwen2_5_vl", {"ec_transfer_config": EC}, "an encoder on another machine was not tried"),
         ("qwen2_5_vl", {"model_impl": "transformers"}, "does not serve TransformersMultiModalForCausalLM"),
-        ("llava", {}, 'LLaVA-1.5 has positions on one axis.*positions="compact"'),
+        ("llava", {}, 'vLLM compiles a llama for positions on one axis.*positions="compact", or enforce_eager'),
         ("gemma3", {}, "vtc does not serve Gemma3.* in vLLM .its image tokens see each other.*it serves Qwen2-VL"),
     ],
 )

@@ -14,13 +14,8 @@ def main(family: str, method: str, options: str) -> None:
     """options: of `vllm.LLM`, as JSON."""
     folder = zoo.save(family, Path(tempfile.mkdtemp()))
     chosen, reference = make(method, keep=0.25), zoo.Reference(folder)
-    compact = family in zoo.COMPACT
-    engine = Served(folder, chosen, **({"positions": "compact"} if compact else {}), **json.loads(options))
+    engine = Served(folder, chosen, **json.loads(options))
     cases = list(zoo.cases(family).values())
     answers = engine.answers(cases)
     engine.close()
-    far = [
-        distance(answer, *reference.answer(case, chosen, compact=compact))
-        for case, answer in zip(cases, answers, strict=True)
-    ]
-    print(max(far))
+    print(max(distance(answer, *reference.answer(case, chosen)) for case, answer in zip(cases, answers, strict=True)))

@@ -18,7 +18,7 @@ from vtc.adapters.multimodal.rotary import Positions
 
 FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava")  # every method
 MORE = ("qwen3_vl_moe", "glm4v", "internvl")  # and one method each
-COMPACT = ("llava", "internvl")  # in vLLM without gaps
+COUNTED = ("llava", "internvl")  # positions on one axis
 MARKS = dict.fromkeys(
     ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "tiny_qwen"), "<|vision_start|> <|image_pad|> <|vision_end|>"
 )
@@ -80,7 +80,7 @@ def save(name: str, folder: Path) -> str:
         text.hidden_size = config.vision_config.out_hidden_size = 128  # heads of 64, of which half turns
         text.head_dim, text.rope_parameters = 64, zoo._rope(8, 4, 4, partial_rotary_factor=0.5)
         text.attention_bias = True  # which real configurations have
-    elif name not in COMPACT:
+    elif name not in COUNTED:
         more = {"mrope_interleaved": True} if name.startswith("qwen3_vl") else {}
         text.rope_parameters = zoo._rope(8, 4, 4, **more)
     else:

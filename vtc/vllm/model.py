@@ -42,7 +42,7 @@ class Reduced:
         self.vtc_use(settings.method)
         self.vtc_width = vllm_config.model_config.get_hidden_size()
         self.vtc_at_once = vllm_config.scheduler_config.max_num_encoder_input_tokens
-        if self.family.axes == 3:
+        if isinstance(self, Placed):
             # the runner asks the configuration, after the model is made, whether to ask for positions anew
             config = vllm_config.model_config.multimodal_config
             object.__setattr__(config, "is_multimodal_pruning_enabled", partial(bool, True))
@@ -70,13 +70,15 @@ class Reduced:
         found = reduce(
             self.vtc_method, units, [k for one in each for k in one], grids, self.vtc_width, evidence, _agreed
         )
-        if self.family.axes == 1:
-            rows = iter([rows for rows, _ in found])
-            return tuple(torch.cat([next(rows) for _ in range(n)]) for n in tiles)
-        return tuple(
-            torch.cat([rows, _digits(places, grid).to(rows)], 1)  # type: ignore[arg-type]
-            for (rows, places), grid in zip(found, grids, strict=True)
-        )
+        if isinstance(self, Placed):
+            starts = [tile * len(image) // n for image, n in zip(images, tiles, strict=True) for tile in range(n)]
+            lines = grids if isinstance(self, OnThreeAxes) else [(1, 1 << 14)] * len(found)
+            found = [
+                (torch.cat([rows, _digits(places + start, grid).to(rows)], 1), places)  # type: ignore[arg-type]
+                for (rows, places), start, grid in zip(found, starts, lines, strict=True)
+            ]
+        rows = iter([rows for rows, _ in found])
+        return tuple(torch.cat([next(rows) for _ in range(n)]) for n in tiles)
 
     def _encoded(
         self, kwargs: dict[str, Any], dense: list[int], listening: bool
@@ -115,10 +117,62 @@ class Reduced:
         return grid.prod(-1).tolist(), orders, tower.spatial_merge_size**2
 
 
-class ReducedOnThreeAxes(Reduced):
+class Placed(Reduced):
     """Its image tokens keep their positions."""
 
     supports_multimodal_pruning = True
+
+    def vtc_positions(self, prompt: Tensor, digits: Tensor, at: Tensor) -> Tensor:
+        """[3, n]: a prompt's positions, with those of the image tokens `at` as their digits say. What these begin on is
+        not lost: it is read again by the next chunk, and by a request that was preempted."""
+        raise NotImplementedError
+
+    def recompute_mrope_positions(
+        self,
+        input_ids: list[int] | Tensor,
+        multimodal_embeddings: Sequence[Tensor],
+        mrope_positions: Tensor,
+        num_computed_tokens: int,
+    ) -> tuple[list[Tensor], Tensor, int]:
+        """The rows of the images in this step without their digits, and the prompt's positions [3, n] with theirs."""
+        rows = [each[:, :-DIGITS] for each in multimodal_embeddings]
+        positions = mrope_positions
+        if rows:  # else a step of words alone, as most are
+            config: Any = self.config  # type: ignore[attr-defined]
+            marks = torch.as_tensor(input_ids, device=positions.device) == getattr(config, self.family.token)
+            at = marks.nonzero()[:, 0]
+            digits = torch.cat([each[:, -DIGITS:] for each in multimodal_embeddings]).to(positions)
+            at = at[at >= num_computed_tokens][: len(digits)]
+            positions = self.vtc_positions(positions.clone(), digits, at)
+        delta = int(positions.max()) + 1 - positions.shape[1]  # the last words', which follow the whole image
+        return rows, positions, delta
+
+
+class OnOneAxis(Placed):
+    """Of a model with one axis: vLLM is told that it has three, of which its rotary table reads the first alone, so
+    that the third can hold where an image begins."""
+
+    supports_mrope = True
+
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
+        """Counted over the whole prompt; an image's tokens all stand where it begins, until they are known."""
+        positions = torch.arange(len(input_tokens)).expand(3, -1).clone()
+        for feature in sorted(mm_features, key=lambda each: each.mm_position.offset):
+            place = feature.mm_position
+            dense, kept = feature.data[KEY].data.tolist()[:2]
+            inside = torch.arange(place.length) if place.is_embed is None else place.is_embed.nonzero()[:, 0]
+            start = place.offset + int(inside[0])
+            positions[:, start : start + kept] = positions[0, start].clone()
+            positions[:, start + kept :] += dense - kept
+        return positions, int(positions.max()) + 1 - len(input_tokens)
+
+    def vtc_positions(self, prompt: Tensor, digits: Tensor, at: Tensor) -> Tensor:
+        prompt[0, at] = prompt[2, at] + digits[:, 2] * BASE + digits[:, 3]
+        return prompt
+
+
+class OnThreeAxes(Placed):
+    """Its image tokens share their first axis, on which their rows and columns begin."""
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
         """Those of the whole prompt, at the columns that stay. Which of an image's these are is not known yet; the
@@ -140,29 +194,10 @@ class ReducedOnThreeAxes(Reduced):
         positions, delta = super().get_mrope_input_positions(tokens, whole)  # type: ignore[misc]
         return positions[:, columns], delta + len(tokens) - len(input_tokens)
 
-    def recompute_mrope_positions(
-        self,
-        input_ids: list[int] | Tensor,
-        multimodal_embeddings: Sequence[Tensor],
-        mrope_positions: Tensor,
-        num_computed_tokens: int,
-    ) -> tuple[list[Tensor], Tensor, int]:
-        """The rows of the images in this step without their digits, and the prompt's positions [3, n] with theirs.
-
-        An image's tokens share their first axis, on which its rows and columns begin: what is written here is read
-        again by the next chunk, and by a request that was preempted.
-        """
-        rows = [each[:, :-DIGITS] for each in multimodal_embeddings]
-        positions = mrope_positions
-        if rows:  # else a step of words alone, as most are
-            at = (torch.as_tensor(input_ids, device=positions.device) == self.config.image_token_id).nonzero()[:, 0]  # type: ignore[attr-defined]
-            digits = torch.cat([each[:, -DIGITS:] for each in multimodal_embeddings]).to(positions)
-            at = at[at >= num_computed_tokens][: len(digits)]
-            positions = positions.clone()
-            positions[1, at] = positions[0, at] + digits[:, 0] * BASE + digits[:, 1]
-            positions[2, at] = positions[0, at] + digits[:, 2] * BASE + digits[:, 3]
-        delta = int(positions.max()) + 1 - positions.shape[1]  # the last words', which follow the whole image
-        return rows, positions, delta
+    def vtc_positions(self, prompt: Tensor, digits: Tensor, at: Tensor) -> Tensor:
+        prompt[1, at] = prompt[0, at] + digits[:, 0] * BASE + digits[:, 1]
+        prompt[2, at] = prompt[0, at] + digits[:, 2] * BASE + digits[:, 3]
+        return prompt
 
 
 def _agreed(token_map: TokenMap) -> TokenMap:
@@ -197,8 +232,8 @@ def _part(kwargs: dict[str, Any], start: int, end: int, tiles: str) -> dict[str,
     return {name: part(name, value) for name, value in kwargs.items()}
 
 
-def reduced(own: Any, family: Family) -> type:
-    """The class of vLLM with a method behind its tower."""
+def reduced(own: Any, family: Family, gaps: bool) -> type:
+    """The class of vLLM with a method behind its tower. gaps: a model with one axis leaves them."""
     factories = own._processor_factory
     fields = {
         "family": family,
@@ -206,5 +241,5 @@ def reduced(own: Any, family: Family) -> type:
         "supports_encoder_cudagraph": False,  # its graphs would go around `embed_multimodal`
         "__module__": "vtc.vllm.models",
     }
-    front = ReducedOnThreeAxes if family.axes == 3 else Reduced
+    front = OnThreeAxes if family.axes == 3 else OnOneAxis if gaps else Reduced
     return type(own.__name__, (front, own), fields)

