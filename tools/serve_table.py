@@ -15,7 +15,7 @@ from vtc.checkpoints import tiny
 from vtc.eval import common
 
 ROOT = Path(__file__).resolve().parent.parent
-LOAD = ["--concurrency", "1", "8", "32", "--requests", "32", "--rounds", "3", "--words", "8"]
+LOAD = ["--concurrency", "1", "8", "32", "--requests", "8", "--rounds", "2", "--words", "8"]
 
 
 def make(folder: Path) -> str:
@@ -40,7 +40,7 @@ def main() -> int:
     parse.add_argument("--out", type=Path, required=True, help="folder for the model")
     args, more = parse.parse_known_args()
     model, body = make(args.out), []
-    for method, keep in (("divprune", "0.25"), ("divprune", "0.1"), ("tome", "0.25")):
+    for method, keep in (("divprune", "0.25"), ("tome", "0.25")):
         command = [sys.executable, "-m", "vtc", "bench", "serve", model, "--method", method, "--keep", keep]
         done = subprocess.run([*command, *LOAD, "--json", *more], stdout=subprocess.PIPE, text=True, check=True)
         found = json.loads(done.stdout[done.stdout.index("{") :])
