@@ -87,11 +87,11 @@ class Evidence:
         assert tap.heard is not None
         out: list[tuple[Tensor, Tensor, list[int]]] = []
         for query, key, borders in tap.heard:
-            if len(query) > 1 or query.shape[1] == patches[len(out)] + self.prefix:
+            if borders is None:
                 out += [(q, k, [len(q)]) for q, k in zip(query, key, strict=True)]
                 continue
-            edges = [] if borders is None else borders.tolist()
-            if not edges or edges[-1] != query.shape[1]:
+            edges = borders.tolist()
+            if edges[-1] != query.shape[1]:
                 raise InputError("vLLM's attention for this tower counts in a way that vtc cannot read: use divprune")
             at = 0
             while at < query.shape[1]:

@@ -71,11 +71,14 @@ class Reduced:
             self.vtc_method, units, [k for one in each for k in one], grids, self.vtc_width, evidence, _agreed
         )
         if isinstance(self, Placed):
-            starts = [tile * len(image) // n for image, n in zip(images, tiles, strict=True) for tile in range(n)]
-            lines = grids if isinstance(self, OnThreeAxes) else [(1, 1 << 14)] * len(found)
+            inside = [
+                (tile * len(x) // n, (1, len(x))) for x, n in zip(images, tiles, strict=True) for tile in range(n)
+            ]
+            if isinstance(self, OnThreeAxes):
+                inside = [(0, grid) for grid in grids]  # type: ignore[misc]
             found = [
                 (torch.cat([rows, _digits(places + start, grid).to(rows)], 1), places)  # type: ignore[arg-type]
-                for (rows, places), start, grid in zip(found, starts, lines, strict=True)
+                for (rows, places), (start, grid) in zip(found, inside, strict=True)
             ]
         rows = iter([rows for rows, _ in found])
         return tuple(torch.cat([next(rows) for _ in range(n)]) for n in tiles)
