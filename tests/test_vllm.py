@@ -187,3 +187,17 @@ def test_what_failed_to_be_enabled_is_not_left_behind(monkeypatch):
     with pytest.raises(UnsupportedModelError):
         vtc.vllm.enable("divprune", keep=0.5)
     assert configured() == Settings(vtc.Random(keep=0.5))
+
+
+def test_bench_serve_takes_what_vllm_takes_and_refuses_what_makes_no_sense(capsys):
+    from vtc import cli
+    from vtc.bench.served import Load
+
+    for given in ({"rounds": 0}, {"concurrency": ()}, {"size": (0, 448)}):
+        with pytest.raises(OptionError, match="has to be at least 1"):
+            Load(**given)
+    asked = ["bench", "serve", "MODEL", "--keep", "0.25", "--max-model-len", "64", "--method"]
+    assert cli.main([*asked, "fastv"]) == 2
+    assert "fastv removes tokens between the decoder's layers" in capsys.readouterr().err
+    assert cli.main(["bench", "--enforce-eager"]) == 2  # vLLM's alone
+    assert "unrecognized arguments: --enforce-eager" in capsys.readouterr().err

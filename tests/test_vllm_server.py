@@ -39,8 +39,8 @@ OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "
 QUESTION = "what shape is the yellow thing ?"
 
 
-def command(model, *arguments):
-    return [sys.executable, "-m", "vtc", "serve", model, *arguments, *OPTIONS]
+def command(model, *arguments, what=("serve",)):
+    return [sys.executable, "-m", "vtc", *what, model, *arguments, *OPTIONS]
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +171,18 @@ def test_what_cannot_be_served_is_said_in_one_line(arguments, says):
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("vtc: error: ") and says in last
+
+
+def test_bench_serve_asks_dense_and_compressed_in_turns():
+    """The engine's own options are vLLM's; what is printed is one JSON document."""
+    given = ["--method", "divprune", "--keep", "0.25", "--concurrency", "1", "2", "--requests", "2", "--rounds", "1"]
+    given += ["--picture", "256x256", "--words", "2", "--json", "--block-size", "32"]
+    asked = command(str(tiny.folder("tiny_qwen")), *given, what=("bench", "serve"))
+    done = subprocess.run(asked, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["concurrency"] for row in rows] == [1, 2]
+    for row in rows:
+        dense, kept = row["prompt"]
+        assert dense - kept == 256 - 64 and min(row["rate"]) > 0 and min(row["first"]) > 0
+        assert row["low"] <= row["faster"] <= row["high"]

@@ -43,8 +43,7 @@ def main() -> int:
     for method, keep in (("divprune", "0.25"), ("tome", "0.25")):
         command = [sys.executable, "-m", "vtc", "bench", "serve", model, "--method", method, "--keep", keep]
         done = subprocess.run([*command, *LOAD, "--json", *more], stdout=subprocess.PIPE, text=True, check=True)
-        found = json.loads(done.stdout[done.stdout.index("{") :])
-        for row in found["rows"]:
+        for row in json.loads(done.stdout)["rows"]:
             dense, kept = row["prompt"]
             spread = f"{row['faster']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
             body.append([method, f"{dense} to {kept}", str(row["concurrency"]), spread, f"{row['sooner']:.2f}"])

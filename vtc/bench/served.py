@@ -4,6 +4,7 @@ compressed in turns. One engine answers both: a request at keep=1 is vLLM's own.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -72,6 +73,7 @@ def served(
     """
     from vtc.vllm import enable
 
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # what is measured goes to the other
     enable(method, positions=positions)
     return asyncio.run(_served(model, load, arguments, tick))
 
