@@ -122,7 +122,7 @@ async def _round(engine: Any, prompt: str, load: Load, level: int, dense: bool, 
         temperature=0, max_tokens=load.words, ignore_eos=True, output_kind=RequestOutputKind.DELTA
     )
     gate, firsts, prompts = asyncio.Semaphore(level), list[float](), list[int]()
-    pictures = [_picture(load.size, number) for number in range(count)]
+    pictures = _pictures(load.size, count)
 
     async def ask(number: int) -> None:
         async with gate:
@@ -162,16 +162,16 @@ def _prompt(model: str, remote: bool) -> str:
     return processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
 
-def _picture(size: tuple[int, int], number: int) -> Any:
-    """A cut-out of the photograph that comes along, another for every number."""
-    from importlib.resources import files
-
+def _pictures(size: tuple[int, int], count: int) -> list[Any]:
+    """Cut-outs of the photograph that comes along, another for every number."""
     import numpy as np
-    from PIL import Image
 
-    rng = np.random.default_rng([_SEED, number])
-    with files("vtc").joinpath("assets/photo.jpg").open("rb") as file:
-        photo = Image.open(file).convert("RGB")
-    side = rng.uniform(0.4, 1, 2) * photo.size
-    left, top = rng.uniform(0, 1, 2) * (photo.size - side)
-    return photo.resize(size, box=(left, top, left + side[0], top + side[1]))
+    from vtc.models.images import example_photo, load_image
+
+    photo, found = load_image(example_photo()), []
+    for number in range(count):
+        rng = np.random.default_rng([_SEED, number])
+        side = rng.uniform(0.4, 1, 2) * photo.size
+        left, top = rng.uniform(0, 1, 2) * (photo.size - side)
+        found.append(photo.resize(size, box=(left, top, left + side[0], top + side[1])))
+    return found

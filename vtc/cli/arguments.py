@@ -296,4 +296,4 @@ def _served(parser: argparse.ArgumentParser) -> None:
     some.add_argument("--keep", type=fraction, metavar="Q", help="the fraction of each image's tokens that stays")
     some.add_argument("--tokens", type=count, metavar="N", help="the number of each image's tokens that stays")
     add("--importance", metavar="NAME", help="for methods that rank: norm, attention ...")
-    add("--positions", choices=("keep", "compact"), default="keep", help="compact: for models that cannot keep them")
+    add("--positions", choices=("keep", "compact"), default="keep", help="compact: no gaps, of models with one axis")

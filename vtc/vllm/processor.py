@@ -107,10 +107,10 @@ class Shortened:
             _, rows, columns = item["image_grid_thw"].data.tolist()
             edge = math.isqrt(rows * columns // dense)
             return rows // edge, columns // edge
-        patch = getattr(self.info.get_hf_config().vision_config, "patch_size", None)
         if self.family.tiles:  # squares, of which each token is a square
             side = math.isqrt(dense)
             return (side, side) if side * side == dense else None
+        patch = getattr(self.info.get_hf_config().vision_config, "patch_size", None)
         if "pixel_values" not in item or not isinstance(patch, int):
             return None
         height, width = item["pixel_values"].data.shape[-2:]
