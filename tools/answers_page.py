@@ -1,4 +1,4 @@
-"""The tables and figures of docs/answers.md, from what `vtc eval scenes` wrote.
+"""The tables and figures of docs/answers.md, from what the runs of tools/answers_runs.py wrote.
 
     python tools/answers_page.py out/answers        # the folder of `make answers`
 
@@ -11,9 +11,14 @@ import argparse
 import csv
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import answers_runs  # noqa: E402
 
 from vtc.eval import answers, common
 from vtc.eval.answers import Summary
@@ -21,16 +26,43 @@ from vtc.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks" / "results"
-MODELS = ("tiny_llava", "tiny_qwen")
-RUNS = (*MODELS, "clips-2", "clips-8")
-CHOICES = tuple(f"validation-{model}" for model in MODELS)  # what was chosen was chosen on these
-SHORT = ("pitome+proportional", "divprune", "downsample", "random")  # on the front page
+MODELS = ("tiny_qwen", "tiny_llava")
+
+
+def kept(*begin: str) -> tuple[str, ...]:
+    """The runs whose names begin so and whose results are there."""
+    known = (name for name in answers_runs.RUNS if name.startswith(begin))
+    return tuple(name for name in known if (KEPT / f"answers-{name}.csv").exists())
+
+
+PICTURES, CHOICES = kept(*MODELS), kept("validation")  # what was chosen was chosen on the latter
+RUNS = (*PICTURES, *kept("clips"))
+
+# Qwen2.5-VL-7B: the mean over eleven tasks, in percent of the dense model's, at a quarter and at a tenth of the tokens
+# (AngelSlim, docs/source/features/token_compressor/idpruner.md); with our names. Its IDPruner has a trained scorer,
+# and VisionSelector is that scorer alone.
+PUBLISHED = {
+    "idpruner+scorer": (95.18, 86.47),
+    "idpruner+scorer 1": (94.22, 85.39),
+    "scope": (92.51, 79.35),
+    "divprune": (89.26, 76.09),
+    "vispruner": (88.31, 72.60),
+    "hiprune": (87.80, 72.22),
+    "visionzip": (87.55, 71.84),
+    "fastv": (87.16, 68.07),
+    "dart": (85.74, 69.80),
+}
+IN_THE_DECODER = ("fastv", "dart")  # the first of six layers see all tokens here: another budget than the published
 
 # What was said of a method, whose answers should then be better, and on which questions
 CLAIMS = (
     ("IDPruner above DivPrune", "idpruner", "divprune", "all"),
     ("IDPruner above importance alone", "idpruner", "idpruner 1", "all"),
     ("IDPruner with its trained scorer above DivPrune", "idpruner+scorer", "divprune", "all"),
+    ("IDPruner above random", "idpruner", "random", "all"),
+    ("ZOO-Prune above random", "zoo_prune", "random", "all"),
+    ("IDPruner with a frame above IDPruner", "idpruner+frame", "idpruner", "all"),
+    ("DivPrune with a frame above DivPrune", "divprune+frame", "divprune", "all"),
     ("the trained scorer above attention or sensitivity", "idpruner+scorer", "idpruner", "all"),
     ("ZOO-Prune above the norm", "zoo_prune", "norm", "all"),
     ("PPE, with ToMe, on positions", "tome+ppe", "tome", "position"),
@@ -47,11 +79,16 @@ Row = dict[str, Any]
 Candidates = list[tuple[str, list[tuple[float, float]]]]
 
 
-def read(name: str) -> list[Row]:
-    """The rows of one run, numbers as numbers."""
+def rows(path: Path) -> list[Row]:
+    """The rows of a file, numbers as numbers."""
     kinds: dict[str, Any] = {"method": str, "kind": str, "seed": int, "n": int}
-    with (KEPT / f"answers-{name}.csv").open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return [{k: kinds.get(k, float)(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def read(name: str) -> list[Row]:
+    """What was kept of a run."""
+    return rows(KEPT / f"answers-{name}.csv")
 
 
 def take(name: str, folder: Path) -> None:
@@ -134,20 +171,23 @@ def claims(runs: dict[str, list[Row]], best: dict[str, Candidates], levels: Sequ
     body = [line(*claim, name) for claim in CLAIMS for name in runs]
     for theirs in answers.ALWAYS:
         for name in runs:
-            ours = best[name][0][0]
+            ours = best[name.partition("-")[0]][0][0]
             body.append(line(f"{ours}, the best of the validation split, above {theirs}", ours, theirs, "all", name))
     return table(["claim", "model", *(f"keep {k:g}" for k in levels)], body)
 
 
 def candidates(model: str) -> Candidates:
-    """Every method's accuracy on the validation split at keep 0.25 and 0.1, the best of both together first."""
-    found = answers.summarise(read(f"validation-{model}"))
-    labels = dict.fromkeys(method for method, keep in found if keep < 1)
-    each = [(label, [found[label, keep]["all"]["accuracy"] for keep in (0.25, 0.1)]) for label in labels]
+    """Every method's accuracy on the validation split at keep 0.25 and 0.1, over all its sizes; the best of both
+    together first."""
+    runs = [answers.summarise(read(name)) for name in CHOICES if name.removeprefix("validation-").startswith(model)]
+    each: Candidates = []
+    for label in dict.fromkeys(method for method, keep in runs[0] if keep < 1):
+        cells = [[found[label, keep]["all"]["accuracy"] for found in runs] for keep in (0.25, 0.1)]
+        each.append((label, [(mean(m for m, _ in cell), max(half for _, half in cell)) for cell in cells]))
     return sorted(each, key=lambda one: -sum(middle for middle, _ in one[1]))
 
 
-def choices(best: dict[str, Candidates], count: int = 5) -> str:
+def choices(best: dict[str, Candidates], count: int = 8) -> str:
     """The best few of the validation split."""
     body = [
         [model, label, *(f"{middle:.3f} ± {half:.3f}" for middle, half in found)]
@@ -155,6 +195,27 @@ def choices(best: dict[str, Candidates], count: int = 5) -> str:
         for label, found in each[:count]
     ]
     return table(["model", "method", "keep 0.25", "keep 0.1"], body)
+
+
+def ranking(found: dict[str, Summary]) -> str:
+    """The published means beside ours, and how alike the orders are: Spearman's rho, of all, and of those that reduce
+    before the decoder."""
+    from scipy.stats import spearmanr
+
+    levels = (0.25, 0.1)
+    ours = {(n, k): {m: found[n][m, k]["all"]["accuracy"][0] for m in PUBLISHED} for n in PICTURES for k in levels}
+    body = [
+        [m, *(x for i, k in enumerate(levels) for x in (f"{said[i]:.1f}", *(f"{ours[n, k][m]:.3f}" for n in PICTURES)))]
+        for m, said in PUBLISHED.items()
+    ]
+    before = [m for m in PUBLISHED if m not in IN_THE_DECODER]
+    for label, some in (("Spearman, all", list(PUBLISHED)), ("Spearman, before the decoder", before)):
+        line = [label]
+        for i, k in enumerate(levels):
+            said = [PUBLISHED[m][i] for m in some]
+            line += ["", *(f"{spearmanr(said, [ours[n, k][m] for m in some]).statistic:.2f}" for n in PICTURES)]
+        body.append(line)
+    return table(["", *(f"{n}, {k:g}" for k in levels for n in ("Qwen2.5-VL-7B", *PICTURES))], body)
 
 
 def draw(found: Summary, title: str) -> Any:
@@ -191,14 +252,20 @@ def card(runs: dict[str, Summary], name: str) -> str:
     return table(["answers of", "method", "dense", *(f"keep {k:g}" for k in levels)], body)
 
 
-def short(found: dict[str, Summary], levels: Sequence[float] = (0.25, 0.1)) -> str:
-    """Some methods on the small models, for the front page."""
+def short(found: dict[str, Summary], best: dict[str, Candidates], levels: Sequence[float] = (0.25, 0.1)) -> str:
+    """Five lines for the front page: dense, the best of the validation split that merges and that selects, and what
+    every method has to beat."""
+    labels = [label for label, _ in best["tiny_qwen"] if label not in answers.ALWAYS]
+    total = {label: sum(sum(m for m, _ in dict(each)[label]) for each in best.values()) for label in labels}
+    merging = {label for label in labels if METHODS[re.split("[ +]", label)[0]].merges}
+    chosen = [max(some, key=total.__getitem__) for some in (merging, set(labels) - merging)]
 
     def cells(method: str, keep: float | None = None) -> list[str]:
         return [f"{found[n][method, keep or k]['all']['accuracy'][0]:.2f}" for n in found for k in levels]
 
     head = [f"{name}, keep {keep:g}" for name in found for keep in levels]
-    return table(["", *head], [["dense", *cells("dense", 1.0)], *([name, *cells(name)] for name in SHORT)])
+    rows = [["dense", *cells("dense", 1.0)], *([name, *cells(name)] for name in (*chosen, *answers.ALWAYS))]
+    return table(["", *head], rows)
 
 
 def write(root: Path) -> None:
@@ -210,12 +277,17 @@ def write(root: Path) -> None:
     for name, summary in found.items():
         about = (KEPT / f"answers-{name}.txt").read_text(encoding="utf-8")
         common.put(docs / "answers.md", name, f"{about}\n{by_keep(summary)}")
+        if name in PICTURES:
+            common.put(docs / "answers.md", f"{name}, kinds", by_kind(summary, 0.1))
         if name in MODELS:
-            common.put(docs / "answers.md", f"{name}, kinds", by_kind(summary, 0.25))
             draw(summary, name).savefig(docs / "img" / f"answers-{name}.png", dpi=110, metadata={"Software": None})
+    commands = "\n".join(answers_runs.command(name) for name in (*RUNS, *CHOICES))
+    common.put(docs / "answers.md", "commands", f"```bash\n{commands}\n```")
     common.put(docs / "answers.md", "choices", choices(best))
-    common.put(docs / "answers.md", "claims", claims({name: runs[name] for name in MODELS}, best))
-    common.put(root / "README.md", "answers", short({name: found[name] for name in MODELS}))
+    common.put(docs / "answers.md", "claims", claims({name: runs[name] for name in PICTURES}, best))
+    if all(method in {m for m, _ in found[name]} for name in PICTURES for method in PUBLISHED):
+        common.put(docs / "answers.md", "ranking", ranking(found))
+    common.put(root / "README.md", "answers", short({name: found[name] for name in MODELS}, best))
     for method in METHODS:
         common.put(docs / "methods" / f"{method}.md", "answers", card(found, method))
 

@@ -121,18 +121,22 @@ def qwen() -> tuple[nn.Module, Any]:
 
 
 def llava() -> tuple[nn.Module, Any]:
-    """The real DINOv2-S at 224 pixels, 16 x 16 tokens of 14; a projector of two layers; a Llama."""
+    """The first half of the real DINOv2-S at 224 pixels, 16 x 16 tokens of 14; a projector of two layers; a Llama.
+
+    Of small numerals a probe reads .77 in the sixth layer's patches and .37 in the last's; of all else as much.
+    """
     import transformers
 
     from vtc.checkpoints import dinov2_small
 
     ids = vocabulary("llava")
-    tower = dinov2_small()
+    weights, whole = (tower := dinov2_small()).state_dict(), tower.config.to_dict()
+    whole = {k: v for k, v in whole.items() if k not in ("stage_names", "out_features", "out_indices")}
     config = transformers.LlavaConfig(
         text_config=transformers.LlamaConfig(
             **text_config(), head_dim=48, rope_parameters={"rope_type": "default", "rope_theta": 1e6}
         ),
-        vision_config=tower.config,
+        vision_config=transformers.Dinov2Config(**{**whole, "num_hidden_layers": 6}),
         image_token_index=ids["<image>"],
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
@@ -140,8 +144,9 @@ def llava() -> tuple[nn.Module, Any]:
         tie_word_embeddings=True,
     )
     model = transformers.LlavaForConditionalGeneration(config)
-    model.model.vision_tower.load_state_dict(tower.state_dict())
-    model.model.vision_tower.requires_grad_(False)
+    eyes = model.model.vision_tower
+    eyes.load_state_dict({name: weights[name] for name in eyes.state_dict()})
+    eyes.requires_grad_(False)
     pictures = transformers.BitImageProcessor(
         size={"height": 224, "width": 224},
         do_center_crop=False,

@@ -85,7 +85,8 @@ def _load(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     weights = load_file(where / "model.safetensors")
     if name == "tiny_llava":
         tower = dinov2_small().state_dict()
-        weights |= {f"model.vision_tower.{key}": value for key, value in tower.items()}
+        named = {f"model.vision_tower.{key}": value for key, value in tower.items()}
+        weights |= {key: named[key] for key in named.keys() & model.state_dict().keys()}  # not all of its layers
     missing, unknown = model.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
     missing = [key for key in missing if key != "lm_head.weight"]  # tied to the embedding
     if missing or unknown:

@@ -192,8 +192,9 @@ def _ask(
         for first in range(0, len(asked), step):
             said += ask(model, processor, asked[first : first + step], batch)
             if handle is not None:
-                before += [float(n) for n in handle.report.before]
-                after += [float(n) for n in handle.report.after]
+                report = handle.report
+                before += map(float, report.before)
+                after += map(float, report.after)
     seconds = time.perf_counter() - start
     counts = {"before": mean(before), "tokens": mean(after)} if after else {}
     return {"said": said, "seconds": seconds, **counts}

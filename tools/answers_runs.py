@@ -1,0 +1,70 @@
+"""What docs/answers.md and docs/frame.md are made of: runs of `vtc eval scenes`.
+
+    python tools/answers_runs.py                     # the commands
+    python tools/answers_runs.py --run               # run all; what was done before a stop is not done again
+    python tools/answers_runs.py --run tiny_qwen     # those whose names begin so: two processes, two halves
+
+A cell is a method at a budget: five seeds of 18 scenes, about 480 questions, or of 40 clips with one each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from vtc import cli
+
+PICTURES = "--full --limit 18 --seeds 5"
+CLIPS = "--limit 40 --seeds 5"
+CHOICE = "--split validation --full --limit 18 --seeds 3 --keep 0.25 0.1"
+BALANCES = "--balances 0 0.25 0.75 1"
+ALL = "--methods all"
+
+# On the validation split: which share of a frame, which kind
+FRAMED = ("divprune", "idpruner", "zoo_prune", "scope", "norm")
+KINDS = ("", *(f"+frame={kind}" for kind in ("0.25", "0.5", "0.75", "1", "corners", "rotary", "rotary:0.5")))
+FRAMES = "--methods " + " ".join(name + kind for name in FRAMED for kind in KINDS)
+# Merged tokens at several positions or one, on what asks where things are
+PPE = "--methods tome tome+ppe pitome pitome+ppe dpc_knn dpc_knn+ppe visionzip visionzip+ppe"
+
+RUNS = {
+    "tiny_qwen": f"--model tiny_qwen {ALL} {PICTURES} {BALANCES}",
+    "tiny_qwen-192": f"--model tiny_qwen {ALL} --size 192x192 --keep 0.25 0.1 {PICTURES}",
+    "tiny_qwen-384": f"--model tiny_qwen {ALL} --size 384x384 --keep 0.25 0.1 {PICTURES}",
+    "tiny_llava": f"--model tiny_llava {ALL} {PICTURES} {BALANCES}",
+    "clips-2": f"--model tiny_qwen {ALL} --frames 2 {CLIPS}",
+    "clips-4": f"--model tiny_qwen {ALL} --frames 4 --size 192x128 {CLIPS}",
+    "clips-8": f"--model tiny_qwen {ALL} --frames 8 {CLIPS}",
+    "ppe-tiny_qwen": f"--model tiny_qwen {PPE} --full --limit 120 --seeds 5 --keep 0.25 0.1 0.05",
+    "ppe-tiny_llava": f"--model tiny_llava {PPE} --full --limit 120 --seeds 5 --keep 0.25 0.1 0.05",
+    "validation-tiny_qwen": f"--model tiny_qwen {ALL} {CHOICE} {BALANCES}",
+    "validation-tiny_qwen-384": f"--model tiny_qwen {ALL} --size 384x384 {CHOICE} {BALANCES}",
+    "validation-tiny_llava": f"--model tiny_llava {ALL} {CHOICE} {BALANCES}",
+    "frame-tiny_qwen-192": f"--model tiny_qwen {FRAMES} --size 192x192 {CHOICE}",
+    "frame-tiny_qwen": f"--model tiny_qwen {FRAMES} {CHOICE}",
+    "frame-tiny_qwen-384": f"--model tiny_qwen {FRAMES} --size 384x384 {CHOICE}",
+    "frame-tiny_qwen-448x224": f"--model tiny_qwen {FRAMES} --size 448x224 {CHOICE}",
+    "frame-tiny_llava": f"--model tiny_llava {FRAMES} {CHOICE}",
+}
+
+
+def command(name: str) -> str:
+    return f"vtc eval scenes {RUNS[name]} --out out/answers/{name}"
+
+
+def main() -> int:
+    parse = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parse.add_argument("names", nargs="*", help="only those whose names begin so")
+    parse.add_argument("--run", action="store_true", help="run them instead of printing them")
+    args = parse.parse_args()
+    for name in RUNS:
+        if args.names and not name.startswith(tuple(args.names)):
+            continue
+        print(command(name), flush=True)
+        if args.run and (code := cli.main(command(name).split()[1:])):
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
