@@ -13,15 +13,22 @@ import argparse
 import sys
 
 from vtc import cli
+from vtc.methods import METHODS
 
 PICTURES = "--full --limit 18 --seeds 5"
 CLIPS = "--limit 40 --seeds 5"
 CHOICE = "--split validation --full --limit 18 --seeds 3 --keep 0.25 0.1"
 BALANCES = "--balances 0 0.25 0.75 1"
 ALL = "--methods all"
+# Elsewhere without what the large runs ask in any case: positions of merged tokens, and frames of the three methods
+# for which every question needs a reading of its picture of its own, five times the work.
+MERGING = [name for name, kind in METHODS.items() if kind.merges]
+FRAMES_OF = ("idpruner", "zoo_prune", "divprune", "scope", "vispruner", "hiprune", "norm")
+PLUS = (*(f"{name}+proportional" for name in MERGING), *(f"{name}+frame" for name in FRAMES_OF), "idpruner+scorer")
+MOST = "--methods " + " ".join((*METHODS, *PLUS))
 
 # On the validation split: which share of a frame, which kind
-FRAMED = ("divprune", "idpruner", "zoo_prune", "scope", "norm")
+FRAMED = ("divprune", "idpruner", "zoo_prune", "norm")
 KINDS = ("", *(f"+frame={kind}" for kind in ("0.25", "0.5", "0.75", "1", "corners", "rotary", "rotary:0.5")))
 FRAMES = "--methods " + " ".join(name + kind for name in FRAMED for kind in KINDS)
 # Merged tokens at several positions or one, on what asks where things are
@@ -29,17 +36,17 @@ PPE = "--methods tome tome+ppe pitome pitome+ppe dpc_knn dpc_knn+ppe visionzip v
 
 RUNS = {
     "tiny_qwen": f"--model tiny_qwen {ALL} {PICTURES} {BALANCES}",
-    "tiny_qwen-192": f"--model tiny_qwen {ALL} --size 192x192 --keep 0.25 0.1 {PICTURES}",
-    "tiny_qwen-384": f"--model tiny_qwen {ALL} --size 384x384 --keep 0.25 0.1 {PICTURES}",
+    "tiny_qwen-192": f"--model tiny_qwen {MOST} --size 192x192 --keep 0.25 0.1 {PICTURES}",
+    "tiny_qwen-384": f"--model tiny_qwen {MOST} --size 384x384 --keep 0.25 0.1 {PICTURES}",
     "tiny_llava": f"--model tiny_llava {ALL} {PICTURES} {BALANCES}",
-    "clips-2": f"--model tiny_qwen {ALL} --frames 2 {CLIPS}",
-    "clips-4": f"--model tiny_qwen {ALL} --frames 4 --size 192x128 {CLIPS}",
-    "clips-8": f"--model tiny_qwen {ALL} --frames 8 {CLIPS}",
-    "ppe-tiny_qwen": f"--model tiny_qwen {PPE} --full --limit 120 --seeds 5 --keep 0.25 0.1 0.05",
-    "ppe-tiny_llava": f"--model tiny_llava {PPE} --full --limit 120 --seeds 5 --keep 0.25 0.1 0.05",
-    "validation-tiny_qwen": f"--model tiny_qwen {ALL} {CHOICE} {BALANCES}",
-    "validation-tiny_qwen-384": f"--model tiny_qwen {ALL} --size 384x384 {CHOICE} {BALANCES}",
-    "validation-tiny_llava": f"--model tiny_llava {ALL} {CHOICE} {BALANCES}",
+    "clips-2": f"--model tiny_qwen {MOST} --frames 2 {CLIPS}",
+    "clips-4": f"--model tiny_qwen {MOST} --frames 4 --size 192x128 --keep 0.25 0.1 {CLIPS}",
+    "clips-8": f"--model tiny_qwen {MOST} --frames 8 {CLIPS}",
+    "ppe-tiny_qwen": f"--model tiny_qwen {PPE} --full --limit 60 --seeds 5 --keep 0.25 0.1 0.05",
+    "ppe-tiny_llava": f"--model tiny_llava {PPE} --full --limit 60 --seeds 5 --keep 0.25 0.1 0.05",
+    "validation-tiny_qwen": f"--model tiny_qwen {MOST} {CHOICE} {BALANCES}",
+    "validation-tiny_qwen-384": f"--model tiny_qwen {MOST} --size 384x384 {CHOICE} {BALANCES}",
+    "validation-tiny_llava": f"--model tiny_llava {MOST} {CHOICE} {BALANCES}",
     "frame-tiny_qwen-192": f"--model tiny_qwen {FRAMES} --size 192x192 {CHOICE}",
     "frame-tiny_qwen": f"--model tiny_qwen {FRAMES} {CHOICE}",
     "frame-tiny_qwen-384": f"--model tiny_qwen {FRAMES} --size 384x384 {CHOICE}",
