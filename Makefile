@@ -3,8 +3,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
-ANSWERS := --methods all --limit 8 --seeds 5
-CHOICE := --split validation --methods all --limit 8 --seeds 3 --keep 0.25 0.1
 quote = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
@@ -82,12 +80,7 @@ eval: setup  ## the measurements, into out/: accuracy on ELPV, features of photo
 	@$(BIN)/vtc eval spectral --out out
 
 answers: setup  ## every method on the small models, and docs/answers.md of it: hours
-	@$(BIN)/vtc eval scenes --model tiny_llava $(CHOICE) --out out/answers/validation-tiny_llava
-	@$(BIN)/vtc eval scenes --model tiny_qwen $(CHOICE) --out out/answers/validation-tiny_qwen
-	@$(BIN)/vtc eval scenes --model tiny_llava $(ANSWERS) --balances 0 0.25 0.75 1 --out out/answers/tiny_llava
-	@$(BIN)/vtc eval scenes --model tiny_qwen $(ANSWERS) --balances 0 0.25 0.75 1 --out out/answers/tiny_qwen
-	@$(BIN)/vtc eval scenes --model tiny_qwen $(ANSWERS) --frames 2 --out out/answers/clips-2
-	@$(BIN)/vtc eval scenes --model tiny_qwen $(ANSWERS) --frames 8 --out out/answers/clips-8
+	@$(BIN)/python tools/answers_runs.py --run
 	@$(BIN)/python tools/answers_page.py out/answers
 
 bench: setup  ## speed against the unpatched model

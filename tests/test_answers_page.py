@@ -1,27 +1,29 @@
 """docs/answers.md says what its results say, and its results are what the command gives."""
 
 import importlib.util
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 import vtc
-from vtc.eval import answers, common
+from vtc.eval import answers, common, scenes
+from vtc.eval.asking import View
 from vtc.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("answers_page", ROOT / "tools" / "answers_page.py")
 answers_page = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(answers_page)
-LIMIT = 8  # scenes a seed, of the Makefile's
+LIMIT = 18  # scenes a seed, of tools/answers_runs.py
 
 
 def test_pages_say_what_the_results_say(tmp_path):
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     shutil.copy(ROOT / "README.md", tmp_path)
     answers_page.write(tmp_path)
-    pages = [Path("README.md"), Path("docs/answers.md"), *(Path(f"docs/methods/{name}.md") for name in METHODS)]
+    pages = [Path("README.md"), Path("docs/answers.md"), Path("docs/frame.md"), *(Path(f"docs/methods/{name}.md") for name in METHODS)]
     for page in pages:
         assert (tmp_path / page).read_text() == (ROOT / page).read_text(), f"{page}: run tools/answers_page.py"
 
@@ -32,7 +34,9 @@ def test_every_method_is_there(run):
     model = answers.load("tiny_llava" if run == "tiny_llava" else "tiny_qwen")[0]
     fits = {name for name in METHODS if vtc.explain(model, name).ok}
     assert fits <= {r["method"] for r in rows} and len({r["seed"] for r in rows}) == 5
-    assert {r["keep"] for r in rows} == {1, *answers.KEEP}
+    some = re.search(r"--keep ([\d. ]+)", answers_page.answers_runs.RUNS[run])
+    assert {r["keep"] for r in rows} == {1, *(map(float, some[1].split()) if some else answers.KEEP)}
+    assert min(r["n"] for r in rows if r["kind"] == "all") >= (40 if run.startswith("clips") else 80)  # of five seeds
 
 
 @pytest.mark.parametrize("model", answers_page.MODELS)
@@ -40,7 +44,7 @@ def test_the_command_gives_the_results(model):
     """One seed's cells again. On another processor a question at the edge may fall to the other side."""
     rows = [r for r in answers_page.read(model) if r["seed"] == 0 and r["kind"] == "all"]
     network, processor = answers.load(model)
-    asked = answers.questions(0, LIMIT)
+    asked = answers.questions(0, LIMIT, View(level=scenes.FULL))
     for cell in (answers.Cell("dense", "random", 1.0, 0), answers.Cell("tome", "tome", 0.25, 0)):
         row = next(r for r in rows if (r["method"], r["keep"]) == (cell.label, cell.keep))
         said = answers._ask(network, processor, cell, asked, 16)["said"]

@@ -31,24 +31,24 @@ def main() -> int:
     parse = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parse.add_argument("names", nargs="*", help="only runs whose names begin so")
     args = parse.parse_args()
-    far, asked = [], 0
-    for name in (*answers_page.RUNS, *answers_page.CHOICES):
+    far, count = [], 0
+    for name in answers_runs.RUNS:
         if args.names and not name.startswith(tuple(args.names)):
             continue
-        words = answers_runs.RUNS[name].replace(answers_runs.ALL, f"--methods {' '.join(chosen(name))}")
-        words = words.replace(answers_runs.BALANCES, "")
+        words = answers_runs.command(name, " ".join(chosen(name))).split()
+        words = " ".join(words[3 : words.index("--out")]).replace(answers_runs.BALANCES, "").split()
         folder = Path(tempfile.mkdtemp(prefix="vtc-again-"))
-        code = cli.main(["eval", "scenes", *words.split(), "--out", str(folder)])
+        code = cli.main(["eval", "scenes", *words, "--out", str(folder)])
         if code:
             return code
         kept = {key(row): row for row in answers_page.read(name)}
         for row in answers_page.rows(folder / "scenes.csv"):
-            asked += 1
+            count += 1
             before = kept[key(row)]
             if before["n"] != row["n"] or abs(before["accuracy"] - row["accuracy"]) * row["n"] > 1.001:
                 far.append(f"{name}: {key(row)}: {row['accuracy']:.3f}, not {before['accuracy']:.3f}, of {row['n']}")
         shutil.rmtree(folder)
-    print("\n".join([*far, f"{asked} cells asked again, {len(far)} by more than one question off"]))
+    print("\n".join([*far, f"{count} cells asked again, {len(far)} by more than one question off"]))
     return bool(far)
 
 

@@ -29,14 +29,14 @@ KEPT = ROOT / "benchmarks" / "results"
 MODELS = ("tiny_qwen", "tiny_llava")
 
 
-def kept(*begin: str) -> tuple[str, ...]:
-    """The runs whose names begin so and whose results are there."""
-    known = (name for name in answers_runs.RUNS if name.startswith(begin))
-    return tuple(name for name in known if (KEPT / f"answers-{name}.csv").exists())
+def named(*begin: str) -> tuple[str, ...]:
+    """The runs whose names begin so."""
+    return tuple(name for name in answers_runs.RUNS if name.startswith(begin))
 
 
-PICTURES, CHOICES = kept(*MODELS), kept("validation")  # what was chosen was chosen on the latter
-RUNS = (*PICTURES, *kept("clips"))
+PICTURES, CHOICES = named(*MODELS), named("validation")  # what was chosen was chosen on the latter
+RUNS = (*PICTURES, *named("clips"))
+FRAMES, POSITIONS = named("frame"), named("ppe")
 
 # Qwen2.5-VL-7B: the mean over eleven tasks, in percent of the dense model's, at a quarter and at a tenth of the tokens
 # (AngelSlim, docs/source/features/token_compressor/idpruner.md); with our names. Its IDPruner has a trained scorer,
@@ -65,9 +65,6 @@ CLAIMS = (
     ("DivPrune with a frame above DivPrune", "divprune+frame", "divprune", "all"),
     ("the trained scorer above attention or sensitivity", "idpruner+scorer", "idpruner", "all"),
     ("ZOO-Prune above the norm", "zoo_prune", "norm", "all"),
-    ("PPE, with ToMe, on positions", "tome+ppe", "tome", "position"),
-    ("PPE, with PiToMe, on positions", "pitome+ppe", "pitome", "position"),
-    ("PPE, with DPC-KNN, on positions", "dpc_knn+ppe", "dpc_knn", "position"),
     ("attention by size, with ToMe", "tome+proportional", "tome", "all"),
     ("attention by size, with PiToMe", "pitome+proportional", "pitome", "all"),
     ("attention by size, with VisionZip", "visionzip+proportional", "visionzip", "all"),
@@ -155,18 +152,20 @@ def gap(rows: Sequence[Row], ours: str, theirs: str, kind: str, keep: float) -> 
     return common.spread([first[s] - second[s] for s in first]) if first and second else None
 
 
+def signed(found: tuple[float, float] | None) -> str:
+    """A difference with its interval, bold where that leaves out zero."""
+    if found is None:
+        return "–"
+    middle, half = found
+    text = f"{middle:+.3f} ± {half:.3f}"
+    return f"**{text}**" if abs(middle) > half else text
+
+
 def claims(runs: dict[str, list[Row]], best: dict[str, Candidates], levels: Sequence[float] = (0.25, 0.1, 0.05)) -> str:
     """Every claim on every model at every budget: the difference, bold where its interval leaves out zero."""
 
-    def cell(found: tuple[float, float] | None) -> str:
-        if found is None:
-            return "–"
-        middle, half = found
-        text = f"{middle:+.3f} ± {half:.3f}"
-        return f"**{text}**" if abs(middle) > half else text
-
     def line(said: str, ours: str, theirs: str, kind: str, name: str) -> list[str]:
-        return [said, name, *(cell(gap(runs[name], ours, theirs, kind, keep)) for keep in levels)]
+        return [said, name, *(signed(gap(runs[name], ours, theirs, kind, keep)) for keep in levels)]
 
     body = [line(*claim, name) for claim in CLAIMS for name in runs]
     for theirs in answers.ALWAYS:
@@ -203,19 +202,54 @@ def ranking(found: dict[str, Summary]) -> str:
     from scipy.stats import spearmanr
 
     levels = (0.25, 0.1)
-    ours = {(n, k): {m: found[n][m, k]["all"]["accuracy"][0] for m in PUBLISHED} for n in PICTURES for k in levels}
-    body = [
-        [m, *(x for i, k in enumerate(levels) for x in (f"{said[i]:.1f}", *(f"{ours[n, k][m]:.3f}" for n in PICTURES)))]
-        for m, said in PUBLISHED.items()
-    ]
+    ours = {
+        (n, k): {m: found[n][m, k]["all"]["accuracy"][0] for m in PUBLISHED if (m, k) in found[n]}
+        for n in PICTURES
+        for k in levels
+    }
+    body = []
+    for m, said in PUBLISHED.items():
+        body.append([m])
+        for i, k in enumerate(levels):
+            each = (ours[n, k].get(m) for n in PICTURES)
+            body[-1] += [f"{said[i]:.1f}", *("" if x is None else f"{x:.3f}" for x in each)]
     before = [m for m in PUBLISHED if m not in IN_THE_DECODER]
     for label, some in (("Spearman, all", list(PUBLISHED)), ("Spearman, before the decoder", before)):
         line = [label]
         for i, k in enumerate(levels):
-            said = [PUBLISHED[m][i] for m in some]
-            line += ["", *(f"{spearmanr(said, [ours[n, k][m] for m in some]).statistic:.2f}" for n in PICTURES)]
+            line.append("")
+            for n in PICTURES:
+                both = [(PUBLISHED[m][i], ours[n, k][m]) for m in some if m in ours[n, k]]
+                line.append(f"{spearmanr(both).statistic:.2f}")
         body.append(line)
     return table(["", *(f"{n}, {k:g}" for k in levels for n in ("Qwen2.5-VL-7B", *PICTURES))], body)
+
+
+def frames(levels: Sequence[float] = (0.25, 0.1)) -> str:
+    """What each frame brings each method, on the validation split: accuracy, and the mean over the methods."""
+    body = []
+    for name in FRAMES:
+        found = answers.summarise(read(name))
+        for kind in answers_runs.KINDS:
+            line = [name.removeprefix("frame-"), kind.removeprefix("+frame=") or "none"]
+            for keep in levels:
+                each = [found[method + kind, keep]["all"]["accuracy"][0] for method in answers_runs.FRAMED]
+                line += [*(f"{x:.3f}" for x in each), f"**{mean(each):.3f}**"]
+            body.append(line)
+    methods = (*answers_runs.FRAMED, "mean")
+    return table(["model", "frame", *(f"{m}, {k:g}" for k in levels for m in methods)], body)
+
+
+def places(levels: Sequence[float] = (0.25, 0.1, 0.05)) -> str:
+    """What PPE's positions change, by kind of question; bold where the interval leaves out zero."""
+    body = []
+    for name in POSITIONS:
+        rows = read(name)
+        for method in dict.fromkeys(r["method"] for r in rows if r["method"].endswith("+ppe")):
+            for kind in ("position", "relation", "reading", "all"):
+                each = [gap(rows, method, method.removesuffix("+ppe"), kind, keep) for keep in levels]
+                body.append([name.removeprefix("ppe-"), method, kind, *map(signed, each)])
+    return table(["model", "method", "questions", *(f"keep {k:g}" for k in levels)], body)
 
 
 def draw(found: Summary, title: str) -> Any:
@@ -281,12 +315,13 @@ def write(root: Path) -> None:
             common.put(docs / "answers.md", f"{name}, kinds", by_kind(summary, 0.1))
         if name in MODELS:
             draw(summary, name).savefig(docs / "img" / f"answers-{name}.png", dpi=110, metadata={"Software": None})
-    commands = "\n".join(answers_runs.command(name) for name in (*RUNS, *CHOICES))
+    commands = "\n".join(answers_runs.command(name) for name in (*RUNS, *CHOICES, *FRAMES, *POSITIONS))
     common.put(docs / "answers.md", "commands", f"```bash\n{commands}\n```")
     common.put(docs / "answers.md", "choices", choices(best))
     common.put(docs / "answers.md", "claims", claims({name: runs[name] for name in PICTURES}, best))
-    if all(method in {m for m, _ in found[name]} for name in PICTURES for method in PUBLISHED):
-        common.put(docs / "answers.md", "ranking", ranking(found))
+    common.put(docs / "answers.md", "ranking", ranking(found))
+    common.put(docs / "answers.md", "places", places())
+    common.put(docs / "frame.md", "shares", frames())
     common.put(root / "README.md", "answers", short({name: found[name] for name in MODELS}, best))
     for method in METHODS:
         common.put(docs / "methods" / f"{method}.md", "answers", card(found, method))
@@ -296,8 +331,9 @@ def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parse.add_argument("folder", type=Path, nargs="?", help="take the results of the runs in it")
     args = parse.parse_args()
-    for name in (*CHOICES, *RUNS) if args.folder else ():
-        take(name, args.folder / name)
+    for name in answers_runs.RUNS if args.folder else ():
+        if (args.folder / name / "scenes.csv").exists():  # of some methods not every run is asked
+            take(name, args.folder / name)
     write(ROOT)
 
 

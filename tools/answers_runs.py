@@ -3,6 +3,7 @@
     python tools/answers_runs.py                     # the commands
     python tools/answers_runs.py --run               # run all; what was done before a stop is not done again
     python tools/answers_runs.py --run tiny_qwen     # those whose names begin so: two processes, two halves
+    python tools/answers_runs.py --run --methods new # a new method alone, beside what is kept of the others
 
 A cell is a method at a budget: five seeds of 18 scenes, about 480 questions, or of 40 clips with one each.
 """
@@ -55,20 +56,28 @@ RUNS = {
 }
 
 
-def command(name: str) -> str:
-    return f"vtc eval scenes {RUNS[name]} --out out/answers/{name}"
+def command(name: str, methods: str = "") -> str:
+    """A run; with other methods than its own, it goes to a folder of its own, too."""
+    words, folder = RUNS[name], f"out/answers/{name}"
+    for own in (ALL, MOST, FRAMES, PPE) if methods else ():
+        words, folder = words.replace(own, f"--methods {methods}"), f"out/answers-some/{name}"
+    return f"vtc eval scenes {words} --out {folder}"
 
 
 def main() -> int:
     parse = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parse.add_argument("names", nargs="*", help="only those whose names begin so")
     parse.add_argument("--run", action="store_true", help="run them instead of printing them")
+    parse.add_argument("--methods", nargs="+", default=[], help="these, in the runs that ask all methods")
     args = parse.parse_args()
     for name in RUNS:
         if args.names and not name.startswith(tuple(args.names)):
             continue
-        print(command(name), flush=True)
-        if args.run and (code := cli.main(command(name).split()[1:])):
+        if args.methods and name.startswith(("frame", "ppe")):
+            continue
+        line = command(name, " ".join(args.methods))
+        print(line, flush=True)
+        if args.run and (code := cli.main(line.split()[1:])):
             return code
     return 0
 
