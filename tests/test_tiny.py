@@ -110,7 +110,9 @@ def test_the_wrong_tokens_answer_worse(loaded, asked, right):
 
 
 def test_shuffled_positions_answer_worse(loaded, asked, monkeypatch):
-    """Position and relation questions, whose answers are in no token alone."""
+    """Position and relation questions, whose answers are in no token of the Qwen alone."""
+    if loaded[0].config.model_type == "llava":
+        pytest.skip("the LLaVA's tokens know their place: docs/frame.md")
     where = [q for q in asked if q.kind in ("position", "relation")]
     right, taken = compressed(loaded, where, DivPrune(keep=0.5)), Positions.taken
 
