@@ -42,7 +42,6 @@ RUNS = {
     "tiny_llava": f"--model tiny_llava {ALL} {PICTURES} {BALANCES}",
     "clips-2": f"--model tiny_qwen {MOST} --frames 2 {CLIPS}",
     "clips-4": f"--model tiny_qwen {MOST} --frames 4 --size 192x128 --keep 0.25 0.1 {CLIPS}",
-    "clips-8": f"--model tiny_qwen {MOST} --frames 8 --keep 0.25 0.1 {CLIPS}",
     "ppe-tiny_qwen": f"--model tiny_qwen {PPE} --full --limit 60 --seeds 5 --keep 0.25 0.1 0.05",
     "ppe-tiny_llava": f"--model tiny_llava {PPE} --full --limit 60 --seeds 5 --keep 0.25 0.1 0.05",
     "validation-tiny_qwen": f"--model tiny_qwen {MOST} {CHOICE} {BALANCES}",
