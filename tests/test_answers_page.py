@@ -23,7 +23,8 @@ def test_pages_say_what_the_results_say(tmp_path):
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     shutil.copy(ROOT / "README.md", tmp_path)
     answers_page.write(tmp_path)
-    pages = [Path("README.md"), Path("docs/answers.md"), Path("docs/frame.md"), *(Path(f"docs/methods/{name}.md") for name in METHODS)]
+    pages = [Path("README.md"), *(Path(f"docs/{name}.md") for name in ("answers", "frame"))]
+    pages += [Path(f"docs/methods/{name}.md") for name in METHODS]
     for page in pages:
         assert (tmp_path / page).read_text() == (ROOT / page).read_text(), f"{page}: run tools/answers_page.py"
 

@@ -20,8 +20,8 @@ from vtc.handle import install
 from vtc.methods import Method
 from vtc.plan import explain
 
-# Tried if no method is named: of a multimodal LLM the best of docs/answers.md's validation split, on both models and on the
-# one whose tokens do not know their place, and two that need less
+# Tried if no method is named: of a multimodal LLM the best of docs/answers.md's validation split, on both models and on
+# the one whose tokens do not know their place, and two that need less
 LLM = ("visionzip+proportional", "idpruner+frame", "idpruner", "divprune")
 ENCODER = ("tome", "pitome")
 WORDS = 16  # number of words of an answer that are compared
