@@ -16,6 +16,7 @@
 #include "cpu/merge.h"
 #include "cpu/probes.h"
 #include "cpu/received.h"
+#include "cpu/round.h"
 #include "cpu/select.h"
 
 namespace {
@@ -141,6 +142,31 @@ std::tuple<Tensor, Tensor, Tensor> top_pairs(Tensor best, Tensor at, Tensor a, T
   };
   torch::stable::parallel_for(0, batch, 1, images);
   return {source, target, score};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> pair_round(Tensor metric, Maybe weight, int64_t r, int64_t prefix, int64_t form,
+                                                      double margin, double alpha, bool half, bool protect) {
+  metric = ready(metric, "metric", ScalarType::Float, 3);
+  const int64_t batch = metric.size(0), n = metric.size(1), d = metric.size(2);
+  if (weight.has_value()) {
+    weight = ready(*weight, "weight", ScalarType::Float, 2);
+    same(*weight, "weight", batch, n);
+  }
+  STD_TORCH_CHECK(prefix >= 0 && prefix <= n, "prefix is ", prefix, ", but there are ", n, " tokens");
+  STD_TORCH_CHECK(r >= 0 && r <= (n - prefix) / 2, "r is ", r, ": at most half of the ", n - prefix, " tokens behind the prefix");
+  STD_TORCH_CHECK(form >= -1 && form < 4, "unknown energy ", form, "; choose -1 = none, 0 = elu, 1 = paper, 2 = gaussian, 3 = nearest");
+  const vtc::Round how{r, prefix, form >= 0, vtc::Form(form < 0 ? 0 : form), margin, float(alpha), half, protect};
+  Tensor group = torch::stable::new_empty(metric, {batch, n}, ScalarType::Long);
+  Tensor source = torch::stable::new_empty(metric, {batch, r}, ScalarType::Long);
+  Tensor size = torch::stable::new_empty(metric, {batch, n - r}), score = torch::stable::new_empty(metric, {batch, r});
+  const auto images = [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b)
+      vtc::pair_round(data<float>(metric) + b * n * d, weight.has_value() ? data<float>(*weight) + b * n : nullptr, n, d, how,
+                      data<int64_t>(group) + b * n, data<float>(size) + b * (n - r), data<int64_t>(source) + b * r,
+                      data<float>(score) + b * r);
+  };
+  torch::stable::parallel_for(0, batch, 1, images);
+  return {group, size, source, score};
 }
 
 }  // namespace
@@ -373,6 +399,7 @@ STABLE_TORCH_LIBRARY_IMPL(vtc, CPU, m) {
   m.impl("energy", TORCH_BOX(&energy));
   m.impl("match", TORCH_BOX(&match));
   m.impl("top_pairs", TORCH_BOX(&top_pairs));
+  m.impl("pair_round", TORCH_BOX(&pair_round));
   m.impl("merge", TORCH_BOX(&merge));
   m.impl("merge_backward", TORCH_BOX(&merge_backward));
   m.impl("rows", TORCH_BOX(&rows));

@@ -17,6 +17,7 @@
 #include "cuda/merge.cuh"
 #include "cuda/probes.cuh"
 #include "cuda/received.cuh"
+#include "cuda/round.cuh"
 #include "cuda/select.cuh"
 
 // A torch without CUDA does not have it: weak, or the library would not load there.
@@ -187,6 +188,31 @@ std::tuple<Tensor, Tensor, Tensor> top_pairs(Tensor best, Tensor at, Tensor a, T
                              data<float>(score), int(batch), int(na), int(b.size(1)), count);
   launched("top_pairs");
   return {source, target, score};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> pair_round(Tensor metric, Maybe weight, int64_t r, int64_t prefix, int64_t form,
+                                                      double margin, double alpha, bool half, bool protect) {
+  check_values(metric, "metric", 3);
+  check_batch(metric.size(0));
+  const int64_t batch = metric.size(0), n = metric.size(1), d = metric.size(2);
+  STD_TORCH_CHECK(prefix >= 0 && prefix <= n, "prefix=", prefix, " of ", n, " tokens");
+  STD_TORCH_CHECK(r >= 0 && r <= (n - prefix) / 2, "r=", r, ": at most half of the ", n - prefix, " tokens behind the prefix");
+  STD_TORCH_CHECK(form >= -1 && form < 4, "unknown energy ", form);
+  weight = table_of(weight, "weight", ScalarType::Float, batch, n, metric);
+  metric = torch::stable::contiguous(metric);
+  const On on(metric);
+  const Tensor floats = make(metric, {batch * vtc_cuda::round_floats(n - prefix, d)}, ScalarType::Float);
+  const Tensor longs = make(metric, {batch * vtc_cuda::round_longs(n - prefix)}, ScalarType::Long);
+  const Tensor group = make(metric, {batch, n}, ScalarType::Long), source = make(metric, {batch, r}, ScalarType::Long);
+  const Tensor size = make(metric, {batch, n - r}, ScalarType::Float), score = make(metric, {batch, r}, ScalarType::Float);
+  by_type(metric, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    vtc_cuda::launch_round<T>(on.stream, data<T>(metric), data<float>(weight), data<float>(floats), data<int64>(longs),
+                              data<int64>(group), data<float>(size), data<int64>(source), data<float>(score), int(batch),
+                              int(n), int(d), int(r), int(prefix), int(form), margin, alpha, half, protect);
+  });
+  launched("pair_round");
+  return {group, size, source, score};
 }
 
 Tensor rows(Tensor x, Tensor at) {
@@ -367,6 +393,7 @@ STABLE_TORCH_LIBRARY_IMPL(vtc, CUDA, m) {
   m.impl("energy", TORCH_BOX(&energy));
   m.impl("match", TORCH_BOX(&match));
   m.impl("top_pairs", TORCH_BOX(&top_pairs));
+  m.impl("pair_round", TORCH_BOX(&pair_round));
   m.impl("rows", TORCH_BOX(&rows));
   m.impl("merge", TORCH_BOX(&merge));
   m.impl("merge_backward", TORCH_BOX(&merge_backward));

@@ -74,6 +74,12 @@ def top_pairs(d: Draw, b: int, n: int, w: int) -> tuple:
     return d.floats(b, n), at, a, to, d.choice([None, each]), most, d.mask(b, n)
 
 
+def pair_round(d: Draw, b: int, n: int, w: int) -> tuple:
+    prefix = d.randint(0, min(n, 2))
+    how = (d.randint(-1, 3), d.uniform(-0.5, 0.9), d.uniform(0, 2), d.random() < 0.5, d.random() < 0.5)
+    return d.floats(b, n, w), d.choice([None, d.floats(b, n)]), d.randint(0, (n - prefix) // 2), prefix, *how
+
+
 def merge(d: Draw, b: int, n: int, w: int) -> tuple:
     slots = d.randint(0, n + 1)
     return d.halves(b, n, w), d.numbers(-1, slots - 1, b, n), slots, d.choice([None, d.floats(b, n)])
@@ -118,6 +124,7 @@ CALLS: tuple[Callable[..., tuple], ...] = (
     energy,
     match,
     top_pairs,
+    pair_round,
     merge,
     merge_backward,
     rows,
@@ -132,7 +139,9 @@ WRONG = {
     "slots": (-1,),
     "step": (0, -1, -0.5),
     "neighbors": (0, -3),
-    "form": (-1, 4),
+    "form": (-2, 4),
+    "r": (-1, 10**6),
+    "prefix": (-1, 10**6),
     "kind": (-1, 3),
 }
 

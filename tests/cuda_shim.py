@@ -15,7 +15,7 @@ from typing import Any
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 FORMS = {"elu": 0, "paper": 1, "gaussian": 2, "nearest": 3}
-OPERATORS = "energy match top_pairs rows merge merge_backward greedy dpp dpc_knn received probes".split()
+OPERATORS = "energy match top_pairs pair_round rows merge merge_backward greedy dpp dpc_knn received probes".split()
 KINDS = {"mmr": 0, "sads": 1, "max_min": 2}
 
 
@@ -58,6 +58,17 @@ class Kernels:
         sizes = (*at.shape, b.shape[1], most)
         self.call("top_pairs", best, at, a, b, a_valid, each, *pairs, score, *sizes)
         return *pairs, score
+
+    def pair_round(self, metric, weight, r, prefix=0, form=None, half=False, protect=False):
+        import torch
+
+        batch, tokens, width = metric.shape
+        group, source = torch.empty(batch, tokens, dtype=torch.long), torch.empty(batch, r, dtype=torch.long)
+        size, score = torch.empty(batch, tokens - r), torch.empty(batch, r)
+        name, margin, alpha = form or (None, 0.0, 1.0)
+        numbers = (batch, tokens, width, r, prefix, FORMS.get(name, -1), margin, alpha, half, protect)
+        self.call("pair_round", _type(metric), metric, weight, group, size, source, score, *numbers)
+        return group, size, source, score
 
     def rows(self, x, at):
         out = x.new_empty(x.shape[0], at.shape[1], x.shape[2])
@@ -181,6 +192,12 @@ def _random_calls(library: ctypes.CDLL, calls: int, draw: random.Random) -> None
             nb, pairs = draw.randint(0, n), (longs(b * most, 0, 0), longs(b * most, 0, 0), floats(b * most))
             a, at, c = longs(size, 0, n), longs(size, -1, nb), longs(b * nb, 0, n)
             run(name, out, at, a, c, mask(size), draw.choice([None, each]), *pairs, b, n, nb, most)
+        elif name == "pair_round":
+            prefix = draw.randint(0, min(n, 2))
+            r = draw.randint(0, (n - prefix) // 2)
+            made = (longs(size, 0, 0), floats(b * (n - r)), longs(b * r, 0, 0), floats(b * r))
+            how = (draw.randint(-1, 3), 0.5, 1.0, draw.randrange(2), draw.randrange(2))
+            run(name, kind, x, draw.choice([None, floats(size)]), *made, b, n, d, r, prefix, *how)
         elif name == "rows":
             m = draw.randint(0, 40)
             to = ((ctypes.c_float if kind == 0 else ctypes.c_uint16) * (b * m * d))()

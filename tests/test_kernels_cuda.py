@@ -135,6 +135,21 @@ def test_top_pairs(kernels: cuda_shim.Kernels, sources: int) -> None:
                     torch.testing.assert_close(ours, theirs, atol=0, rtol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("form", [None, *((form, 0.5, 0.7) for form in definitions.ENERGIES)], ids=str)
+def test_pair_round(kernels: cuda_shim.Kernels, form: tuple | None, shape: tuple[int, int, int]) -> None:
+    x = draw(*shape[:2], max(3, shape[2]))  # in one dimension all similarities tie
+    for prefix, half, protect in ((0, False, False), (1, False, True), (1, True, False)):
+        if prefix > shape[1] or (form is None and (half or protect)):
+            continue
+        for weight in (None, draw(*shape[:2]).abs().ceil()):
+            for r in {0, (shape[1] - prefix) // 5, (shape[1] - prefix) // 2}:
+                args = (x, weight, r, prefix, form, half, protect)
+                made, expected = kernels.pair_round(*args), definitions.pair_round(*args)
+                for ours, theirs in zip(made, expected, strict=True):
+                    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_rows(kernels: cuda_shim.Kernels, dtype: torch.dtype) -> None:
     x, at = draw(2, 19, 70).to(dtype), torch.arange(2 * 41).view(2, -1) % 20 - 1

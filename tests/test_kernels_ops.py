@@ -31,6 +31,7 @@ def samples():
         "match": (unit, a, b, None),
         "merge": (x.clone().requires_grad_(), group, 5, score),
         "top_pairs": (score, torch.arange(24).view(2, 12) % 6, group.clamp(min=0), b, torch.tensor([7, 2]), 8, mask),
+        "pair_round": (x, score, 3, 1, 0, 0.5, 1.0, False, True),
         "rows": (x.clone().requires_grad_(), group),
         "greedy_select": (unit, score, each, 4, 0, 0.5, 1, mask),
         "dpp_select": (unit, score, each, 4, mask),
@@ -123,6 +124,13 @@ BAD = {
         (4, torch.tensor([1, 2, 3]), r"each is \[3\]"),
         (5, 13, "most is 13, but there are 12 pairs"),
         (6, torch.ones(2, 12), "a_valid has the wrong type"),
+    ],
+    "pair_round": [
+        (0, torch.randn(2, 12, 8).double(), "wrong type"),
+        (1, torch.rand(2, 11), r"weight is \[2, 11\]"),
+        (2, 6, "r is 6: at most half of the 11 tokens behind the prefix"),
+        (3, 13, "prefix is 13, but there are 12 tokens"),
+        (4, 4, "unknown energy 4"),
     ],
     "merge": [
         (0, torch.randn(2, 12, 8).double(), "wrong type"),

@@ -58,7 +58,7 @@ def check_finite(x: Tensor, what: str) -> None:
     inspect values."""
     if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
-    if not bool(torch.isfinite(x.detach().sum(dtype=torch.float32))):
+    if not math.isfinite(x.detach().sum(dtype=torch.float32)):
         raise InputError(f"the {what} hold NaN or infinity: no token can be compared; check the input and the weights")
 
 

@@ -107,14 +107,12 @@ def in_rounds(decide: Callable[[Tokens, int | Tensor], TokenMap], tokens: Tokens
         if isinstance(removed, Tensor):
             assert tokens.mask is not None
             now: int | Tensor = torch.minimum(removed, (tokens.mask.sum(1) - tokens.prefix).clamp(min=0) // 2)
-            done = not bool((removed > 0).any())
         else:
-            now, done = min(removed, (tokens.features.shape[1] - tokens.prefix) // 2), removed == 0
-        if total is not None and done:
-            return total
-        step = decide(tokens, now)
+            now = min(removed, (tokens.features.shape[1] - tokens.prefix) // 2)
+        step, removed = decide(tokens, now), removed - now
         total = step if total is None else total.compose(step)
-        removed = removed - now
+        if not (bool((removed > 0).any()) if isinstance(removed, Tensor) else removed):
+            return total
         tokens = replace(
             tokens,
             features=step.merge(tokens.features),
@@ -165,7 +163,7 @@ def in_events(
     unit = torch.arange(len(units.units), device=units.index.device)[:, None]
     real = units.index >= 0
     slot, rank = (torch.empty(len(units.rows), dtype=torch.long, device=unit.device) for _ in range(2))
-    slot[units.index[real]] = (unit * token_map.anchor.shape[1] + token_map.group)[real]
+    slot[units.index[real]] = (unit * token_map.slots + token_map.group)[real]
     rank[units.index[real]] = token_map.rank[real]
     first = regroup(whole.packed(slot).masked_fill(whole.index < 0, -1), whole.packed(rank))
 

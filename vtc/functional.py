@@ -23,7 +23,7 @@ from vtc import ops, scores
 from vtc.budget import goes_by_rounds, stays_at_once
 from vtc.checks import check, check_finite, check_number, check_seed
 from vtc.decide import in_rounds
-from vtc.errors import InputError
+from vtc.errors import InputError, OptionError
 from vtc.methods import idpruner, zoo_prune
 from vtc.methods.downsample import coarse_grid, pool_map
 from vtc.methods.dpc_knn import dpc_knn_map
@@ -71,6 +71,8 @@ def pitome(
 ) -> TokenMap:
     """PiToMe's energy-ordered matching (arXiv 2405.16148, Eq. 4 and Algorithm 1)."""
     check_pitome(margin, alpha, energy, split)
+    if not isinstance(protect, bool):
+        raise OptionError(f"protect={protect!r}: it takes True or False")
     step = partial(pitome_round, margin=margin, alpha=alpha, form=energy, split=split, protect=protect)
     return _rounds(step, features, keep, r, prefix, mask, size)
 

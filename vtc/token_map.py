@@ -3,7 +3,9 @@ parts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,10 @@ class TokenMap:
         order: [B, K] long, the order in which a selector picked its tokens, -1-padded; None for merges.
         weight: [B, N] float32, the sizes of the input tokens; None = all 1.
         closeness: [B, N] float32, how near each token is to its anchor (only the order matters); None = unknown.
+        complete: no token is dropped or padding, so that no index is -1.
+
+    What a layer of an encoder does not read (the anchors and closeness of a round, a composed map) is computed when it
+    is asked for.
     """
 
     group: Tensor
@@ -29,8 +35,10 @@ class TokenMap:
     size: Tensor
     order: Tensor | None = None
     weight: Tensor | None = None
-    closeness: Tensor | None = None
+    closeness: Tensor | None = field(default_factory=lambda: None)  # no attribute of the class, which would be found
+    complete: bool = False
     _parts: tuple[TokenMap, TokenMap] | None = None  # the maps it was composed from, to compute ranks
+    _round: tuple[Tensor, Tensor, int] | None = None  # source, score and prefix of `ops.pair_round`
     _whole: tuple[TokenMap, int] | None = None  # the map and the prefix that `drop_prefix` made this from, likewise
 
     # -- making one ---------------------------------------------------------------------------------------------
@@ -97,45 +105,85 @@ class TokenMap:
         slots = tokens - source.shape[1] if mask is None else None
         return cls.from_anchors(kept, pairs, slots=slots, weight=weight)
 
+    @classmethod
+    def from_round(
+        cls,
+        metric: Tensor,
+        r: int,
+        prefix: int,
+        weight: Tensor | None,
+        form: tuple[str, float, float] | None = None,
+        half: bool = False,
+        protect: bool = False,
+    ) -> TokenMap:
+        """One round of pairwise merging of a batch without padding: `ops.pair_round`."""
+        r = min(r, (metric.shape[1] - prefix) // 2)
+        group, size, source, score = ops.pair_round(metric, weight, r, prefix, form, half, protect)
+        return cls._later(group=group, size=size, weight=weight, complete=True, _round=(source, score, prefix))
+
+    @classmethod
+    def _later(cls, **known: Any) -> TokenMap:
+        """A map with fields that are computed when they are asked for; inside a compiled graph, which leaves out by
+        itself what nobody asks for, at once."""
+        self = object.__new__(cls)
+        for name, value in known.items():
+            object.__setattr__(self, name, value)
+        if torch.compiler.is_compiling():
+            for name in _LATER:
+                getattr(self, name)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _LATER:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        value = _LATER[name](self)
+        object.__setattr__(self, name, value)
+        return value
+
     # -- using it -----------------------------------------------------------------------------------------------
 
     def merge(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         """[B, N, C] -> [B, M, C]: mean of each slot's members, weighted by `weights` [B, N] (default: the sizes of the
         input tokens). Differentiable in x; padding slots are 0."""
-        return ops.merge(x, self.group, self.anchor.shape[1], self.weight if weights is None else weights)
+        if weights is not None:
+            return ops.merge(x, self.group, self.slots, weights)
+        return ops.merge(x, self.group, self.slots, self.weight, self.size if self.complete else None)
 
     def gather(self, x: Tensor) -> Tensor:
         """[B, N, ...] -> [B, M, ...]: the anchors' rows; padding slots are 0."""
-        return ops.rows(x, self.anchor)
+        return ops.rows(x, self.anchor, self.complete)
 
     def unmerge(self, y: Tensor, fill: int | str = 0) -> Tensor:
         """[B, M, ...] -> [B, N, ...]: every token gets its slot's row. Dropped tokens and padding get 0, or with
         fill="nearest" the row of the nearest token (in sequence order) that still has one."""
-        if fill == "nearest":
+        if fill == "nearest" and not self.complete:
             group = self.group.gather(1, ops.nearest_kept(self.group >= 0))
-        elif fill == 0:
+        elif fill in (0, "nearest"):
             group = self.group
         else:
             raise ValueError(f'fill must be 0 or "nearest", not {fill!r}')
-        return ops.rows(y, group)
+        return ops.rows(y, group, self.complete)
 
     def compose(self, later: TokenMap) -> TokenMap:
         """First this map, then `later` (whose N is this M): one map from the first input to the last output."""
-        if later.group.shape != self.anchor.shape:
+        if later.group.shape != self.size.shape:
             raise ValueError(
                 f"cannot compose: the later map takes {tuple(later.group.shape)} tokens, "
-                f"this one gives {tuple(self.anchor.shape)}"
+                f"this one gives {tuple(self.size.shape)}"
             )
-        return replace(
-            later,
-            group=_index(later.group, self.group),
-            anchor=_index(self.anchor, later.anchor),
+        return self._later(
+            size=later.size,
             order=None if later.order is None else _index(self.anchor, later.order),
             weight=self.weight,
             closeness=None,
+            complete=self.complete and later.complete,
             _parts=(self, later),
-            _whole=None,
         )
+
+    @property
+    def slots(self) -> int:
+        """M."""
+        return self.size.shape[1]
 
     def mask(self) -> Tensor:
         """[B, M] bool, True where a slot is real."""
@@ -147,7 +195,7 @@ class TokenMap:
             return self
 
         def shift(index: Tensor) -> Tensor:
-            return torch.where(index < 0, index, index - prefix)
+            return index - prefix if self.complete else torch.where(index < 0, index, index - prefix)
 
         order = None if self.order is None else shift(self.order)
         return TokenMap(
@@ -156,6 +204,7 @@ class TokenMap:
             self.size[:, prefix:],
             order=order,
             weight=None if self.weight is None else self.weight[:, prefix:],
+            complete=self.complete,
             _whole=(self, prefix),
         )
 
@@ -199,8 +248,39 @@ class TokenMap:
         )
 
 
-def _index(values: Tensor, at: Tensor) -> Tensor:
+def _index(values: Tensor, at: Tensor, complete: bool = False) -> Tensor:
     """values[b, at[b, i]], and -1 where at is -1."""
+    if complete:
+        return values.gather(1, at)
     if not values.shape[1]:
         return torch.full_like(at, -1)
     return torch.where(at < 0, -1, values.gather(1, at.clamp(min=0)))
+
+
+# -- what is computed when it is asked for: of the steps that a map was composed from, or of a round ------------------
+
+
+def _group(self: TokenMap) -> Tensor:
+    assert self._parts is not None
+    first, later = self._parts
+    return _index(later.group, first.group, self.complete)
+
+
+def _anchor(self: TokenMap) -> Tensor:
+    if self._parts is not None:
+        first, later = self._parts
+        return _index(first.anchor, later.anchor, self.complete)
+    assert self._round is not None
+    source, _, prefix = self._round
+    slots, index = self.slots, torch.arange(self.group.shape[1], device=self.group.device)
+    kept = self.group.scatter(1, source + prefix, slots)  # the sources write to a spare column
+    return self.group.new_empty(kept.shape[0], slots + 1).scatter_(1, kept, index.expand_as(kept))[:, :slots]
+
+
+def _closeness(self: TokenMap) -> Tensor:
+    assert self._round is not None
+    source, score, prefix = self._round
+    return score.new_full(self.group.shape, float("inf")).scatter_(1, source + prefix, score)
+
+
+_LATER: dict[str, Callable[[TokenMap], Any]] = {"group": _group, "anchor": _anchor, "closeness": _closeness}

@@ -64,8 +64,14 @@ VTC_KERNEL(match_rows,
             float* best, int64_t* at),
            (sources, first, last, targets, target_valid, best, at))
 
+// Whether p comes before q where the highest comes first; a NaN is the highest there is, as torch sorts it.
+inline bool higher(float p, float q) {
+  const bool wild = p != p, other = q != q;
+  return wild != other ? wild : p > q;
+}
+
 // The `most` best pairs of one image, of which `each` exist: sources a, their partners b[at], scores best [n]. Best
-// first, of equals the first; a NaN is the highest there is, as torch sorts it; what is not valid or -inf is no pair.
+// first, of equals the first; what is not valid or -inf is no pair.
 inline void top_pairs(const float* best, const int64_t* at, const int64_t* a, const int64_t* b, const bool* valid, int64_t n,
                       int64_t each, int64_t most, int64_t* source, int64_t* target, float* score) {
   const float none = -std::numeric_limits<float>::infinity();
@@ -73,9 +79,7 @@ inline void top_pairs(const float* best, const int64_t* at, const int64_t* a, co
   for (int64_t i = 0; i < n; ++i) order[i] = {valid == nullptr || valid[i] ? best[i] : none, i};
   const int64_t count = std::max<int64_t>(0, std::min(each, most));
   std::partial_sort(order.begin(), order.begin() + count, order.end(), [](const auto& p, const auto& q) {
-    const bool wild = p.first != p.first, other = q.first != q.first;
-    if (wild != other) return wild;
-    return p.first > q.first || (!(q.first > p.first) && p.second < q.second);
+    return higher(p.first, q.first) || (!higher(q.first, p.first) && p.second < q.second);
   });
   for (int64_t k = 0; k < most; ++k) {
     const bool there = k < count && order[k].first != none;

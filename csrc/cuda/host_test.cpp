@@ -8,6 +8,7 @@
 #include "merge.cuh"
 #include "probes.cuh"
 #include "received.cuh"
+#include "round.cuh"
 #include "select.cuh"
 
 using namespace vtc_cuda;
@@ -59,6 +60,17 @@ void shim_match(int type, const void* unit, const int64* a, const int64* b, cons
 void shim_top_pairs(const float* best, const int64* at, const int64* a, const int64* b, const bool* valid,
                     const int64* each, int64* source, int64* target, float* score, int batch, int na, int nb, int most) {
   launch_top_pairs(nullptr, best, at, a, b, valid, each, source, target, score, batch, na, nb, most);
+}
+
+void shim_pair_round(int type, const void* metric, const float* weight, int64* group, float* size, int64* source,
+                     float* score, int batch, int n, int d, int r, int prefix, int form, double margin, double alpha,
+                     bool half, bool protect) {
+  std::vector<float> floats(batch * round_floats(n - prefix, d));
+  std::vector<int64> longs(batch * round_longs(n - prefix));
+  by_type(type, [&](auto* t) {
+    launch_round(nullptr, static_cast<decltype(t)>(const_cast<void*>(metric)), weight, floats.data(), longs.data(),
+                 group, size, source, score, batch, n, d, r, prefix, form, margin, alpha, half, protect);
+  });
 }
 
 void shim_rows(int type, const void* x, const int64* at, void* out, int batch, int n, int c, int m) {

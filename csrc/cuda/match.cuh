@@ -61,12 +61,12 @@ __device__ __forceinline__ bool before(float p, int p_at, float q, int q_at) {
   return wild != other ? wild : p > q || (!(q > p) && p_at < q_at);
 }
 
-// The `most` best pairs of an image, of which each[image] exist (nullptr: all): best, at [B, na] of match_kernel; valid
+// The `most` best pairs of an image, of which each[image] exist (nullptr: all), and without `all` none of -inf: best, at [B, na] of match_kernel; valid
 // [B, na] or nullptr -> source, target, score [B, most]. A pair's place is the number of pairs before it: na^2
 // comparisons, the scores in shared memory. Grid: (na / 256, B).
 __global__ void __launch_bounds__(THREADS) top_pairs_kernel(
     const float* best, const int64* at, const int64* a, const int64* b, const bool* valid, const int64* each,
-    int64* source, int64* target, float* score, int na, int nb, int most) {
+    int64* source, int64* target, float* score, int na, int nb, int most, bool all) {
   __shared__ float scores[THREADS];
   const int64 image = blockIdx.y;
   const int i = blockIdx.x * THREADS + threadIdx.x;
@@ -83,7 +83,8 @@ __global__ void __launch_bounds__(THREADS) top_pairs_kernel(
   }
   if (i >= na || place >= most) return;
   const int64 partner = at[image * na + i], to = image * most + place;
-  const bool there = (each == nullptr || place < each[image]) && mine != -infinity() && partner >= 0 && partner < nb;
+  const bool real = all || ((each == nullptr || place < each[image]) && mine != -infinity());
+  const bool there = real && partner >= 0 && partner < nb;
   source[to] = there ? a[image * na + i] : -1;
   target[to] = there ? b[image * nb + partner] : -1;
   score[to] = there ? mine : -infinity();
@@ -95,7 +96,7 @@ inline void launch_top_pairs(cudaStream_t stream, const float* best, const int64
                              int batch, int na, int nb, int most) {
   if (batch == 0 || most == 0) return;
   VTC_LAUNCH(top_pairs_kernel, dim3(blocks(na, THREADS), batch), THREADS, 0, stream, best, at, a, b, valid, each,
-             source, target, score, na, nb, most);
+             source, target, score, na, nb, most, false);
 }
 
 template <typename T>

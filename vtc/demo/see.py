@@ -86,7 +86,7 @@ def run(image: Image.Image, method: Method, repeats: int = REPEATS, *, tick: Tic
         prefix = states[0].shape[1] - GRID * GRID
         patches = torch.cat(states)[:, prefix:].cpu()
     counts = [found.report.before[0], *(int(tokens) - prefix for _, tokens in found.report.tokens)]
-    maps = tuple(next(m for m in after if m.anchor.shape[1] == count) for count in counts)
+    maps = tuple(next(m for m in after if m.slots == count) for count in counts)
     heats = {"Energy": ops.energy(ops.normalize(patches), "nearest", 0.0), "Norm": scores.norm(patches)}
     crop = ImageOps.fit(image, (32 * GRID, 32 * GRID))
     dense, less = (each.cpu() for each in found.saliency)
@@ -133,7 +133,7 @@ def tokens_chart(seen: PlacedTokens) -> str:
     name = type(seen.found.method).__name__
     rows = [
         {"layer": number, "tokens": tokens, "by": by}
-        for by, counts in (("dense", [GRID * GRID] * len(seen.maps)), (name, [m.anchor.shape[1] for m in seen.maps]))
+        for by, counts in (("dense", [GRID * GRID] * len(seen.maps)), (name, [m.slots for m in seen.maps]))
         for number, tokens in enumerate(counts)
     ]
     return look.chart("Image tokens after each layer", rows, "layer", "tokens", "by", {"tokens": "image tokens"})
@@ -204,7 +204,7 @@ def build(gpu: Callable[..., Any]) -> dict[str, Any]:
 
     def drawn(seen: PlacedTokens, at: float, kind: str) -> list[Any]:
         pair = layer(seen, int(at), kind)
-        count = seen.maps[int(at)].anchor.shape[1]
+        count = seen.maps[int(at)].slots
         where = f"After {int(at)} layer{'s' * (at != 1)}: {count} tokens"
         return [
             gr.update(value=pair[0], label=where),

@@ -219,7 +219,7 @@ def run(
     encoding.close()
     training.close()
     # the actual counts: downsample rounds a fraction up, the others to the nearest
-    counts = {key: token_map.anchor.shape[1] for key, token_map in found.items()}
+    counts = {key: token_map.slots for key, token_map in found.items()}
     rows = [_row(key, scores, values, counts.get(key[1:3], _WINDOW**2)) for key, scores in values.items()]
     columns = {"parts": "parts", "method": "method", "keep": "keep", "tokens": "tokens", "slots": "slots"}
     columns |= {"accuracy": "accuracy", "gain": "- anchor's place", "low": "from", "high": "to"}

@@ -154,18 +154,12 @@ def pitome_round(
     With protection only the 2r tokens of highest energy take part, and every source merges (Algorithm 1); without it,
     all take part and the r most similar pairs merge.
     """
-    unit = ops.normalize(metric)
-    a_valid: Tensor | None = None
-    b_valid: Tensor | None = None
-    some = protect or split == "half"  # only the 2r tokens of highest energy take part
-    if isinstance(r, Tensor):
-        assert mask is not None
-        (a, a_valid), (b, b_valid) = _ragged_sets(unit, r, prefix, mask, (form, margin, alpha), split, some)
-    else:
-        order = ops.energy(unit[:, prefix:], form, margin, alpha).argsort(dim=1, descending=True, stable=True) + prefix
-        order = order[:, : 2 * r] if some else order
-        sides = (order[:, :r], order[:, r:]) if split == "half" else (order[:, 0::2], order[:, 1::2])
-        a, b = (side.sort(dim=1).values for side in sides)
+    if mask is None:
+        assert isinstance(r, int)
+        return TokenMap.from_round(metric, r, prefix, size, (form, margin, alpha), split == "half", protect)
+    assert isinstance(r, Tensor)
+    unit, some = ops.normalize(metric), protect or split == "half"
+    (a, a_valid), (b, b_valid) = _ragged_sets(unit, r, prefix, mask, (form, margin, alpha), split, some)
     pairs = ops.bipartite_match(unit, a, b, r, a_valid, b_valid)
     return TokenMap.from_pairs(metric.shape[1], pairs, mask=mask, weight=size)
 

@@ -33,18 +33,15 @@ def tome_round(
 ) -> TokenMap:
     """One round of bipartite soft matching: even real tokens merge into odd ones; the prefix is in neither set. [B, N,
     D]."""
-    batch, count, _ = metric.shape
     if mask is None:
-        index = torch.arange(count, device=metric.device)
-        a, b = (index[(prefix + (prefix + side) % 2) :: 2].expand(batch, -1) for side in (0, 1))
-        a_valid = b_valid = None
-    else:
-        real = mask.long().cumsum(1) - 1  # parity counts real tokens, so that padding changes nothing
-        inside = mask & (real >= prefix)
-        a, a_valid = _packed(inside & (real % 2 == 0))
-        b, b_valid = _packed(inside & (real % 2 == 1))
+        assert isinstance(r, int)
+        return TokenMap.from_round(metric, r, prefix, size)
+    real = mask.long().cumsum(1) - 1  # parity counts real tokens, so that padding changes nothing
+    inside = mask & (real >= prefix)
+    a, a_valid = _packed(inside & (real % 2 == 0))
+    b, b_valid = _packed(inside & (real % 2 == 1))
     pairs = ops.bipartite_match(ops.normalize(metric), a, b, r, a_valid, b_valid)
-    return TokenMap.from_pairs(count, pairs, mask=mask, weight=size)
+    return TokenMap.from_pairs(metric.shape[1], pairs, mask=mask, weight=size)
 
 
 def _packed(chosen: Tensor) -> tuple[Tensor, Tensor]:

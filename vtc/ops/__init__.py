@@ -26,6 +26,7 @@ __all__ = [
     "merge",
     "nearest_kept",
     "normalize",
+    "pair_round",
     "probe_norms",
     "rows",
     "seeded_uniform",
@@ -56,16 +57,33 @@ def bipartite_match(
     return definitions.bipartite_match(unit, a, b, r, a_valid, b_valid, kernels.match, kernels.top_pairs)
 
 
-def merge(x: Tensor, group: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:
+def pair_round(
+    metric: Tensor,
+    weight: Tensor | None,
+    r: int,
+    prefix: int = 0,
+    form: tuple[str, float, float] | None = None,
+    half: bool = False,
+    protect: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    metric = _wide(metric)
+    if compiled(metric) and (form is None or form[0] in definitions.ENERGIES):
+        name, margin, alpha = form or (None, 0.0, 1.0)
+        kind = -1 if name is None else definitions.ENERGIES.index(name)
+        return torch.ops.vtc.pair_round(metric, weight, r, prefix, kind, margin, alpha, half, protect)
+    return definitions.pair_round(metric, weight, r, prefix, form, half, protect)
+
+
+def merge(x: Tensor, group: Tensor, slots: int, weight: Tensor | None = None, size: Tensor | None = None) -> Tensor:
     if compiled(x, differentiable=True) and not (weight is not None and weight.requires_grad):
         return torch.ops.vtc.merge(x, group, slots, None if weight is None else weight.float())
-    return definitions.merge(x, group, slots, weight)
+    return definitions.merge(x, group, slots, weight, size)
 
 
-def rows(x: Tensor, at: Tensor) -> Tensor:
+def rows(x: Tensor, at: Tensor, complete: bool = False) -> Tensor:
     if x.ndim == 3 and compiled(x, differentiable=True):
         return torch.ops.vtc.rows(x, at)
-    return definitions.rows(x, at)
+    return definitions.rows(x, at, complete)
 
 
 def greedy_select(
@@ -133,7 +151,7 @@ def _each(x: Tensor, most: int, each: Tensor | None) -> Tensor:
     return torch.full((x.shape[0],), most, device=x.device) if each is None else each
 
 
-for _name in ("energy", "bipartite_match", "merge", "rows", "attention_received", "probe_norms"):
+for _name in ("energy", "bipartite_match", "pair_round", "merge", "rows", "attention_received", "probe_norms"):
     globals()[_name].__doc__ = getattr(definitions, _name).__doc__
 for _name in ("greedy_select", "dpp_select", "dpc_knn"):
     globals()[_name].__doc__ = getattr(selection, _name).__doc__

@@ -33,6 +33,7 @@ _KERNELS = {
     "merge_kernel": ("merge",),
     "merge_backward_kernel": ("merge",),
     "rows_kernel": ("merge",),
+    "units_kernel": ("round",),
     "greedy_kernel": ("select",),
     "dpp_kernel": ("select",),
     "squares_kernel": ("dpc_knn",),
@@ -43,8 +44,15 @@ _KERNELS = {
     "received_columns_kernel": ("received", "1", "4"),
     "probes_kernel": ("probes",),
 }
-_PLAIN = {"top_pairs_kernel": "match", "top_kernel": "dpc_knn", "received_mean_kernel": "received"}
-FILES = ("energy", "match", "merge", "select", "dpc_knn", "received", "probes")
+_PLAIN = {
+    "top_pairs_kernel": "match",
+    "sides_kernel": "round",
+    "lists_kernel": "round",
+    "slots_kernel": "round",
+    "top_kernel": "dpc_knn",
+    "received_mean_kernel": "received",
+}
+FILES = ("energy", "match", "round", "merge", "select", "dpc_knn", "received", "probes")
 
 
 def folder() -> Path:
@@ -132,6 +140,8 @@ def _launch(name: str, like: Tensor, grid: tuple[int, ...], threads: int, *argum
     def convert(value: Any) -> Any:
         if value is None or isinstance(value, Tensor):
             return numpy.uintp(0 if value is None else value.data_ptr())
+        if isinstance(value, bool):
+            return numpy.bool_(value)
         return numpy.float32(value) if isinstance(value, float) else numpy.int32(value)
 
     values = tuple(v if isinstance(v, numpy.generic) else convert(v) for v in arguments)
@@ -213,9 +223,47 @@ def top_pairs(
     pairs = at.new_empty(2, batch, most), best.new_empty(batch, most)
     out = (*pairs[0], pairs[1])
     if most:
-        values = (score, places, of, targets, valid, each, *out, sources, b.shape[1], most)
+        values = (score, places, of, targets, valid, each, *out, sources, b.shape[1], most, False)
         _launch("top_pairs_kernel", best, (-(-sources // 256), batch), 256, *values)
     return out
+
+
+def pair_round(
+    metric: Tensor,
+    weight: Tensor | None,
+    r: int,
+    prefix: int,
+    form: int,
+    margin: float,
+    alpha: float,
+    half: bool,
+    protect: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(metric, weight)
+    metric, (batch, tokens, width) = metric.contiguous(), metric.shape
+    weight, inside = _table(weight, torch.float32, tokens, "weight"), tokens - prefix
+    if not 0 <= prefix <= tokens or not 0 <= r <= inside // 2:
+        raise RuntimeError(f"prefix={prefix}, r={r}: at most half of the tokens behind the prefix, of {tokens}")
+    (group, source, target), (size, score) = (
+        (metric.new_empty(batch, count, dtype=torch.long) for count in (tokens, r, r)),
+        (metric.new_empty(batch, count, dtype=torch.float32) for count in (tokens - r, r)),
+    )
+    if r:
+        unit = metric.new_empty(batch, inside, width, dtype=torch.float32)
+        _launch("units_kernel", metric, (-(-inside // 8), batch), 256, metric, unit, tokens, width, prefix)
+        high, some = None, form >= 0 and (half or protect)
+        first = (inside + 1 - prefix % 2) // 2 if form < 0 else r if some else (inside + 1) // 2
+        if form >= 0:
+            high = energy(unit, form, margin, alpha, None)
+        side, grid = source.new_empty(batch, inside), (-(-inside // 256), batch)
+        _launch("sides_kernel", unit, grid, 256, high, side, inside, r, prefix, form >= 0 and half, some)
+        a, b = side.new_empty(batch, first), side.new_empty(batch, r if some else inside - first)
+        _launch("lists_kernel", unit, grid, 256, side, a, b, inside, first, b.shape[1])
+        best, at = match(unit, a, b, None)
+        values = (best, at, a, b, None, None, source, target, score, first, b.shape[1], r, True)
+        _launch("top_pairs_kernel", unit, (-(-first // 256), batch), 256, *values)
+    _launch("slots_kernel", metric, (batch,), 256, source, target, weight, group, size, tokens, r, prefix)
+    return group, size, source, score
 
 
 def rows(x: Tensor, at: Tensor) -> Tensor:
@@ -357,6 +405,7 @@ OPERATORS: tuple[Callable[..., Any], ...] = (
     energy,
     match,
     top_pairs,
+    pair_round,
     rows,
     merge,
     merge_backward,

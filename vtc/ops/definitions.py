@@ -40,9 +40,7 @@ def energy(unit: Tensor, form: str, margin: float, alpha: float = 1.0, mask: Ten
     """
     batch, tokens, _ = unit.shape
     step = max(1, min(tokens, _TILE // max(1, batch * tokens)))
-    # A token's similarity to itself is 1 (0 for a zero vector). The computed value differs from 1 by rounding, which
-    # would order equally redundant tokens, such as the two of a pair, at random.
-    itself = unit.square().sum(-1).round()
+    itself = _itself(unit)
     rows, columns = [unit.new_zeros(batch, 0)], unit.new_full((batch, tokens), -2.0)
     for start in range(0, tokens, step):
         similarity = unit[:, start : start + step] @ unit.mT
@@ -54,15 +52,7 @@ def energy(unit: Tensor, form: str, margin: float, alpha: float = 1.0, mask: Ten
             rows.append(similarity.amax(2))
             continue
         similarity.diagonal(start, 1, 2).copy_(itself[:, start : start + step])
-        if form == "elu":
-            value = torch.nn.functional.elu(similarity.sub_(margin), alpha=alpha, inplace=True)
-        elif form == "paper":
-            value = torch.where(similarity >= margin, similarity, alpha * torch.expm1(similarity - margin))
-        elif form == "gaussian":
-            sigma = 1.0 - margin
-            value = torch.exp(-0.5 * ((1.0 - similarity) / sigma) ** 2) / (sigma * (2 * torch.pi) ** 0.5)
-        else:
-            raise ValueError(f"unknown energy {form!r}; choose one of {', '.join(ENERGIES)}")
+        value = _values(similarity, form, margin, alpha)
         rows.append(value.sum(-1) if mask is None else (value * mask[:, None]).sum(-1))
     total = torch.cat(rows, dim=1)
     if form == "nearest":
@@ -71,6 +61,44 @@ def energy(unit: Tensor, form: str, margin: float, alpha: float = 1.0, mask: Ten
     if mask is None:
         return total / max(1, tokens)
     return (total / mask.sum(1, keepdim=True).clamp(min=1)).masked_fill(~mask, float("-inf"))
+
+
+def _itself(unit: Tensor) -> Tensor:
+    """A token's similarity to itself, 1 (0 for a zero vector). The computed value differs from 1 by rounding, which would
+    order equally redundant tokens, such as the two of a pair, at random."""
+    return unit.square().sum(-1).round()
+
+
+def _values(similarity: Tensor, form: str, margin: float, alpha: float) -> Tensor:
+    """PiToMe's function f of every similarity."""
+    if form == "elu":
+        return torch.nn.functional.elu(similarity - margin, alpha=alpha, inplace=True)
+    if form == "paper":
+        return torch.where(similarity >= margin, similarity, alpha * torch.expm1(similarity - margin))
+    if form == "gaussian":
+        sigma = 1.0 - margin
+        return torch.exp(-0.5 * ((1.0 - similarity) / sigma) ** 2) / (sigma * (2 * torch.pi) ** 0.5)
+    raise ValueError(f"unknown energy {form!r}; choose one of {', '.join(ENERGIES)}")
+
+
+def _similarities(unit: Tensor, form: str, margin: float, alpha: float) -> tuple[Tensor, Tensor]:
+    """All cosines [B, N, N], whose diagonal means nothing, and the energies of `energy`, but for a factor."""
+    similarity = torch.bmm(unit, unit.transpose(1, 2))
+    if form == "nearest":
+        similarity = _with_diagonal(similarity, -2.0)
+        return similarity, torch.maximum(similarity.amax(1), similarity.amax(2))
+    similarity = _with_diagonal(similarity, _itself(unit))
+    return similarity, _values(similarity, form, margin, alpha).sum(-1)
+
+
+def _with_diagonal(x: Tensor, value: Tensor | float) -> Tensor:
+    """x [B, N, N] with this diagonal, a number or [B, N]; x itself, where ONNX is not asked to write into it."""
+    if torch.compiler.is_exporting():
+        value = value[..., None] if isinstance(value, Tensor) else value
+        return torch.where(torch.eye(x.shape[1], dtype=torch.bool, device=x.device), value, x)
+    diagonal = x.diagonal(0, 1, 2)
+    diagonal.copy_(value) if isinstance(value, Tensor) else diagonal.fill_(value)
+    return x
 
 
 def bipartite_match(
@@ -138,28 +166,107 @@ def best_partner(unit: Tensor, a: Tensor, b: Tensor, b_valid: Tensor | None) -> 
     return best.values, best.indices
 
 
-def merge(x: Tensor, group: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:
+def pair_round(
+    metric: Tensor,
+    weight: Tensor | None,
+    r: int,
+    prefix: int = 0,
+    form: tuple[str, float, float] | None = None,
+    half: bool = False,
+    protect: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One round of pairwise merging of a batch without padding: two sets, the best partner in `b` of every token in
+    `a`, and the `r` most similar of these pairs.
+
+    Args:
+        metric: [B, N, D], any length; the first `prefix` tokens take no part.
+        weight: [B, N] float32, how many tokens each token stands for; None = 1.
+        r: at most half of the tokens behind the prefix.
+        form: None: every second token is in `a`, as they stand (ToMe). Otherwise they are sorted by `energy` first,
+            whose form, margin and alpha this is (PiToMe).
+        half: not every second token, but the r of highest energy are in `a`, the next r in `b`.
+        protect: only the 2r tokens of highest energy take part.
+
+    Returns:
+        group: [B, N] long, slots in the tokens' order; size: [B, N - r] float32; source: [B, r] long, the tokens that
+        joined another's slot, most similar first, counted behind the prefix; score: [B, r] float32, their cosines.
+    """
+    batch, tokens, _ = metric.shape
+    if not r:
+        alone = torch.arange(tokens, device=metric.device).repeat(batch, 1)
+        return alone, _sizes(alone, tokens, weight), alone[:, :0], metric.new_zeros(batch, 0, dtype=torch.float32)
+    inside = normalize(metric)[:, prefix:]
+    kept = torch.ones(batch, tokens, dtype=torch.long, device=metric.device)
+    if form is None:
+        a, b = prefix % 2, 1 - prefix % 2
+        best, at = torch.bmm(inside[:, a::2], inside[:, b::2].transpose(1, 2)).max(-1)
+        score, place = _first(best, r)
+        target = at.gather(1, place)
+        source = place * 2 + a
+        sources, targets = (slice(prefix + side, None, 2) for side in (a, b))
+    else:
+        whole = batch * inside.shape[1] ** 2 <= _TILE
+        similarity, high = _similarities(inside, *form) if whole else (inside, energy(inside, *form))
+        order = _first(high, high.shape[1])[1]
+        order = order[:, : 2 * r] if protect or half else order
+        sides = (order[:, :r], order[:, r:]) if half else (order[:, 0::2], order[:, 1::2])
+        if whole:
+            here = torch.ones(high.shape, dtype=torch.bool, device=metric.device)
+            not_a, not_b = (here.scatter(1, side, False) for side in sides)
+            best, at = similarity.masked_fill_(not_b[:, None], -2.0).max(-1)
+            score, source = _first(best.masked_fill_(not_a, -3.0), r)
+            target = at.gather(1, source)
+        else:
+            source, target, score = bipartite_match(inside, *(side.sort(dim=1).values for side in sides), r)
+        place, sources, targets = source, slice(prefix, None), slice(prefix, None)
+    kept[:, sources].scatter_(1, place, 0)
+    group = kept.cumsum(1).sub_(1)
+    group[:, sources].scatter_(1, place, group[:, targets].gather(1, target))
+    return group, _sizes(group, tokens - source.shape[1], weight), source, score
+
+
+def _first(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` highest scores of every row, highest first, and their places."""
+    stable = {} if torch.onnx.is_in_onnx_export() else {"stable": True}  # ONNX has one sort, and it is stable
+    values, places = torch.sort(score, dim=1, descending=True, **stable)
+    return values[:, :count], places[:, :count]
+
+
+def _sizes(group: Tensor, slots: int, weight: Tensor | None) -> Tensor:
+    """[B, slots] float32: the weights of every slot's members together."""
+    weight = torch.ones((), device=group.device).expand_as(group) if weight is None else weight.float()
+    return torch.zeros(group.shape[0], slots, device=group.device).scatter_add_(1, group, weight)
+
+
+def merge(x: Tensor, group: Tensor, slots: int, weight: Tensor | None = None, size: Tensor | None = None) -> Tensor:
     """Weighted mean of the members of every slot, accumulated in float32. Differentiable in `x`.
 
     Args:
-        x: [B, N, C]; group: [B, N] slot of each token or -1; weight: [B, N] float32, None = ones.
+        x: [B, N, C]; group: [B, N] slot of each token or -1; weight: [B, N] float32, None = ones; size: [B, slots], the
+            weights of every slot together, if that is known and no token is without a slot.
 
     Returns:
         [B, slots, C] in x's dtype; a slot without members is 0.
     """
     batch, tokens, width = x.shape
-    flat = torch.where(group < 0, slots, group) + torch.arange(batch, device=x.device)[:, None] * (slots + 1)
-    weight = torch.ones_like(group, dtype=torch.float32) if weight is None else weight.float()
-    values = (x * weight[..., None]).reshape(batch * tokens, width)
-    total = values.new_zeros(batch * (slots + 1), width).index_add(0, flat.reshape(-1), values)
-    count = weight.new_zeros(batch * (slots + 1)).index_add(0, flat.reshape(-1), weight.reshape(-1))
-    mean = total / count.clamp(min=1e-12)[:, None]
-    return mean.view(batch, slots + 1, width)[:, :slots].to(x.dtype)
+    known = size is not None
+    if size is None:
+        group, slots = torch.where(group < 0, slots, group), slots + 1
+        size = _sizes(group, slots, weight).clamp(min=1e-12)
+    if batch != 1:
+        group = group + torch.arange(batch, device=x.device)[:, None] * slots
+    wide = x * weight[..., None] if weight is not None else x.float() if x.itemsize < 4 else x
+    at, wide = group.reshape(batch * tokens, 1).expand(-1, width), wide.reshape(batch * tokens, width)
+    total = wide.new_zeros(batch * slots, width).scatter_add_(0, at, wide)
+    mean = total.view(batch, slots, width) / size[..., None]
+    return (mean if known else mean[:, :-1]).to(x.dtype)
 
 
-def rows(x: Tensor, at: Tensor) -> Tensor:
-    """x[b, at[b, i], ...], and 0 where at is -1."""
+def rows(x: Tensor, at: Tensor, complete: bool = False) -> Tensor:
+    """x[b, at[b, i], ...], and 0 where at is -1; complete: it is so nowhere."""
     batch, tokens = x.shape[:2]
+    if complete:
+        return x.gather(1, at.reshape(*at.shape, *[1] * (x.ndim - 2)).expand(*at.shape, *x.shape[2:]))
     if not tokens:  # an image without tokens: every index is -1
         return x.new_zeros(*at.shape, *x.shape[2:])
     flat = at.clamp(min=0) + torch.arange(batch, device=x.device)[:, None] * tokens

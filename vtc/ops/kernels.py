@@ -39,6 +39,8 @@ for _schema in (
     "match(Tensor unit, Tensor a, Tensor b, Tensor? b_valid) -> (Tensor, Tensor)",
     "top_pairs(Tensor best, Tensor at, Tensor a, Tensor b, Tensor? each, int most, Tensor? a_valid) "
     "-> (Tensor, Tensor, Tensor)",
+    "pair_round(Tensor metric, Tensor? weight, int r, int prefix, int form, float margin, float alpha, bool half, "
+    "bool protect) -> (Tensor, Tensor, Tensor, Tensor)",
     "merge(Tensor x, Tensor group, int slots, Tensor? weight) -> Tensor",
     "merge_backward(Tensor grad, Tensor group, Tensor? weight, int slots) -> Tensor",
     "rows(Tensor x, Tensor at) -> Tensor",
@@ -70,6 +72,18 @@ def _(unit: Tensor, a: Tensor, b: Tensor, b_valid: Tensor | None) -> tuple[Tenso
 def _(best: Tensor, at: Tensor, a: Tensor, b: Tensor, each: Any, most: int, a_valid: Any) -> Any:
     pairs = at.new_empty(len(at), most)
     return pairs, torch.empty_like(pairs), best.new_empty(len(at), most)
+
+
+@_fake("pair_round")
+def _(metric: Tensor, weight: Any, r: int, prefix: int, form: int, margin: float, alpha: float, half: bool, protect: bool) -> Any:
+    batch, tokens = metric.shape[:2]
+    indices = {"dtype": torch.long}
+    return (
+        metric.new_empty(batch, tokens, **indices),
+        metric.new_empty(batch, tokens - r),
+        metric.new_empty(batch, r, **indices),
+        metric.new_empty(batch, r),
+    )
 
 
 @_fake("merge")
@@ -236,7 +250,7 @@ def backend(device: str | torch.device = "cpu") -> str:
     kind = torch.device(device).type
     if _chosen is not None:
         return _chosen if _chosen in _ON.get(kind, ()) else "torch"
-    return _fastest(kind)
+    return "torch" if torch.compiler.is_exporting() else _fastest(kind)  # who runs a saved graph need not have vtc
 
 
 @torch.compiler.assume_constant_result  # graphs cannot contain building, loading or registering: runs when compiling

@@ -72,7 +72,7 @@ def carried(
     # All lines before all marks, so that no group's line runs over another's mark. A line is pale, in the colour of its
     # group, with dark edges, so it is visible on bright and dark pictures, and shows which group it belongs to.
     group = token_map.group[item].tolist()
-    colour = (0.5 * 255 + 0.5 * _distinct(token_map.anchor.shape[1])).round().astype(int).tolist()
+    colour = (0.5 * 255 + 0.5 * _distinct(token_map.slots)).round().astype(int).tolist()
     for width, pale in ((2 * line + 1, False), (line, True)):
         for mine in carries:
             shade = tuple(colour[group[mine[0]]]) if pale else _INK

@@ -78,15 +78,15 @@ class Guard:
         self.leave(module)  # it is still open if a call was interrupted (Ctrl+C)
         if not now.open:
             now.stage = now.grid = now.room = None
-        now.open.append((module, now.images, now.runs))
+        now.open.append((module, now.cut, now.ended))
 
-    def leave(self, module: Any) -> tuple[int, int] | None:
-        """Forget a module and what began inside it; returns how many images and runs there were before it."""
+    def leave(self, module: Any) -> tuple[Any, Any] | None:
+        """Forget a module and what began inside it; returns the images and the run that were the last before it."""
         now = self.tower.now
-        for place, (opened, images, runs) in enumerate(now.open):
+        for place, (opened, *before) in enumerate(now.open):
             if opened is module:
                 del now.open[place:]
-                return images, runs
+                return before[0], before[1]
         return None
 
     def close(self, module: Any, output: Any) -> None:
@@ -97,15 +97,15 @@ class Guard:
         if before is None or (output is None and sys.exc_info()[1] is not None):  # it raised: nothing more to check
             now.stage = None
             return
-        images, runs = before
-        if now.images > images and now.runs == runs:
+        images, run = now.cut is not before[0], now.ended is not before[1]
+        if images and not run:
             stage, now.stage = now.stage, None
             if stage is not None and now.wide:
                 tower.finish(now, stage)
             elif not tower.idle:
                 raise InputError(self.bypassed(0 if stage is None else stage.layer))
         if not now.open and not recomputing():
-            tower.idle_calls = 0 if now.runs > runs or now.images > images else tower.idle_calls + 1
+            tower.idle_calls = 0 if run or images else tower.idle_calls + 1
             tower.others.pop(threading.get_ident(), None)
 
     def bypassed(self, ran: int) -> str:

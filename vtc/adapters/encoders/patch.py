@@ -91,7 +91,7 @@ class EncoderPatch:
     @property
     def grids(self) -> tuple[Grid | None, ...]:
         assert self.stage is not None
-        return self.stage.grid or (None,) * self.stage.batch
+        return self.stage.grids
 
     def report(self, several: str = "") -> Report:
         """What the last call did; `several`: a suffix for the name if there are several encoders."""
@@ -138,11 +138,13 @@ class EncoderPatch:
 
     def saw_patches(self, hook: Hook, args: tuple, output: Tensor) -> None:
         now = self.now
-        now.images += 1
-        if self.site.naflex is not None or tracer(output):
+        if tracer(output):
+            return
+        now.cut = output.new_empty(0)
+        if self.site.naflex is not None:
             return
         batch, patches = output.shape[0], output.shape[2:].numel()
-        now.grid = ((output.shape[-2], output.shape[-1]),) * batch if output.ndim == 4 else None
+        now.grid = ((output.shape[-2], output.shape[-1]),) if output.ndim == 4 else None
         each, every = now.room or (0, 0)
         now.room = each + patches, every + batch * patches
 
@@ -218,7 +220,7 @@ class EncoderPatch:
 
     def fresh(self, now: Running, x: Tensor) -> CallState:
         site = self.site
-        return CallState(0, site.prefix, x.shape[1], (), now.grid, batch=x.shape[0], suffix=site.suffix)
+        return CallState(0, site.prefix, x.shape[1], (), now.grid, x.new_empty(x.shape[0], 0), suffix=site.suffix)
 
     def check_length(self, patch: BlockPatch, x: Tensor, stage: CallState) -> None:
         if x.shape[:2] != (stage.batch, stage.length):
@@ -260,7 +262,7 @@ class EncoderPatch:
                 size=stage.size,
                 mask=stage.mask,
                 prefix=stage.prefix,
-                grid=stage.grid,
+                grid=stage.grids if "grid" in self.method.needs else None,
                 layer=patch.index,
                 depth=len(self.site.blocks),
             )
@@ -369,7 +371,7 @@ class EncoderPatch:
         (fine, coarse), now.resized = now.resized, None
         batch, entry = x.shape[0], fine[0] * fine[1] + stage.prefix
         front = pool_map(entry, (fine,) * batch, [coarse] * batch, stage.prefix, device=x.device)
-        if front.anchor.shape[1] != x.shape[1]:
+        if front.slots != x.shape[1]:
             raise VTCError(
                 f"resized to {coarse[0]}x{coarse[1]} patches, but {x.shape[1] - stage.prefix} reached the encoder; "
                 'use mode="pool"'
@@ -390,8 +392,8 @@ class EncoderPatch:
         return (x, *more) if self.site.block.wrapped else x
 
     def finish(self, now: Running, stage: CallState) -> None:
-        now.stage, now.runs = None, now.runs + 1
-        if not recomputing():
+        now.stage, now.ended = None, stage
+        if not recomputing() and not torch.compiler.is_exporting():  # which runs it on stand-ins
             self.stage, self.idle_calls = stage, 0
         if not torch.compiler.is_compiling():
             self.turn = time.monotonic_ns()

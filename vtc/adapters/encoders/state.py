@@ -22,13 +22,14 @@ class Running:
 
     Attributes:
         stage: the state after the last block that ran; None before the first block and after the last.
-        grid: the grids of the images that were cut into patches last, also of a ragged batch (NaFlex).
+        grid: the grid of the images that were cut into patches last, or those of a ragged batch (NaFlex), one each.
         room: how many patches were cut from an image, and from all images, since block 0 ran; None = unknown.
         resized: the image's own grid and the one it was resized to, kept until block 0.
         wide: every block, not only the last, returns tokens at full length, and a call may stop between two blocks.
         wanted: the patch of the block whose keys are needed; keys: the keys it recorded.
-        open: the running modules, outermost first, each with the values of `images` and `runs` when it began.
-        images: how often images were cut into patches; runs: how many calls were completed.
+        open: the running modules, outermost first, each with `cut` and `ended` as they were when it began.
+        cut: an empty tensor, another one whenever images were cut into patches; ended: the state at the end of the last
+            call. No numbers: a compiled graph would be made anew for each.
     """
 
     stage: CallState | None = None
@@ -38,9 +39,9 @@ class Running:
     wide: bool = False
     wanted: Any = None
     keys: Tensor | None = None
-    open: list[tuple[Any, int, int]] = field(default_factory=list)
-    images: int = 0
-    runs: int = 0
+    open: list[tuple[Any, Tensor | None, CallState | None]] = field(default_factory=list)
+    cut: Tensor | None = None
+    ended: CallState | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,8 @@ class CallState:
     Attributes:
         layer: the next block; entry: number of tokens at the first block, prefix included.
         plan: tokens to remove per layer; [B, depth] for a ragged batch.
+        grid: as in `Running`. images: [B, 0], which only says how many there are: a number that outlives a compiled
+            call would need a graph of its own for every batch size.
         total: the map from the entry to now, None = nothing was reduced yet; maps: one per layer that reduced.
         size: [B, M] float32, how many tokens each token stands for, None = all 1; mask: [B, M], None = all real.
         pairs: [B or 1, H or 1, M or 1, M], a caller's mask that is not padding, bool or added to the logits.
@@ -66,7 +69,7 @@ class CallState:
     entry: int
     plan: tuple[int, ...] | Tensor
     grid: tuple[Grid, ...] | None
-    batch: int = 1
+    images: Tensor
     front: TokenMap | None = None  # before the encoder: the image's own patches to those of the resized image
     total: TokenMap | None = None
     size: Tensor | None = None
@@ -79,11 +82,21 @@ class CallState:
     slot: Tensor | None = None
     suffix: int = 0
 
+    @property
+    def batch(self) -> int:
+        return self.images.shape[0]
+
+    @property
+    def grids(self) -> tuple[Grid | None, ...]:
+        """Every image's."""
+        grid = self.grid or (None,)
+        return grid * self.batch if len(grid) == 1 else grid
+
     def count(self) -> Any:
         """Tokens now: an int, or [B] for a ragged batch."""
         if self.mask is not None:
             return self.mask.sum(1)
-        return self.entry if self.total is None else self.total.anchor.shape[1]
+        return self.entry if self.total is None else self.total.slots
 
     def bias(self, x: Tensor) -> Tensor | None:
         """[B, 1, 1, M]: log size, to add to the attention logits (proportional attention); -inf on padding. With a
@@ -115,7 +128,7 @@ class CallState:
         """How many tokens the next block must receive."""
         if self.wide and self.front is not None:
             return self.front.group.shape[1]
-        return self.entry if self.wide or self.total is None else self.total.anchor.shape[1]
+        return self.entry if self.wide or self.total is None else self.total.slots
 
     def narrow(self, x: Tensor) -> Tensor:
         """Undo `widen`: x comes at full length from a block whose output was read."""
@@ -127,6 +140,8 @@ class CallState:
         total = self.front if self.total is None else self.total  # a resized image is not reduced further
         if total is None:
             return x
+        if total.complete and not self.suffix:
+            return total.unmerge(x)
         rest = total.drop_prefix(self.prefix).unmerge(x[:, self.prefix :], fill)
         front = self.prefix - self.suffix
         return torch.cat([x[:, :front], rest, x[:, front : self.prefix]], dim=1) if self.prefix else rest

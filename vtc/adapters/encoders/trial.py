@@ -232,8 +232,8 @@ def _sizes_of(site: EncoderSite, block: nn.Module, tolerance: float) -> str:
         """The attention branch of tokens `which`, with sizes."""
         anchor = torch.tensor([which], device=x.device)
         sizes = None if size is None else torch.tensor([size], device=x.device)
-        total = replace(TokenMap.identity(1, tokens, x.device), anchor=anchor)
-        stage = CallState(0, site.prefix, tokens, (), None, total=total, size=sizes)
+        total = replace(TokenMap.identity(1, tokens, x.device), anchor=anchor, size=anchor.float())
+        stage = CallState(0, site.prefix, tokens, (), None, anchor[:, :0], total=total, size=sizes)
         with tapped(taps):
             return about.attend(block, x[:, which], stage, args, kwargs)
 
