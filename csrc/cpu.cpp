@@ -10,6 +10,7 @@
 #include <tuple>
 
 #define VTC_PARALLEL torch::stable::parallel_for
+#include "cpu/cover.h"
 #include "cpu/energy.h"
 #include "cpu/knn.h"
 #include "cpu/match.h"
@@ -332,6 +333,38 @@ Tensor dpp_select(Tensor unit, Tensor relevance, Tensor each, int64_t most, Mayb
   return order;
 }
 
+Tensor coverage_select(Tensor unit, Tensor weight, Tensor each, int64_t most, Maybe mask) {
+  unit = ready(unit, "unit", ScalarType::Float, 3);
+  const int64_t batch = unit.size(0), n = unit.size(1), d = unit.size(2);
+  weight = ready(weight, "weight", ScalarType::Float, 2);
+  same(weight, "weight", batch, n);
+  each = each_of(each, batch, most, n);
+  mask = mask_of(mask, "mask", batch, n);
+  Tensor order = torch::stable::new_empty(each, {batch, most});
+  const auto images = [&](int64_t from, int64_t to) {
+    for (int64_t b = from; b < to; ++b)
+      vtc::coverage(data<float>(unit) + b * n * d, n, d, data<float>(weight) + b * n,
+                    budget(each, row(mask, b, n), b, n, most), most, row(mask, b, n), data<int64_t>(order) + b * most);
+  };
+  torch::stable::parallel_for(0, batch, 1, images);
+  return order;
+}
+
+Tensor distinct_select(Tensor unit, Tensor chosen, Tensor each) {
+  unit = ready(unit, "unit", ScalarType::Float, 3);
+  const int64_t batch = unit.size(0), n = unit.size(1), d = unit.size(2);
+  chosen = *mask_of(chosen, "chosen", batch, n);
+  each = each_of(each, batch, n, n);
+  Tensor out = torch::stable::new_empty(chosen, {batch, n});
+  std::copy(data<bool>(chosen), data<bool>(chosen) + batch * n, data<bool>(out));
+  const auto images = [&](int64_t from, int64_t to) {
+    for (int64_t b = from; b < to; ++b)
+      vtc::distinct(data<float>(unit) + b * n * d, n, d, data<int64_t>(each)[b], data<bool>(out) + b * n);
+  };
+  torch::stable::parallel_for(0, batch, 1, images);
+  return out;
+}
+
 std::tuple<Tensor, Tensor, Tensor> dpc_knn(Tensor x, Tensor each, int64_t most, int64_t neighbors, Maybe mask) {
   x = ready(x, "x", ScalarType::Float, 3);
   const int64_t batch = x.size(0), n = x.size(1), d = x.size(2);
@@ -405,6 +438,8 @@ STABLE_TORCH_LIBRARY_IMPL(vtc, CPU, m) {
   m.impl("rows", TORCH_BOX(&rows));
   m.impl("greedy_select", TORCH_BOX(&greedy_select));
   m.impl("dpp_select", TORCH_BOX(&dpp_select));
+  m.impl("coverage_select", TORCH_BOX(&coverage_select));
+  m.impl("distinct_select", TORCH_BOX(&distinct_select));
   m.impl("dpc_knn", TORCH_BOX(&dpc_knn));
   m.impl("received", TORCH_BOX(&received));
   m.impl("probe_norms", TORCH_BOX(&probe_norms));

@@ -106,6 +106,15 @@ def dpp_select(d: Draw, b: int, n: int, w: int) -> tuple:
     return d.floats(b, n, w), d.floats(b, n), each, most, d.mask(b, n)
 
 
+def coverage_select(d: Draw, b: int, n: int, w: int) -> tuple:
+    each, most = d.budget(b, n)
+    return d.floats(b, n, w), d.floats(b, n), each, most, d.mask(b, n)
+
+
+def distinct_select(d: Draw, b: int, n: int, w: int) -> tuple:
+    return d.floats(b, n, w), torch.rand(b, n) < d.choice([0.0, 0.5, 1.1]), d.numbers(-2, n + 3, b)
+
+
 def dpc_knn(d: Draw, b: int, n: int, w: int) -> tuple:
     each, most = d.budget(b, n)
     return d.floats(b, n, w), each, most, d.randint(1, d.choice([7, n + 3])), d.mask(b, n)
@@ -130,6 +139,8 @@ CALLS: tuple[Callable[..., tuple], ...] = (
     rows,
     greedy_select,
     dpp_select,
+    coverage_select,
+    distinct_select,
     dpc_knn,
     received,
     probe_norms,
@@ -194,7 +205,7 @@ def run(calls: int, seed: int) -> None:
                 continue
             raise AssertionError(f"{name} took {values}")
         out = operator(*values)
-        if name in ("greedy_select", "dpp_select"):
+        if name in ("greedy_select", "dpp_select", "coverage_select"):
             picked(name, out, values[2], values[-1], n)
         elif name == "dpc_knn":
             picked(name, out[0], values[1], values[-1], n)

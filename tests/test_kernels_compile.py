@@ -22,6 +22,9 @@ with_cupy = pytest.mark.skipif(
 )
 
 
+CPU_ALONE = {"vtc::coverage_select", "vtc::distinct_select"}  # their definitions run on a GPU
+
+
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 def test_nvcc() -> None:
     """Where nvcc is, the setup built what lies in csrc now; it loads without a GPU, and every operator is in it."""
@@ -38,7 +41,7 @@ def test_nvcc() -> None:
     """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     cpu, cuda = ran.stdout.splitlines()
-    assert "vtc::energy" in cpu and cuda == cpu, ran.stderr
+    assert "vtc::energy" in cpu and set(cpu.split()) - set(cuda.split()) == CPU_ALONE, ran.stderr
 
 
 @with_cupy

@@ -184,6 +184,29 @@ def test_match_and_merge(case):
 
 
 @settings(deadline=None, max_examples=60)
+@given(cases())
+def test_coverage(case):
+    x, mask, generator = case
+    unit, weight = ops.normalize(x), torch.rand(x.shape[:2], generator=generator)
+    fast, plain = both(ops.coverage_select, unit, weight, count_of(x, mask, generator), mask)
+    assert fast.shape == plain.shape and torch.equal(fast < 0, plain < 0)
+    if tie_free(x):
+        assert torch.equal(fast, plain)
+
+
+@settings(deadline=None, max_examples=60)
+@given(cases())
+def test_distinct(case):
+    x, mask, generator = case
+    chosen = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+    each = (chosen.sum(1) * torch.rand(len(x), generator=generator)).long()
+    fast, plain = both(ops.distinct_select, ops.normalize(x), chosen, each)
+    assert torch.equal(fast.sum(1), plain.sum(1)) and not (fast & ~chosen).any()
+    if tie_free(x):
+        assert torch.equal(fast, plain)
+
+
+@settings(deadline=None, max_examples=60)
 @given(cases(), st.sampled_from([(1, 1), (4, 2), (3, 1)]), st.sampled_from([1, 3]), st.sampled_from([0.3, 30.0]))
 def test_attention_received(case, heads, every, scale):
     x, mask, generator = case

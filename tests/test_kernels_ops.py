@@ -35,6 +35,8 @@ def samples():
         "rows": (x.clone().requires_grad_(), group),
         "greedy_select": (unit, score, each, 4, 0, 0.5, 1, mask),
         "dpp_select": (unit, score, each, 4, mask),
+        "coverage_select": (unit, score, each, 4, mask),
+        "distinct_select": (unit, mask, each),
         "dpc_knn": (x, each, 4, 5, mask),
         "received": (x.view(2, 2, 6, 8), x.view(2, 2, 6, 8), 0.3, mask[:, :6]),
         "probe_norms": (x[:, None], 0.01),
@@ -153,6 +155,8 @@ BAD = {
         (6, 0, "step is 0"),
     ],
     "dpp_select": [(1, torch.rand(2, 11), r"relevance is \[2, 11\]"), (3, -1, "most is -1")],
+    "coverage_select": [(1, torch.rand(2, 11), r"weight is \[2, 11\]"), (3, 13, "most is 13")],
+    "distinct_select": [(1, torch.ones(2, 11).bool(), r"chosen is \[2, 11\]"), (2, torch.tensor([1]), r"each is \[1\]")],
     "dpc_knn": [(3, 0, "neighbors is 0"), (1, torch.tensor([1.0, 2.0]), "wrong type")],
     "received": [
         (0, torch.randn(2, 3, 6, 8), "3 query heads cannot share 2 key heads evenly"),

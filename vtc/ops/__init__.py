@@ -12,13 +12,14 @@ from torch import Tensor
 from vtc.ops import definitions, selection
 from vtc.ops.definitions import nearest_kept, normalize, seeded_uniform
 from vtc.ops.kernels import backend, compiled, set_backend
-from vtc.ops.selection import coverage_select, top_select
+from vtc.ops.selection import top_select
 
 __all__ = [
     "attention_received",
     "backend",
     "bipartite_match",
     "coverage_select",
+    "distinct_select",
     "dpc_knn",
     "dpp_select",
     "energy",
@@ -112,6 +113,21 @@ def dpp_select(unit: Tensor, relevance: Tensor, count: int | Tensor, mask: Tenso
     return torch.ops.vtc.dpp_select(unit, relevance.detach().float(), _each(unit, most, each), most, mask)
 
 
+def coverage_select(unit: Tensor, weight: Tensor, count: int | Tensor, mask: Tensor | None = None) -> Tensor:
+    unit = _wide(unit.detach())
+    if not (compiled(unit) and unit.is_cpu and selection.fits(unit)):
+        return selection.coverage_select(unit, weight, count, mask)
+    most, each = selection.budget(unit, count, mask)
+    return torch.ops.vtc.coverage_select(unit, weight.detach().float(), _each(unit, most, each), most, mask)
+
+
+def distinct_select(unit: Tensor, chosen: Tensor, each: Tensor) -> Tensor:
+    unit = _wide(unit.detach())
+    if not (compiled(unit) and unit.is_cpu and selection.fits(unit)):
+        return selection.distinct_select(unit, chosen, each)
+    return torch.ops.vtc.distinct_select(unit, chosen, each)
+
+
 def dpc_knn(
     x: Tensor, count: int | Tensor, neighbors: int = 5, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,5 +169,5 @@ def _each(x: Tensor, most: int, each: Tensor | None) -> Tensor:
 
 for _name in ("energy", "bipartite_match", "pair_round", "merge", "rows", "attention_received", "probe_norms"):
     globals()[_name].__doc__ = getattr(definitions, _name).__doc__
-for _name in ("greedy_select", "dpp_select", "dpc_knn"):
+for _name in ("greedy_select", "dpp_select", "coverage_select", "distinct_select", "dpc_knn"):
     globals()[_name].__doc__ = getattr(selection, _name).__doc__

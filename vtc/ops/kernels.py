@@ -47,6 +47,8 @@ for _schema in (
     "greedy_select(Tensor unit, Tensor? importance, Tensor each, int most, int kind, float balance, int step, "
     "Tensor? mask) -> Tensor",
     "dpp_select(Tensor unit, Tensor relevance, Tensor each, int most, Tensor? mask) -> Tensor",
+    "coverage_select(Tensor unit, Tensor weight, Tensor each, int most, Tensor? mask) -> Tensor",
+    "distinct_select(Tensor unit, Tensor chosen, Tensor each) -> Tensor",
     "dpc_knn(Tensor x, Tensor each, int most, int neighbors, Tensor? mask) -> (Tensor, Tensor, Tensor)",
     "received(Tensor query, Tensor key, float scale, Tensor? mask) -> Tensor",
     "probe_norms(Tensor difference, float step) -> Tensor",
@@ -111,6 +113,16 @@ def _(
 @_fake("dpp_select")
 def _(unit: Tensor, relevance: Tensor, each: Tensor, most: int, mask: Tensor | None) -> Tensor:
     return each.new_empty(unit.shape[0], most)
+
+
+@_fake("coverage_select")
+def _(unit: Tensor, weight: Tensor, each: Tensor, most: int, mask: Tensor | None) -> Tensor:
+    return each.new_empty(unit.shape[0], most)
+
+
+@_fake("distinct_select")
+def _(unit: Tensor, chosen: Tensor, each: Tensor) -> Tensor:
+    return torch.empty_like(chosen, memory_format=torch.contiguous_format)
 
 
 @_fake("dpc_knn")

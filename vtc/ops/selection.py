@@ -22,6 +22,8 @@ SELECTIONS = ("mmr", "sads", "max_min")
 _SAME = 1.0 - 1e-6
 # The fraction of a token's kernel value that may remain, due to rounding, when the picked tokens span it.
 _SPANNED = 1e-5
+# How many duplicates `distinct_select` drops at a time.
+_PER_ROUND = 8
 # How many outdated gains `coverage_select` updates at a time.
 _PANEL = 32
 _LOWEST = torch.finfo(torch.float32).min
@@ -138,6 +140,40 @@ def coverage_select(unit: Tensor, weight: Tensor, count: int | Tensor, mask: Ten
         taken.scatter_(1, pick, True)
         cover = torch.maximum(cover, rows(pick)[:, 0])
     return _trim(torch.cat(order, 1), each)
+
+
+@torch.no_grad()
+def distinct_select(unit: Tensor, chosen: Tensor, each: Tensor) -> Tensor:
+    """Which `each[b]` [B] of the chosen tokens [B, N] stay after duplicates are dropped: [B, N] bool.
+
+    The n tokens that are left are split into every second one and the others; of the first half, the `min(8, n // 2, too
+    many)` with the highest cosine to one of the second half are dropped; this repeats until enough are gone.
+    """
+    left, counts = chosen.sum(1).tolist(), each.clamp(min=0).tolist()
+    partner = _looked_up(unit) if fits(unit) else None
+    while True:
+        drop = [min(_PER_ROUND, n // 2, n - k) if n > k else 0 for n, k in zip(left, counts, strict=True)]
+        if not any(drop):
+            return chosen & (each > 0)[:, None]  # if 0, one token without a partner is left over
+        order = (~chosen).long().argsort(dim=1, stable=True)[:, : max(left)]
+        real, removed = chosen.gather(1, order), torch.tensor(drop, device=unit.device)
+        sides = order[:, ::2], order[:, 1::2], removed, real[:, ::2], real[:, 1::2]
+        gone = definitions.bipartite_match(unit, *sides, partner)[0]
+        column = torch.where(gone < 0, chosen.shape[1], gone)
+        chosen = torch.nn.functional.pad(chosen, (0, 1)).scatter(1, column, False)[:, :-1]
+        left = [n - d for n, d in zip(left, drop, strict=True)]
+
+
+def _looked_up(unit: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`best_partner` for many rounds over the same tokens: their cosines are computed once."""
+    cosine = unit @ unit.mT
+    image = torch.arange(len(unit), device=unit.device)[:, None, None]
+
+    def partner(_: Tensor, a: Tensor, b: Tensor, b_valid: Tensor) -> tuple[Tensor, Tensor]:
+        best = cosine[image, a[..., None], b[:, None]].masked_fill(~b_valid[:, None], float("-inf")).max(-1)
+        return best.values, best.indices
+
+    return partner
 
 
 @torch.no_grad()
