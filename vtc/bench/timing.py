@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vtc.bench.sliced import sliced
 from vtc.errors import OptionError
 from vtc.handle import Handle, install
 from vtc.methods import Method
@@ -31,6 +32,8 @@ class Row:
         realised: the measured speed-up; low, high: its quartiles over the rounds.
         efficiency: realised / ideal.
         overhead: how much longer than dense the patched model takes at keep=1.0 (0.01 = one per cent).
+        limit: the speed-up of the same model whose tokens are cut by plain slicing to the same counts at the same places;
+            of_limit: the median over the rounds of realised / limit. None where tokens cannot be cut so.
     """
 
     method: str
@@ -45,6 +48,8 @@ class Row:
     high: float
     efficiency: float
     overhead: float
+    limit: float | None = None
+    of_limit: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -60,7 +65,8 @@ def measure(
     call: Callable[[nn.Module, Any], Any] | None = None,
     tick: Tick | None = None,
 ) -> list[Row]:
-    """Time `model` without and with each method, and with each method at keep=1.0, in turns. The model is not changed.
+    """Time `model` without and with each method, with each method at keep=1.0, and with its tokens cut by plain slicing, in
+    turns. The model is not changed.
 
     Args:
         inputs: what the model is called with; a dict gives keyword arguments.
@@ -79,6 +85,11 @@ def measure(
             handle = install(shared_copy(model), budget)
             calls[f"{index} {key}"] = partial(run, handle.model, inputs)
             handles += [] if key else [handle]
+        cut = shared_copy(model)
+        with torch.inference_mode():
+            calls[f"{index} "]()  # to know its counts
+        if sliced(cut, handles[-1], partial(run, cut, inputs)):
+            calls[f"{index} sliced"] = partial(run, cut, inputs)
     took = interleave(calls, repeats, warmup, tick=tick)
     dense = took["dense"]
     rows = []
@@ -87,6 +98,7 @@ def measure(
         slower = [s / d for d, s in zip(dense, took[f"{index} keep=1.0"], strict=True)]
         report = handle.report
         ideal = 1 / report.macs_ratio
+        cut = took.get(f"{index} sliced")
         rows.append(
             Row(
                 method=method.label,
@@ -101,14 +113,16 @@ def measure(
                 high=faster[-1 - len(faster) // 4],
                 efficiency=median(faster) / ideal,
                 overhead=median(slower) - 1,
+                limit=None if cut is None else median(d / s for d, s in zip(dense, cut, strict=True)),
+                of_limit=None if cut is None else median(c / s for c, s in zip(cut, took[f"{index} "], strict=True)),
             )
         )
     return rows
 
 
 def runs(methods: int, repeats: int, warmup: int) -> int:
-    """How many single runs `measure` makes."""
-    return (1 + 2 * methods) * (repeats + warmup)
+    """How many single runs `measure` makes at most."""
+    return (1 + 3 * methods) * (repeats + warmup)
 
 
 def interleave(

@@ -58,10 +58,10 @@ def show_bench(rows: Sequence[Row], result: Mapping[str, Any]) -> None:
     about = result["environment"]
     images = f"{about['batch']} image{'s' * (about['batch'] != 1)} of {about['image_size']} x {about['image_size']}"
     console.print(f"\n[bold]{escape(result['model'])}[/bold], {images}")
-    heads = ("method", "tokens", "MACs", "ms", "ideal", "realised", "quartiles", "of ideal", "keep=1")
+    heads = ("method", "tokens", "MACs", "ms", "ideal", "limit", "realised", "quartiles", "of limit", "keep=1")
     table = _table("Speed-up, medians over rounds", *heads, left=(0,), gap=(0, 0))
     if rows:
-        table.add_row("dense", str(rows[0].tokens[0]), "100.0%", f"{1e3 * rows[0].dense_seconds:.0f}", "1", "1")
+        table.add_row("dense", str(rows[0].tokens[0]), "100.0%", f"{1e3 * rows[0].dense_seconds:.0f}", "1", "1", "1")
     for row in rows:
         table.add_row(
             row.method,
@@ -69,13 +69,15 @@ def show_bench(rows: Sequence[Row], result: Mapping[str, Any]) -> None:
             f"{row.macs_ratio:.1%}",
             f"{1e3 * row.seconds:.0f}",
             f"{row.ideal:.2f}",
+            "" if row.limit is None else f"{row.limit:.2f}",
             f"{row.realised:.2f}",
             f"{row.low:.2f}-{row.high:.2f}",
-            f"{row.efficiency:.2f}",
+            "" if row.of_limit is None else f"{row.of_limit:.2f}",
             f"{row.overhead:+.1%}",
         )
     console.print(table)
     note = f"realised: times as fast as dense in the same round, median and quartiles of {about['repeats']} rounds."
+    note += " ideal: by multiply-adds; limit: the same model with its tokens cut by plain slicing to the same counts."
     console.print(f"[dim]{note} keep=1: what the patched model costs that keeps every token.[/dim]")
     _stamp(console, about)
     console.print()

@@ -259,7 +259,7 @@ def set_backend(name: str | None) -> None:
 
 def backend(device: str | torch.device = "cpu") -> str:
     """Which backend runs operators on tensors of `device`."""
-    kind = torch.device(device).type
+    kind = device.type if isinstance(device, torch.device) else torch.device(device).type
     if _chosen is not None:
         return _chosen if _chosen in _ON.get(kind, ()) else "torch"
     return "torch" if torch.compiler.is_exporting() else _fastest(kind)  # who runs a saved graph need not have vtc
@@ -268,6 +268,8 @@ def backend(device: str | torch.device = "cpu") -> str:
 @torch.compiler.assume_constant_result  # graphs cannot contain building, loading or registering: runs when compiling
 def _fastest(kind: str) -> str:
     names = _ON.get(kind, ())
+    if names and _loaded.get(names[0]) and not _cupy:  # every operator of every layer asks
+        return names[0]
     with _lock:
         new = bool(names) and names[0] not in _loaded
         found = next((name for name in names if _load(name)), "torch")

@@ -8,7 +8,7 @@ multiple of Hk: grouped queries), N tokens, D width of a head. Images of differe
 
 from __future__ import annotations
 
-import einops
+import torch
 from torch import Tensor
 
 from vtc import ops
@@ -109,5 +109,9 @@ def _check(query: Tensor, key: Tensor) -> None:
 
 def head_mean(keys: Tensor, heads: int) -> Tensor:
     """[B, H, N, D] or [B, N, H D] -> [B, N, D] float32, the mean over heads."""
-    pattern = "b h n d -> b n d" if keys.ndim == 4 else "b n (h d) -> b n d"
-    return einops.reduce(keys.detach().float(), pattern, "mean", h=heads)
+    keys = keys.detach()
+    if keys.ndim != 4:
+        return keys.unflatten(2, (heads, -1)).mean(2, dtype=torch.float32)
+    if keys.shape[1] != heads:
+        raise InputError(f"keys {tuple(keys.shape)} are not those of {heads} heads")
+    return keys.mean(1, dtype=torch.float32)

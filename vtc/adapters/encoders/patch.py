@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -179,7 +180,7 @@ class EncoderPatch:
         block, now = self.site.block, self.now
         if self.idle:
             stage = self.passing(patch, now, x, args, kwargs)
-            return self.leave(patch, now, *self.own(patch, x, args, kwargs), stage)
+            return self.leave(patch, now, *self.own(patch, x, args, kwargs), stage, stage.count())
         stage = self.enter(patch, now, x, args, kwargs)
         removed = stage.plan[:, patch.index] if isinstance(stage.plan, Tensor) else stage.plan[patch.index]
         idle = not bool(removed.any()) if isinstance(removed, Tensor) else removed == 0
@@ -187,8 +188,7 @@ class EncoderPatch:
             self.check_length(patch, x, stage)
             x = stage.narrow(x)
         if stage.total is None and idle:  # nothing has happened and nothing will: the block's own forward
-            out = self.own(patch, x, args, kwargs)
-            return self.leave(patch, now, *out, replace(stage, flow=(*stage.flow, (stage.count(), stage.count()))))
+            return self.leave(patch, now, *self.own(patch, x, args, kwargs), stage, stage.count())
         attended, before = stage.count(), x
         if not idle and "layer_keys" in self.method.needs:
             now.wanted, now.keys = patch, None
@@ -201,7 +201,7 @@ class EncoderPatch:
                 now.keys = block.project(patch.module, before)
             x, stage = self.reduce(patch, now, x, stage, removed)
         x = x + block.feed(patch.module, x)
-        return self.leave(patch, now, x, (), replace(stage, flow=(*stage.flow, (attended, stage.count()))))
+        return self.leave(patch, now, x, (), stage, attended)
 
     def own(self, patch: BlockPatch, x: Tensor, args: tuple, kwargs: dict) -> tuple[Tensor, tuple]:
         """What the block's own forward gives: the tokens, and what comes beside them."""
@@ -216,7 +216,7 @@ class EncoderPatch:
             padding = None if given is None or tracer(x) else read(given, x, self.site.prefix)[0]
             stage = replace(self.fresh(now, x), mask=padding)
             stage = replace(stage, flow=((stage.count(), stage.count()),) * patch.index)
-        return replace(stage, flow=(*stage.flow, (stage.count(), stage.count())))
+        return stage
 
     def fresh(self, now: Running, x: Tensor) -> CallState:
         site = self.site
@@ -251,7 +251,9 @@ class EncoderPatch:
             )
         if stage.total is None:
             x, keys = stage.fronted(x), keys if keys is None else stage.fronted(keys)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type
+        wide = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        with torch.no_grad(), wide:
             if not stage.maps:
                 check_finite(
                     x if keys is None else keys, f"tokens of {self.site.path or 'the model'}, layer {patch.index}"
@@ -277,9 +279,8 @@ class EncoderPatch:
         pairs = stage.pairs
         if pairs is not None:
             pairs = cut(pairs, token_map, self.method.merges, f"layer {patch.index} of {self.where}")
-        maps = (*stage.maps, token_map)
-        stage = replace(stage, total=total, size=size, mask=mask, pairs=pairs, maps=maps)
-        return x, replace(stage, carried=carried, slot=self.slot)
+        fields = {"total": total, "size": size, "mask": mask, "pairs": pairs, "maps": (*stage.maps, token_map)}
+        return x, stage.changed(**fields, carried=carried, slot=self.slot)
 
     def enter(self, patch: BlockPatch, now: Running, x: Tensor, args: tuple, kwargs: dict) -> CallState:
         stage = self.noted(patch, x) if recomputing() else None
@@ -378,11 +379,11 @@ class EncoderPatch:
             )
         return replace(stage, plan=(0,) * len(self.site.blocks), front=front)
 
-    def leave(self, patch: BlockPatch, now: Running, x: Tensor, more: tuple, stage: CallState) -> Any:
+    def leave(self, patch: BlockPatch, now: Running, x: Tensor, more: tuple, stage: CallState, attended: Any) -> Any:
         last = patch.index + 1 == len(self.site.blocks)
         # the model works on this output, or other code reads it
         wide = last or now.wide or self.site.between or bool(patch.module._forward_hooks)
-        stage = replace(stage, layer=patch.index + 1, wide=wide)
+        stage = stage.changed(layer=patch.index + 1, wide=wide, flow=(*stage.flow, (attended, stage.count())))
         if wide:
             x = stage.widen(x, 0 if self.method.merges else "nearest")
         if last:

@@ -21,7 +21,7 @@ from vtc.adapters.attention_tap import tapped
 from vtc.adapters.encoders.copies import bare_copy, floats, kind_of, on_meta, stand_in, width_of, zeros
 from vtc.adapters.encoders.site import EncoderSite, unforeseen
 from vtc.adapters.encoders.state import CallState
-from vtc.errors import first_line
+from vtc.errors import InputError, first_line
 from vtc.scores.attention import head_mean
 from vtc.token_map import TokenMap
 
@@ -277,7 +277,7 @@ def _heard(site: EncoderSite, block: nn.Module, x: Tensor, args: tuple, kwargs: 
     keys, heads = outputs[-1], about.heads(block)
     try:
         found = head_mean(keys, heads).shape[:2] == x.shape[:2]
-    except Exception:  # einops raises its own errors
+    except (InputError, RuntimeError, IndexError):  # of another form altogether
         found = False
     return plain, "" if found else f"has keys of form {list(keys.shape)}, not {heads} heads of {x.shape[1]} tokens"
 
