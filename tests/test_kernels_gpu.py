@@ -201,6 +201,18 @@ def test_a_greedy_selection_in_a_cuda_graph() -> None:
         assert torch.equal(order, selection.greedy_select(x, importance, 64, "mmr"))
 
 
+@pytest.mark.parametrize("form", [-1, *range(len(definitions.ENERGIES))])
+@pytest.mark.parametrize("shape", SHAPES[1:])
+def test_pair_round(form: int, shape: tuple[int, int, int]) -> None:
+    x, weight = draw(*shape), draw(*shape[:2]).abs().ceil()
+    asked = None if form < 0 else (definitions.ENERGIES[form], 0.5, 1.0)
+    for prefix, half, protect in ((0, False, False), (1, False, form >= 0), (1, form >= 0, False)):
+        r = (shape[1] - prefix) // 4
+        made = ops.pair_round(x, weight, r, prefix, form, 0.5, 1.0, half, protect)
+        for ours, theirs in zip(made, definitions.pair_round(x, weight, r, prefix, asked, half, protect), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
 def test_nothing_as_large_as_all_pairs() -> None:
     x = unit(1, 16384, 64)
     index = torch.arange(16384, device="cuda")[None]

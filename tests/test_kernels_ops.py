@@ -156,7 +156,10 @@ BAD = {
     ],
     "dpp_select": [(1, torch.rand(2, 11), r"relevance is \[2, 11\]"), (3, -1, "most is -1")],
     "coverage_select": [(1, torch.rand(2, 11), r"weight is \[2, 11\]"), (3, 13, "most is 13")],
-    "distinct_select": [(1, torch.ones(2, 11).bool(), r"chosen is \[2, 11\]"), (2, torch.tensor([1]), r"each is \[1\]")],
+    "distinct_select": [
+        (1, torch.ones(2, 11).bool(), r"chosen is \[2, 11\]"),
+        (2, torch.tensor([1]), r"each is \[1\]"),
+    ],
     "dpc_knn": [(3, 0, "neighbors is 0"), (1, torch.tensor([1.0, 2.0]), "wrong type")],
     "received": [
         (0, torch.randn(2, 3, 6, 8), "3 query heads cannot share 2 key heads evenly"),

@@ -53,7 +53,9 @@ def test_a_round(backend, name, options, most):
     assert 3 <= count(run) <= most[backend]
 
 
-@pytest.mark.parametrize(("name", "most"), [("tome", {"cpp": 1.4, "torch": 2.5}), ("pitome", {"cpp": 1.4, "torch": 3.0})])
+@pytest.mark.parametrize(
+    ("name", "most"), [("tome", {"cpp": 1.4, "torch": 2.5}), ("pitome", {"cpp": 1.4, "torch": 3.0})]
+)
 def test_an_encoder(backend, name, most):
     model, image = timm.create_model("vit_small_patch16_224").eval(), torch.randn(1, 3, 224, 224)
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """`make gpu-check`: build the kernels for the GPU at hand, test them, run compute-sanitizer, time them against eager
-torch. Writes benchmarks/results/<device>.json and the table in docs/kernels.md. Needs no network.
+torch, and whole models (tools/gpu_models.py). Writes benchmarks/results/<device>.json and the tables in docs/kernels.md.
+Needs no network.
 
 python tools/gpu_check.py            all of that
 python tools/gpu_check.py small      each operator once, small; what compute-sanitizer runs
@@ -55,7 +56,15 @@ def main() -> None:
         rows.append(row)
         print(f"{operator:24} {shape:34} vtc {row['vtc_ms']:9.4f} ms  eager {row['eager_ms']:9.4f} ms", flush=True)
     device = torch.cuda.get_device_name()
+    sys.path.insert(0, str(ROOT / "tools"))
+    import gpu_models
+
+    models = (
+        gpu_models.encoders("cuda", gpu_models.ENCODERS, gpu_models.BATCHES, 9),
+        gpu_models.decoders("cuda", ("0.5b", "7b"), 5),
+    )
     about = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda, "rows": rows}
+    about |= {"encoders": models[0], "decoders": models[1], "tables": gpu_models.tables(*models)}
     to = ROOT / "benchmarks" / "results" / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
     to.parent.mkdir(parents=True, exist_ok=True)
     to.write_text(json.dumps(about, indent=1) + "\n")
@@ -103,6 +112,7 @@ def cases(small: bool = False) -> list[tuple[str, str, Callable[[], Any], Callab
     """(operator, shape, with our kernels, in eager torch), at the sizes of the issue; `small` for the sanitizer."""
     import torch
 
+    import vtc.ops
     from vtc.ops import definitions, selection
     from vtc.scores.attention import attention_received
 
@@ -138,6 +148,15 @@ def cases(small: bool = False) -> list[tuple[str, str, Callable[[], Any], Callab
                 lambda: definitions.merge(features, group, slots),
             )
         )
+        for name, form in (("tome", None), ("pitome", ("nearest", 0.0, 1.0))):
+            found.append(
+                (
+                    f"pair_round ({name})",
+                    shape,
+                    lambda form=form: vtc.ops.pair_round(x, None, tokens // 8, 1, form),  # type: ignore[misc]
+                    lambda form=form: definitions.pair_round(x, None, tokens // 8, 1, form),  # type: ignore[misc]
+                )
+            )
         best, at = definitions.best_partner(x, a, b, None)
         pairs = (best, at, a, b, None, tokens // 4, None)
         found.append(("top_pairs", shape, lambda: ops.top_pairs(*pairs), lambda: definitions.top_pairs(*pairs)))
@@ -224,6 +243,7 @@ def write_table(about: dict[str, Any]) -> None:
     for row in about["rows"]:
         ours, eager = row["vtc_ms"], row["eager_ms"]
         lines.append(f"| {row['operator']} | {row['shape']} | {ours:.4f} | {eager:.4f} | {eager / ours:.1f} |")
+    lines += ["", "Whole models, random weights, bfloat16 (tools/gpu_models.py):", "", about["tables"]]
     page = PAGE.read_text()
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)

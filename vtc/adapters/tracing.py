@@ -29,8 +29,8 @@ def tracer(x: Any) -> str:
 
 def unrecorded(what: str) -> str:
     return (
-        f"{what} cannot record what vtc does: use torch.export.export(model, (images,), strict=False) for one size of "
-        "batch and image, or call vtc.remove(model) first"
+        f"{what} cannot record what vtc does: use torch.export.export(model, (images,)) or "
+        "torch.onnx.export(model, (images,), dynamo=True), or call vtc.remove(model) first"
     )
 
 

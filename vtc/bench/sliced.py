@@ -1,5 +1,5 @@
-"""The honest limit of a compressed encoder: the same model, its tokens cut by plain slicing to the same counts at the same
-place in each block. Nothing is decided or merged, and no map is kept."""
+"""The honest limit of a compressed encoder: the same model, its tokens cut by plain slicing to the same counts at the
+same place in each block. Nothing is decided or merged, and no map is kept."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Slice(Patch):
 
 
 def counts_of(handle: Handle) -> tuple[int, ...] | None:
-    """How many tokens of an image each block of its encoder left in the last call; None if that is not one number for all
-    images of one encoder."""
+    """How many tokens of an image each block of its encoder left in the last call; None if that is not one number for
+    all images of one encoder."""
     if len(handle.patches) != 1 or (stage := getattr(handle.patches[0], "stage", None)) is None:
         return None
     fed = tuple(after for _, after in stage.flow)

@@ -32,8 +32,8 @@ class Row:
         realised: the measured speed-up; low, high: its quartiles over the rounds.
         efficiency: realised / ideal.
         overhead: how much longer than dense the patched model takes at keep=1.0 (0.01 = one per cent).
-        limit: the speed-up of the same model whose tokens are cut by plain slicing to the same counts at the same places;
-            of_limit: the median over the rounds of realised / limit. None where tokens cannot be cut so.
+        limit: the speed-up of the same model whose tokens are cut by plain slicing to the same counts at the same
+            places; of_limit: the median over the rounds of realised / limit. None where tokens cannot be cut so.
     """
 
     method: str
@@ -65,8 +65,8 @@ def measure(
     call: Callable[[nn.Module, Any], Any] | None = None,
     tick: Tick | None = None,
 ) -> list[Row]:
-    """Time `model` without and with each method, with each method at keep=1.0, and with its tokens cut by plain slicing, in
-    turns. The model is not changed.
+    """Time `model` without and with each method, with each method at keep=1.0, and with its tokens cut by plain slicing,
+    in turns. The model is not changed.
 
     Args:
         inputs: what the model is called with; a dict gives keyword arguments.
@@ -85,11 +85,11 @@ def measure(
             handle = install(shared_copy(model), budget)
             calls[f"{index} {key}"] = partial(run, handle.model, inputs)
             handles += [] if key else [handle]
-        cut = shared_copy(model)
+        copied = shared_copy(model)
         with torch.inference_mode():
             calls[f"{index} "]()  # to know its counts
-        if sliced(cut, handles[-1], partial(run, cut, inputs)):
-            calls[f"{index} sliced"] = partial(run, cut, inputs)
+        if sliced(copied, handles[-1], partial(run, copied, inputs)):
+            calls[f"{index} sliced"] = partial(run, copied, inputs)
     took = interleave(calls, repeats, warmup, tick=tick)
     dense = took["dense"]
     rows = []

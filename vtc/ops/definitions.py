@@ -64,8 +64,8 @@ def energy(unit: Tensor, form: str, margin: float, alpha: float = 1.0, mask: Ten
 
 
 def _itself(unit: Tensor) -> Tensor:
-    """A token's similarity to itself, 1 (0 for a zero vector). The computed value differs from 1 by rounding, which would
-    order equally redundant tokens, such as the two of a pair, at random."""
+    """A token's similarity to itself, 1 (0 for a zero vector). The computed value differs from 1 by rounding, which
+    would order equally redundant tokens, such as the two of a pair, at random."""
     return unit.square().sum(-1).round()
 
 
@@ -217,7 +217,8 @@ def pair_round(
             score, source = _first(best.masked_fill_(not_a, -3.0), r)
             target = at.gather(1, source)
         else:
-            source, target, score = bipartite_match(inside, *(side.sort(dim=1).values for side in sides), r)
+            first, second = (side.sort(dim=1).values for side in sides)
+            source, target, score = bipartite_match(inside, first, second, r)
         place, sources, targets = source, slice(prefix, None), slice(prefix, None)
     kept[:, sources].scatter_(1, place, 0)
     group = kept.cumsum(1).sub_(1)
@@ -227,8 +228,10 @@ def pair_round(
 
 def _first(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` highest scores of every row, highest first, and their places."""
-    stable = {} if torch.onnx.is_in_onnx_export() else {"stable": True}  # ONNX has one sort, and it is stable
-    values, places = torch.sort(score, dim=1, descending=True, **stable)
+    if torch.onnx.is_in_onnx_export():  # ONNX has one sort, and it is stable
+        values, places = score.sort(dim=1, descending=True)
+    else:
+        values, places = score.sort(dim=1, descending=True, stable=True)
     return values[:, :count], places[:, :count]
 
 

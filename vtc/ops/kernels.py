@@ -77,13 +77,14 @@ def _(best: Tensor, at: Tensor, a: Tensor, b: Tensor, each: Any, most: int, a_va
 
 
 @_fake("pair_round")
-def _(metric: Tensor, weight: Any, r: int, prefix: int, form: int, margin: float, alpha: float, half: bool, protect: bool) -> Any:
+def _(
+    metric: Tensor, weight: Any, r: int, prefix: int, form: int, margin: float, alpha: float, half: bool, protect: bool
+) -> Any:
     batch, tokens = metric.shape[:2]
-    indices = {"dtype": torch.long}
     return (
-        metric.new_empty(batch, tokens, **indices),
+        metric.new_empty(batch, tokens, dtype=torch.long),
         metric.new_empty(batch, tokens - r),
-        metric.new_empty(batch, r, **indices),
+        metric.new_empty(batch, r, dtype=torch.long),
         metric.new_empty(batch, r),
     )
 

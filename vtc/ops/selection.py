@@ -146,8 +146,8 @@ def coverage_select(unit: Tensor, weight: Tensor, count: int | Tensor, mask: Ten
 def distinct_select(unit: Tensor, chosen: Tensor, each: Tensor) -> Tensor:
     """Which `each[b]` [B] of the chosen tokens [B, N] stay after duplicates are dropped: [B, N] bool.
 
-    The n tokens that are left are split into every second one and the others; of the first half, the `min(8, n // 2, too
-    many)` with the highest cosine to one of the second half are dropped; this repeats until enough are gone.
+    The n tokens that are left are split into every second one and the others; of the first half, the `min(8, n // 2,
+    too many)` with the highest cosine to one of the second half are dropped; this repeats until enough are gone.
     """
     left, counts = chosen.sum(1).tolist(), each.clamp(min=0).tolist()
     partner = _looked_up(unit) if fits(unit) else None
