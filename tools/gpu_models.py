@@ -3,7 +3,7 @@
     python tools/gpu_models.py          # ViT-S, -B, -L at batch 1, 16, 64; decoders of 0.5 and 7 billion parameters
     python tools/gpu_models.py small    # a little of it on the processor, to see that it runs
 
-Every ratio is the median over rounds in which dense and compressed take turns. limit: the same model with its tokens cut
+Ratios are medians over rounds in which dense and compressed take turns. limit: the same model with its tokens cut
 by plain slicing to the same counts. graph: both replayed as CUDA graphs.
 """
 

@@ -65,7 +65,7 @@ def measure(
     call: Callable[[nn.Module, Any], Any] | None = None,
     tick: Tick | None = None,
 ) -> list[Row]:
-    """Time `model` without and with each method, with each method at keep=1.0, and with its tokens cut by plain slicing,
+    """Time `model` without and with each method, with each at keep=1.0, and with its tokens cut by plain slicing,
     in turns. The model is not changed.
 
     Args:
