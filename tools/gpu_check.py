@@ -1,5 +1,5 @@
 """`make gpu-check`: build the kernels for the GPU at hand, test them, run compute-sanitizer, time them against eager
-torch, and whole models (tools/gpu_models.py). Writes benchmarks/results/<device>.json and the tables of docs/kernels.md.
+torch, and whole models (tools/gpu_models.py). Writes benchmarks/results/<device>.json and tables in docs/kernels.md.
 Needs no network.
 
 python tools/gpu_check.py            all of that
