@@ -1,5 +1,5 @@
 // One round of pairwise merging: unit vectors, energies, two sets, partners, the best pairs, slots and sizes. Definition:
-// vtc/ops/definitions.py, pair_round. Five launches, seven with energies; at N = 577, D = 64, B = 1 each is far below the
+// vtc/ops/definitions.py, pair_round. Six launches, seven with energies; at N = 577, D = 64, B = 1 each is far below the
 // time of a launch. Unmeasured.
 #pragma once
 
