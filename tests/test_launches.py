@@ -62,3 +62,25 @@ def test_an_encoder(backend, name, most):
         dense = count(lambda: model(image))
         with vtc.compress(model, name, flops=0.5):
             assert dense < count(lambda: model(image)) <= most[backend] * dense
+
+
+@pytest.mark.parametrize("name", ["tome", "pitome"])
+def test_memory(backend, name):
+    """The peak of what torch allocates in one call of a batch: below dense."""
+    model, images = timm.create_model("vit_tiny_patch16_224", depth=6).eval(), torch.randn(16, 3, 224, 224)
+
+    def peak():
+        model(images)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            model(images)
+        events = seen.profiler.kineto_results.events()
+        now = most = 0
+        for _, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+            now += size
+            most = max(most, now)
+        return most
+
+    with torch.no_grad():
+        dense = peak()
+        with vtc.compress(model, name, flops=0.5):
+            assert 0 < peak() < dense
