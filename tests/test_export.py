@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from itertools import product
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -26,9 +29,23 @@ def models():
     yield transformers.Dinov2Model(small(transformers.Dinov2Config))
 
 
-@pytest.fixture(scope="module", params=range(4), ids=["timm", "vit", "siglip", "dinov2"])
-def model(request):
-    return list(models())[request.param].eval()
+MODELS = ("timm", "vit", "siglip", "dinov2")
+QUICK = {("timm", "tome"), ("siglip", "pitome")}  # `make slow` has the others
+
+
+@cache
+def model_of(which):
+    return dict(zip(MODELS, models(), strict=True))[which].eval()
+
+
+def cases(methods, *more):
+    """(model, method, options, *more), all of them; slow but for a few."""
+    found = []
+    for which, (name, options), *rest in product(MODELS, methods, *more):
+        quick = (which, name) in QUICK and (name, options) in METHODS and not any(rest)
+        marks = () if quick else pytest.mark.slow
+        found.append(pytest.param(which, name, options, *rest, marks=marks, id=f"{which}-{name}-{options}-{rest}"))
+    return found
 
 
 def tokens(output):
@@ -46,9 +63,12 @@ def exported(model, export):
     return export(model, tuple(batches([3])), dynamic_shapes=({0: many},))
 
 
-@pytest.mark.parametrize(("name", "options"), [*METHODS, ("tome", {"keep": 9}), ("tome", {"r": [2, 0, 3]})], ids=str)
+@pytest.mark.parametrize(
+    ("which", "name", "options"), cases([*METHODS, ("tome", {"keep": 9}), ("tome", {"r": [2, 0, 3]})])
+)
 @pytest.mark.filterwarnings("ignore")
-def test_two_graphs_for_all_batch_sizes(model, name, options):
+def test_two_graphs_for_all_batch_sizes(which, name, options):
+    model = model_of(which)
     torch._dynamo.reset()
     counter = CompileCounter()
     with vtc.compress(model, name, **options) as handle, torch.no_grad():
@@ -60,10 +80,10 @@ def test_two_graphs_for_all_batch_sizes(model, name, options):
     assert counter.frame_count == 2  # one image, and more
 
 
-@pytest.mark.parametrize(("name", "options"), METHODS, ids=str)
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(("which", "name", "options", "strict"), cases(METHODS, [False, True]))
 @pytest.mark.filterwarnings("ignore")
-def test_export(model, name, options, strict):
+def test_export(which, name, options, strict):
+    model = model_of(which)
     with vtc.compress(model, name, **options) as handle, torch.no_grad():
         tokens(model(batches([2])[0]))
         before = handle.report
@@ -74,9 +94,10 @@ def test_export(model, name, options, strict):
         assert not any("vtc" in str(node.target) for node in program.graph.nodes)  # it runs where vtc is not
 
 
-@pytest.mark.parametrize(("name", "options"), METHODS, ids=str)
+@pytest.mark.parametrize(("which", "name", "options"), cases(METHODS))
 @pytest.mark.filterwarnings("ignore")
-def test_onnx(model, name, options, tmp_path):
+def test_onnx(which, name, options, tmp_path):
+    model = model_of(which)
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     path = str(tmp_path / "model.onnx")
