@@ -267,7 +267,7 @@ def test_measure_leaves_the_model_alone():
     expected = model(images)
     turns = []
     rows = measure(model, images, [vtc.ToMe(r=4), vtc.PiToMe(keep=0.9)], 3, 1, tick=lambda: turns.append(1))
-    assert [row.method for row in rows] == ["tome", "pitome"] and len(turns) == 5 * 4
+    assert [row.method for row in rows] == ["tome", "pitome"] and len(turns) == 7 * 4
     assert dict(model.named_modules()) == before and torch.equal(model(images), expected)
     other = shared_copy(model)
     for mine, yours in zip(model.parameters(), other.parameters(), strict=True):

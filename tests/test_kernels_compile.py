@@ -87,6 +87,7 @@ def test_cupy_launches_fit_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     cupy.energy(half, 0, 0.5, 1.0, mask)
     cupy.match(half, index[:, ::2], index[:, 1::2], None)
     cupy.top_pairs(score, index, index, index, each, 3, mask)
+    cupy.pair_round(half, score, 3, 1, 0, 0.5, 1.0, False, True)
     cupy.rows(half, index)
     cupy.merge(half, index // 2, 10, score)
     cupy.merge_backward(half[:, :10], index // 2, None, 10)

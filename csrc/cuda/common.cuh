@@ -41,6 +41,12 @@ __device__ __forceinline__ float clean(float score) {
   return score >= LOWEST ? (score > -LOWEST ? -LOWEST : score) : LOWEST;
 }
 
+// Whether p, the p_at-th, comes before q: the higher score, of equals the first; a NaN is the highest, as torch sorts it.
+__device__ __forceinline__ bool before(float p, int p_at, float q, int q_at) {
+  const bool wild = p != p, other = q != q;
+  return wild != other ? wild : p > q || (!(q > p) && p_at < q_at);
+}
+
 // Sums over groups of `lanes` neighbouring threads (a power of 2), the same in each of them.
 __device__ __forceinline__ float sum_lanes(float x, int lanes = LANES) {
   for (int step = lanes / 2; step; step /= 2) x += __shfl_xor_sync(ALL, x, step);

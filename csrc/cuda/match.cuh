@@ -55,18 +55,12 @@ __global__ void __launch_bounds__(THREADS) match_kernel(
   }
 }
 
-// Whether pair p comes before pair q: the higher score, of equals the first; a NaN is the highest, as torch sorts it.
-__device__ __forceinline__ bool before(float p, int p_at, float q, int q_at) {
-  const bool wild = p != p, other = q != q;
-  return wild != other ? wild : p > q || (!(q > p) && p_at < q_at);
-}
-
 // The `most` best pairs of an image, of which each[image] exist (nullptr: all), and without `all` none of -inf: best, at [B, na] of match_kernel; valid
 // [B, na] or nullptr -> source, target, score [B, most]. A pair's place is the number of pairs before it: na^2
 // comparisons, the scores in shared memory. Grid: (na / 256, B).
 __global__ void __launch_bounds__(THREADS) top_pairs_kernel(
     const float* best, const int64* at, const int64* a, const int64* b, const bool* valid, const int64* each,
-    int64* source, int64* target, float* score, int na, int nb, int most, bool all) {
+    int64* source, int64* target, float* score, int na, int nb, int most, int all) {
   __shared__ float scores[THREADS];
   const int64 image = blockIdx.y;
   const int i = blockIdx.x * THREADS + threadIdx.x;
@@ -96,7 +90,7 @@ inline void launch_top_pairs(cudaStream_t stream, const float* best, const int64
                              int batch, int na, int nb, int most) {
   if (batch == 0 || most == 0) return;
   VTC_LAUNCH(top_pairs_kernel, dim3(blocks(na, THREADS), batch), THREADS, 0, stream, best, at, a, b, valid, each,
-             source, target, score, na, nb, most, false);
+             source, target, score, na, nb, most, 0);
 }
 
 template <typename T>

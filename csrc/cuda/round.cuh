@@ -3,8 +3,11 @@
 // time of a launch. Unmeasured.
 #pragma once
 
+#include "tile.cuh"
+#ifndef __CUDACC_RTC__
 #include "energy.cuh"
 #include "match.cuh"
+#endif
 
 namespace vtc_cuda {
 
@@ -22,7 +25,7 @@ __global__ void __launch_bounds__(THREADS) units_kernel(const T* x, float* unit,
 // high [B, p], or nullptr: the tokens are taken as they stand -> side [B, p], 1 = a, 2 = b, 0 = neither. A token's rank is
 // the number of tokens before it: p^2 comparisons, the energies in shared memory. Grid: (p / 256, B).
 __global__ void __launch_bounds__(THREADS) sides_kernel(
-    const float* high, int64* side, int p, int r, int prefix, bool half, bool some) {
+    const float* high, int64* side, int p, int r, int prefix, int half, int some) {
   __shared__ float others[THREADS];
   const int64 image = blockIdx.y;
   const int i = blockIdx.x * THREADS + threadIdx.x;
@@ -119,7 +122,7 @@ void launch_round(cudaStream_t stream, const T* metric, const float* weight, flo
     VTC_LAUNCH(lists_kernel, tokens, THREADS, 0, stream, side, a, b, p, na, nb);
     launch_match<float>(stream, unit, a, b, nullptr, best, at, batch, p, d, na, nb);
     VTC_LAUNCH(top_pairs_kernel, dim3(blocks(na, THREADS), batch), THREADS, 0, stream, best, at, a, b, nullptr, nullptr,
-               source, target, score, na, nb, r, true);
+               source, target, score, na, nb, r, 1);
   }
   VTC_LAUNCH(slots_kernel, dim3(batch), THREADS, 0, stream, source, target, weight, group, size, n, r, prefix);
 }

@@ -140,8 +140,6 @@ def _launch(name: str, like: Tensor, grid: tuple[int, ...], threads: int, *argum
     def convert(value: Any) -> Any:
         if value is None or isinstance(value, Tensor):
             return numpy.uintp(0 if value is None else value.data_ptr())
-        if isinstance(value, bool):
-            return numpy.bool_(value)
         return numpy.float32(value) if isinstance(value, float) else numpy.int32(value)
 
     values = tuple(v if isinstance(v, numpy.generic) else convert(v) for v in arguments)
@@ -223,7 +221,7 @@ def top_pairs(
     pairs = at.new_empty(2, batch, most), best.new_empty(batch, most)
     out = (*pairs[0], pairs[1])
     if most:
-        values = (score, places, of, targets, valid, each, *out, sources, b.shape[1], most, False)
+        values = (score, places, of, targets, valid, each, *out, sources, b.shape[1], most, 0)
         _launch("top_pairs_kernel", best, (-(-sources // 256), batch), 256, *values)
     return out
 
@@ -256,11 +254,11 @@ def pair_round(
         if form >= 0:
             high = energy(unit, form, margin, alpha, None)
         side, grid = source.new_empty(batch, inside), (-(-inside // 256), batch)
-        _launch("sides_kernel", unit, grid, 256, high, side, inside, r, prefix, form >= 0 and half, some)
+        _launch("sides_kernel", unit, grid, 256, high, side, inside, r, prefix, int(form >= 0 and half), int(some))
         a, b = side.new_empty(batch, first), side.new_empty(batch, r if some else inside - first)
         _launch("lists_kernel", unit, grid, 256, side, a, b, inside, first, b.shape[1])
         best, at = match(unit, a, b, None)
-        values = (best, at, a, b, None, None, source, target, score, first, b.shape[1], r, True)
+        values = (best, at, a, b, None, None, source, target, score, first, b.shape[1], r, 1)
         _launch("top_pairs_kernel", unit, (-(-first // 256), batch), 256, *values)
     _launch("slots_kernel", metric, (batch,), 256, source, target, weight, group, size, tokens, r, prefix)
     return group, size, source, score
