@@ -141,7 +141,7 @@ def asked_of(loaded: tuple[Any, Any], asked: list[Asked], method: str, frame: st
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parse.add_argument("models", nargs="+", choices=tiny.TINY)
-    parse.add_argument("--limit", type=int, default=90, help="scenes, of the validation split")
+    parse.add_argument("--limit", type=int, default=60, help="scenes, of the validation split")
     args = parse.parse_args()
     METHODS.setdefault(ByChance.name, ByChance)
     known, body = [], []
