@@ -316,38 +316,31 @@ Tensor greedy_select(Tensor unit, Maybe importance, Tensor each, int64_t most, i
   return order;
 }
 
-Tensor dpp_select(Tensor unit, Tensor relevance, Tensor each, int64_t most, Maybe mask) {
+// A selection by one weight for each token; pick is vtc::dpp or vtc::coverage.
+template <class F>
+Tensor weighted(Tensor unit, Tensor weight, const char* name, Tensor each, int64_t most, Maybe mask, const F& pick) {
   unit = ready(unit, "unit", ScalarType::Float, 3);
   const int64_t batch = unit.size(0), n = unit.size(1), d = unit.size(2);
-  relevance = ready(relevance, "relevance", ScalarType::Float, 2);
-  same(relevance, "relevance", batch, n);
+  weight = ready(weight, name, ScalarType::Float, 2);
+  same(weight, name, batch, n);
   each = each_of(each, batch, most, n);
   mask = mask_of(mask, "mask", batch, n);
   Tensor order = torch::stable::new_empty(each, {batch, most});
   const auto images = [&](int64_t from, int64_t to) {
     for (int64_t b = from; b < to; ++b)
-      vtc::dpp(data<float>(unit) + b * n * d, n, d, data<float>(relevance) + b * n,
-               budget(each, row(mask, b, n), b, n, most), most, row(mask, b, n), data<int64_t>(order) + b * most);
+      pick(data<float>(unit) + b * n * d, n, d, data<float>(weight) + b * n, budget(each, row(mask, b, n), b, n, most), most,
+           row(mask, b, n), data<int64_t>(order) + b * most);
   };
   torch::stable::parallel_for(0, batch, 1, images);
   return order;
 }
 
+Tensor dpp_select(Tensor unit, Tensor relevance, Tensor each, int64_t most, Maybe mask) {
+  return weighted(unit, relevance, "relevance", each, most, mask, vtc::dpp);
+}
+
 Tensor coverage_select(Tensor unit, Tensor weight, Tensor each, int64_t most, Maybe mask) {
-  unit = ready(unit, "unit", ScalarType::Float, 3);
-  const int64_t batch = unit.size(0), n = unit.size(1), d = unit.size(2);
-  weight = ready(weight, "weight", ScalarType::Float, 2);
-  same(weight, "weight", batch, n);
-  each = each_of(each, batch, most, n);
-  mask = mask_of(mask, "mask", batch, n);
-  Tensor order = torch::stable::new_empty(each, {batch, most});
-  const auto images = [&](int64_t from, int64_t to) {
-    for (int64_t b = from; b < to; ++b)
-      vtc::coverage(data<float>(unit) + b * n * d, n, d, data<float>(weight) + b * n,
-                    budget(each, row(mask, b, n), b, n, most), most, row(mask, b, n), data<int64_t>(order) + b * most);
-  };
-  torch::stable::parallel_for(0, batch, 1, images);
-  return order;
+  return weighted(unit, weight, "weight", each, most, mask, vtc::coverage);
 }
 
 Tensor distinct_select(Tensor unit, Tensor chosen, Tensor each) {

@@ -82,7 +82,7 @@ inline void coverage(const float* unit, int64_t n, int64_t d, const float* weigh
       order[k] = -1;
       continue;
     }
-    for (; seen[queue.top().token] < k; ) {
+    while (seen[queue.top().token] < k) {
       Entry top = queue.top();
       queue.pop();
       seen[top.token] = k;
@@ -96,8 +96,8 @@ inline void coverage(const float* unit, int64_t n, int64_t d, const float* weigh
   }
 }
 
-constexpr int64_t NEIGHBOURS = 32;       // neighbours of a token that are sorted
-constexpr int64_t PER_ROUND = 8;   // duplicates dropped at a time
+constexpr int64_t NEIGHBOURS = 32;  // of a token, that are sorted
+constexpr int64_t PER_ROUND = 8;    // duplicates dropped at a time
 
 // Of the chosen tokens, every second one against the others, the PER_ROUND most similar to one of these are dropped, until
 // `count` are left; chosen [n] is changed.
@@ -120,13 +120,13 @@ inline void distinct(const float* unit, int64_t n, int64_t d, int64_t count, boo
       for (int32_t j = 0, at = 0; j < m; ++j)
         if (j != i) others[at++] = j;
       std::partial_sort(others.begin(), others.begin() + near, others.end(), [&](int32_t p, int32_t q) {
-        return higher(row[p], row[q]) || (!higher(row[q], row[p]) && p < q);
+        return before(row[p], p, row[q], q);
       });
       std::copy(others.begin(), others.begin() + near, neighbours.begin() + i * near);
     }
   };
   VTC_PARALLEL(0, m, 16, sorted);
-  std::vector<int64_t> left(m), sources, targets, gone;
+  std::vector<int64_t> left(m), sources, targets;
   std::iota(left.begin(), left.end(), 0);
   std::vector<char> side(m);  // 1: a target of this round
   std::vector<std::pair<float, int64_t>> best;
@@ -148,7 +148,7 @@ inline void distinct(const float* unit, int64_t n, int64_t d, int64_t count, boo
       best.push_back({high, i});
     }
     std::partial_sort(best.begin(), best.begin() + drop, best.end(), [](const auto& p, const auto& q) {
-      return higher(p.first, q.first) || (!higher(q.first, p.first) && p.second < q.second);
+      return before(p.first, p.second, q.first, q.second);
     });
     for (int64_t k = 0; k < drop; ++k) {
       chosen[real[best[k].second]] = false;

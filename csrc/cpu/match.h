@@ -70,6 +70,11 @@ inline bool higher(float p, float q) {
   return wild != other ? wild : p > q;
 }
 
+// The same of the p_at-th and the q_at-th: of equals the first.
+inline bool before(float p, int64_t p_at, float q, int64_t q_at) {
+  return higher(p, q) || (!higher(q, p) && p_at < q_at);
+}
+
 // The `most` best pairs of one image, of which `each` exist: sources a, their partners b[at], scores best [n]. Best
 // first, of equals the first; what is not valid or -inf is no pair.
 inline void top_pairs(const float* best, const int64_t* at, const int64_t* a, const int64_t* b, const bool* valid, int64_t n,
@@ -79,7 +84,7 @@ inline void top_pairs(const float* best, const int64_t* at, const int64_t* a, co
   for (int64_t i = 0; i < n; ++i) order[i] = {valid == nullptr || valid[i] ? best[i] : none, i};
   const int64_t count = std::max<int64_t>(0, std::min(each, most));
   std::partial_sort(order.begin(), order.begin() + count, order.end(), [](const auto& p, const auto& q) {
-    return higher(p.first, q.first) || (!higher(q.first, p.first) && p.second < q.second);
+    return before(p.first, p.second, q.first, q.second);
   });
   for (int64_t k = 0; k < most; ++k) {
     const bool there = k < count && order[k].first != none;

@@ -73,7 +73,7 @@ inline void pair_round(const float* metric, const float* weight, int64_t n, int6
     std::vector<int64_t> order(a.size());
     std::iota(order.begin(), order.end(), 0);
     std::partial_sort(order.begin(), order.begin() + how.r, order.end(), [&](int64_t p, int64_t q) {
-      return higher(best[p], best[q]) || (!higher(best[q], best[p]) && p < q);
+      return before(best[p], p, best[q], q);
     });
     for (int64_t k = 0; k < how.r; ++k) {
       source[k] = a[order[k]];
