@@ -274,6 +274,24 @@ def test_measure_leaves_the_model_alone():
         assert mine is yours
 
 
+def test_the_limit_is_the_same_counts_without_a_method():
+    timm = pytest.importorskip("timm")
+    from vtc.bench import measure, shared_copy
+    from vtc.bench.sliced import sliced
+    from vtc.handle import install
+
+    model, images = timm.create_model("test_vit").eval(), torch.randn(2, 3, 160, 160)
+    handle, cut, seen = install(shared_copy(model), vtc.ToMe(r=4)), shared_copy(model), []
+    handle.model(images)
+    assert sliced(cut, handle, lambda: cut(images))
+    for block in cut.blocks:
+        block.mlp.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    cut(images)
+    assert seen == [after for _, after in handle.report.tokens]
+    (row,) = measure(model, images, [vtc.ToMe(r=4)], 1, 0)
+    assert row.limit > 0 and row.of_limit == pytest.approx(row.realised / row.limit)
+
+
 def test_interleave_order():
     from vtc.bench import interleave
 
