@@ -15,6 +15,7 @@
 #include "cpu/knn.h"
 #include "cpu/match.h"
 #include "cpu/merge.h"
+#include "cpu/minmax.h"
 #include "cpu/probes.h"
 #include "cpu/received.h"
 #include "cpu/round.h"
@@ -419,6 +420,16 @@ Tensor probe_norms(Tensor difference, double step) {
   return out;
 }
 
+Tensor minmax(Tensor scores, Maybe mask, double eps, double floor) {
+  scores = ready(scores, "scores", ScalarType::Float, 2);
+  const int64_t batch = scores.size(0), n = scores.size(1);
+  mask = mask_of(mask, "mask", batch, n);
+  Tensor out = torch::stable::new_empty(scores, {batch, n});
+  for (int64_t b = 0; b < batch; ++b)
+    vtc::minmax(data<float>(scores) + b * n, n, row(mask, b, n), float(eps), float(floor), data<float>(out) + b * n);
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(vtc, CPU, m) {
@@ -436,4 +447,5 @@ STABLE_TORCH_LIBRARY_IMPL(vtc, CPU, m) {
   m.impl("dpc_knn", TORCH_BOX(&dpc_knn));
   m.impl("received", TORCH_BOX(&received));
   m.impl("probe_norms", TORCH_BOX(&probe_norms));
+  m.impl("minmax", TORCH_BOX(&minmax));
 }

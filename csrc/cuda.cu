@@ -15,6 +15,7 @@
 #include "cuda/energy.cuh"
 #include "cuda/match.cuh"
 #include "cuda/merge.cuh"
+#include "cuda/minmax.cuh"
 #include "cuda/probes.cuh"
 #include "cuda/received.cuh"
 #include "cuda/round.cuh"
@@ -387,6 +388,19 @@ Tensor probe_norms(Tensor difference, double step) {
   return out;
 }
 
+Tensor minmax(Tensor scores, Maybe mask, double eps, double floor) {
+  check(scores, "scores", 2);
+  check_batch(scores.size(0));
+  const int64_t batch = scores.size(0), n = scores.size(1);
+  scores = table_of(scores, "scores", ScalarType::Float, batch, n, scores);
+  mask = table_of(mask, "mask", ScalarType::Bool, batch, n, scores);
+  const On on(scores);
+  const Tensor out = make(scores, {batch, n}, ScalarType::Float);
+  vtc_cuda::launch_minmax(on.stream, data<float>(scores), data<bool>(mask), data<float>(out), int(batch), int(n), eps, floor);
+  launched("minmax");
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(vtc, CUDA, m) {
@@ -402,4 +416,5 @@ STABLE_TORCH_LIBRARY_IMPL(vtc, CUDA, m) {
   m.impl("dpc_knn", TORCH_BOX(&dpc_knn));
   m.impl("received", TORCH_BOX(&received));
   m.impl("probe_norms", TORCH_BOX(&probe_norms));
+  m.impl("minmax", TORCH_BOX(&minmax));
 }

@@ -129,6 +129,10 @@ def probe_norms(d: Draw, b: int, n: int, w: int) -> tuple:
     return d.floats(d.randint(0, 3), b, n, w), d.uniform(0.001, 1)
 
 
+def minmax(d: Draw, b: int, n: int, w: int) -> tuple:
+    return d.floats(b, n), d.mask(b, n), d.choice([0.0, 1e-6]), d.choice([0.0, 1e-6])
+
+
 CALLS: tuple[Callable[..., tuple], ...] = (
     energy,
     match,
@@ -144,6 +148,7 @@ CALLS: tuple[Callable[..., tuple], ...] = (
     dpc_knn,
     received,
     probe_norms,
+    minmax,
 )
 WRONG = {
     "most": (-1, 10**6),

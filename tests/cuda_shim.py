@@ -15,7 +15,8 @@ from typing import Any
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 FORMS = {"elu": 0, "paper": 1, "gaussian": 2, "nearest": 3}
-OPERATORS = "energy match top_pairs pair_round rows merge merge_backward greedy dpp dpc_knn received probes".split()
+_NAMES = "energy match top_pairs pair_round rows merge merge_backward greedy dpp dpc_knn received probes minmax"
+OPERATORS = _NAMES.split()
 KINDS = {"mmr": 0, "sads": 1, "max_min": 2}
 
 
@@ -128,6 +129,13 @@ class Kernels:
         self.call("probes", _type(difference), difference, out, probes, _Long(batch * tokens), width, step)
         return out
 
+    def minmax(self, scores, mask, eps, floor=0.0):
+        import torch
+
+        out = torch.empty(scores.shape)
+        self.call("minmax", scores, mask, out, *scores.shape, eps, floor)
+        return out
+
 
 class _Long(int):
     """An argument that is a 64-bit integer in C."""
@@ -222,6 +230,8 @@ def _random_calls(library: ctypes.CDLL, calls: int, draw: random.Random) -> None
             kind, query = tokens(b * 2 * m * d)
             key = ((ctypes.c_float if kind == 0 else ctypes.c_uint16) * (b * (2 // groups) * n * d))()
             run(name, kind, query, key, mask(size), out, b, 2, 2 // groups, m, n, d, 0.3)
+        elif name == "minmax":
+            run(name, floats(size), mask(size), out, b, n, 1e-6, 0.0)
         else:
             kind, difference = tokens(3 * size * d)
             run(name, kind, difference, out, 3, _Long(size), d, 0.01)

@@ -68,7 +68,7 @@ def test_measure(small):
     turns = []
     methods = methods_at(["random", "tome"], [1.0, 0.25])
     dense, rows = measure_prefill(model, inputs, methods, 2, 1, tick=lambda: turns.append(1))
-    assert len(turns) == 3 * 5
+    assert len(turns) == 3 * 9
     assert [(row.method, row.keep) for row in rows] == [(m, k) for m in ("random", "tome") for k in (1.0, 0.25)]
     assert (dense.visual, dense.prompt) == (64, 97)
     assert dense.kv_bytes == cache_bytes(expected)
@@ -80,6 +80,7 @@ def test_measure(small):
         assert row.kv_bytes[0] == dense.kv_bytes and row.kv_bytes[1] * 97 == dense.kv_bytes * (33 + kept)
         assert row.ideal == 1 if row.keep == 1 else row.ideal > 1.5
         assert row.low <= row.realised <= row.high
+        assert row.of_short > 0
         found = row.to_dict()
         assert found["efficiency"] == row.realised / row.ideal
         assert found["layers"] == row.method_seconds / dense.layer_seconds
@@ -94,6 +95,7 @@ def test_everything_that_vtc_adds_is_counted(small):
     dense, (fast, slow) = measure_prefill(model, inputs, [Random(keep=0.5), Slow(keep=0.5)], 3, 1)
     assert fast.method_seconds < 0.1 <= slow.method_seconds < slow.after_seconds < slow.total_seconds
     assert slow.realised < 1 and slow.whole < 1
+    assert slow.of_short < min(0.5, fast.of_short)
 
 
 def test_evidence_is_counted(small, monkeypatch):

@@ -97,6 +97,7 @@ def test_cupy_launches_fit_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     cupy.dpc_knn(half, each, 3, 5, mask)
     cupy.received(half[:, None], half[:, None], 0.5, mask)
     cupy.probe_norms(half[None], 0.01)
+    cupy.minmax(score, mask, 1e-6, 0.0)
     assert launched == {*cupy._KERNELS, *cupy._PLAIN}
     assert [operator.__name__ for operator in cupy.OPERATORS] == re.findall(
         r'm\.impl\("(\w+)"', (ROOT / "csrc" / "cuda.cu").read_text()

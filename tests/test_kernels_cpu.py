@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -234,6 +235,15 @@ def test_probe_norms(case, probes):
     difference = torch.randn(probes, *x.shape, generator=generator)
     fast, plain = both(ops.probe_norms, difference, 0.01)
     torch.testing.assert_close(fast, plain)
+
+
+@settings(deadline=None, max_examples=30)
+@given(cases(), st.sampled_from([0.0, 1e-6]))
+def test_minmax(case, floor):
+    x, mask, generator = case
+    scores = torch.randn(x.shape[:2], generator=generator) if x.shape[2] else torch.ones(x.shape[:2])
+    fast, plain = both(partial(ops.minmax, eps=1e-6, floor=floor), scores, mask)
+    assert torch.equal(fast.nan_to_num(9), plain.nan_to_num(9))  # an image of padding alone has nothing to go by
 
 
 @settings(deadline=None, max_examples=40)

@@ -293,6 +293,15 @@ def test_probe_norms(kernels: cuda_shim.Kernels, dtype: torch.dtype) -> None:
     near(kernels.probe_norms(difference, 0.01), difference.float().norm(dim=-1).sum(0) / (2 * 0.01 * 5), exact)
 
 
+@pytest.mark.parametrize("tokens", [1, 19, 200])
+def test_minmax(kernels: cuda_shim.Kernels, tokens: int) -> None:
+    scores, mask = draw(3, tokens), draw(3, tokens, seed=1) > -0.5
+    mask[:, 0] = True
+    for real in (None, mask):
+        expected = definitions.minmax(scores, real, eps=1e-6, floor=1e-6)
+        assert torch.equal(kernels.minmax(scores, real, 1e-6, 1e-6), expected)
+
+
 def test_a_batch_gives_what_its_images_give(kernels: cuda_shim.Kernels) -> None:
     """Though a batch gets tiles of 64 rows and an image alone tiles of 16."""
     x, each = unit(4, 40, 30), torch.full((4,), 3)

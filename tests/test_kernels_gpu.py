@@ -171,6 +171,13 @@ def test_probe_norms() -> None:
     torch.testing.assert_close(ops.probe_norms(difference, 0.01), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_minmax() -> None:
+    scores = draw(3, 577)
+    for mask in real(3, 577):
+        expected = definitions.minmax(scores, mask, eps=1e-6)
+        torch.testing.assert_close(ops.minmax(scores, mask, 1e-6, 0.0), expected, atol=0, rtol=0)
+
+
 def test_opcheck() -> None:
     x, index = unit(2, 40, 16), torch.arange(40, device="cuda").expand(2, -1)
     each, group = torch.tensor([7, 5], device="cuda"), index // 2

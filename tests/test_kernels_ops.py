@@ -40,6 +40,7 @@ def samples():
         "dpc_knn": (x, each, 4, 5, mask),
         "received": (x.view(2, 2, 6, 8), x.view(2, 2, 6, 8), 0.3, mask[:, :6]),
         "probe_norms": (x[:, None], 0.01),
+        "minmax": (score, mask, 1e-6, 0.0),
     }
 
 
@@ -166,6 +167,7 @@ BAD = {
         (1, torch.randn(2, 2, 6, 7), "do not fit together"),
         (3, torch.ones(2, 5, dtype=torch.bool), r"mask is \[2, 5\]"),
     ],
+    "minmax": [(0, torch.randn(2, 12, 8), "2 dimensions"), (1, torch.ones(2, 11).bool(), r"mask is \[2, 11\]")],
     "probe_norms": [(0, torch.randn(2, 12, 8), "4 dimensions"), (1, 0.0, "step is 0")],
 }
 

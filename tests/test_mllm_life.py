@@ -10,8 +10,11 @@ import pytest
 import torch
 import transformers
 from mllm_oracle import dense_generate_positions, oracle
+from PIL import Image
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import vtc
+from vtc.checkpoints import tiny
 
 NAMES = list(zoo.FAMILIES)
 SOME = ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "idefics3", "gemma3", "paligemma"]
@@ -307,6 +310,40 @@ def test_a_compiled_decoder(name):
         zoo.text_model(model).compile(backend="aot_eager")
         assert torch.equal(said(model, inputs), want)
     torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [None, "divprune"])
+def test_a_decoder_in_two_graphs(method):
+    """One prompt, and any number of any length, whose images keep different numbers of tokens: as without vtc."""
+    model, processor = tiny.tiny_qwen()
+    asked = [[128], [128, 192], [192], [192, 128, 160, 224], [160, 128, 192]]
+    prompts = [pictures(processor, sizes) for sizes in asked]
+    graphs = CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    try:
+        if method:
+            vtc.compress(model, method, keep=0.4)
+        with torch.no_grad():
+            want = [model(**prompt).logits[:, -1] for prompt in prompts]
+            model.model.language_model.compile(backend=graphs, dynamic=True)
+            for prompt, logits in zip(prompts, want, strict=True):
+                torch.testing.assert_close(model(**prompt).logits[:, -1], logits, atol=1e-5, rtol=0)
+        assert graphs.frame_count == 2
+    finally:
+        torch._dynamo.reset()
+
+
+def pictures(processor, sizes):
+    """One prompt for every size, with a picture of it."""
+    images = [Image.effect_noise((size, size), 40).convert("RGB") for size in sizes]
+    asks = ["What?", "Where is the circle in this picture?"]
+    said = [
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": asks[i % 2]}]}]
+        for i in range(len(sizes))
+    ]
+    text = [processor.apply_chat_template(one, add_generation_prompt=True) for one in said]
+    return processor(text=text, images=images, return_tensors="pt", padding=True)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])

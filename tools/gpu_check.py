@@ -191,6 +191,14 @@ def cases(small: bool = False) -> list[tuple[str, str, Callable[[], Any], Callab
                 lambda: selection.dpp_select(x, importance, count),
             )
         )
+        found.append(
+            (
+                "minmax",
+                f"B={batch} N={tokens}",
+                lambda: ops.minmax(importance, None, 1e-6, 0.0),
+                lambda: definitions.minmax(importance, eps=1e-6),
+            )
+        )
 
     def scores(batch: int, heads: int, tokens: int, width: int, probes: int) -> None:
         query, key = draw(batch, heads, tokens, width), draw(batch, heads, tokens, width)

@@ -27,7 +27,6 @@ from vtc.errors import InputError, OptionError
 from vtc.methods import idpruner, zoo_prune
 from vtc.methods.downsample import coarse_grid, pool_map
 from vtc.methods.dpc_knn import dpc_knn_map
-from vtc.methods.order import selected
 from vtc.methods.pitome import check_pitome, pitome_round
 from vtc.methods.random import random_round
 from vtc.methods.tome import tome_round
@@ -218,7 +217,7 @@ def _select(
         check_finite(score if mask is None else score.masked_fill(~mask, 0), name)
     with torch.no_grad():
         order = pick(ops.normalize(features), stays_at_once(features, keep, mask), *scores.values())
-    return selected(order, features.shape[1])
+    return TokenMap.from_order(order, features.shape[1])
 
 
 def _rounds(

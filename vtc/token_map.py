@@ -26,8 +26,8 @@ class TokenMap:
         closeness: [B, N] float32, how near each token is to its anchor (only the order matters); None = unknown.
         complete: no token is dropped or padding, so that no index is -1.
 
-    What a layer of an encoder does not read (the anchors and closeness of a round, a composed map) is computed when it
-    is asked for.
+    What a layer of an encoder does not read (the anchors and closeness of a round, a composed map), and what follows
+    from a selection's `order`, is computed when it is asked for.
     """
 
     group: Tensor
@@ -37,6 +37,7 @@ class TokenMap:
     weight: Tensor | None = None
     closeness: Tensor | None = field(default_factory=lambda: None)  # no attribute of the class, which would be found
     complete: bool = False
+    _picked: int | None = None  # N, if the map is the selection `order`, which gives the rest
     _parts: tuple[TokenMap, TokenMap] | None = None  # the maps it was composed from, to compute ranks
     _round: tuple[Tensor, Tensor, int] | None = None  # source, score and prefix of `ops.pair_round`
     _whole: tuple[TokenMap, int] | None = None  # the map and the prefix that `drop_prefix` made this from, likewise
@@ -94,10 +95,18 @@ class TokenMap:
         *,
         mask: Tensor | None = None,
         weight: Tensor | None = None,
+        complete: bool = False,
     ) -> TokenMap:
-        """Every real token keeps its slot, except the sources of `pairs`, which join their targets' slots."""
-        source = pairs[0]
+        """Every real token keeps its slot, except the sources of `pairs`, which join their targets' slots. complete:
+        all tokens are real, and no pair is missing."""
+        source, target, score = pairs
         batch = source.shape[0]
+        if complete:
+            kept = torch.ones(batch, tokens, dtype=torch.long, device=source.device).scatter_(1, source, 0)
+            slot = kept.cumsum(1).sub_(1)
+            group = slot.scatter_(1, source, slot.gather(1, target))
+            size = ops.sizes(group, tokens - source.shape[1], weight)
+            return cls._later(group=group, size=size, weight=weight, complete=True, _round=(source, score, 0))
         kept = torch.ones(batch, tokens + 1, dtype=torch.bool, device=source.device)
         if mask is not None:
             kept[:, :tokens] = mask
@@ -120,6 +129,11 @@ class TokenMap:
         r = min(r, (metric.shape[1] - prefix) // 2)
         group, size, source, score = ops.pair_round(metric, weight, r, prefix, form, half, protect)
         return cls._later(group=group, size=size, weight=weight, complete=True, _round=(source, score, prefix))
+
+    @classmethod
+    def from_order(cls, order: Tensor, tokens: int, weight: Tensor | None = None) -> TokenMap:
+        """The map that keeps the tokens of `order` [B, K], which is -1-padded, out of `tokens` and drops the others."""
+        return cls._later(order=order, weight=weight, closeness=None, _picked=tokens)
 
     @classmethod
     def _later(cls, **known: Any) -> TokenMap:
@@ -261,12 +275,20 @@ def _index(values: Tensor, at: Tensor, complete: bool = False) -> Tensor:
 
 
 def _group(self: TokenMap) -> Tensor:
+    if self._picked is not None:
+        slot = torch.arange(self.anchor.shape[1], device=self.anchor.device).expand_as(self.anchor)
+        spare = torch.where(self.anchor < 0, self._picked, self.anchor)
+        return slot.new_full((len(slot), self._picked + 1), -1).scatter_(1, spare, slot)[:, : self._picked]
     assert self._parts is not None
     first, later = self._parts
     return _index(later.group, first.group, self.complete)
 
 
 def _anchor(self: TokenMap) -> Tensor:
+    if self._picked is not None:
+        assert self.order is not None
+        spare = torch.where(self.order < 0, self._picked, self.order).sort(1).values
+        return spare.masked_fill_(spare == self._picked, -1)
     if self._parts is not None:
         first, later = self._parts
         return _index(first.anchor, later.anchor, self.complete)
@@ -283,4 +305,15 @@ def _closeness(self: TokenMap) -> Tensor:
     return score.new_full(self.group.shape, float("inf")).scatter_(1, source + prefix, score)
 
 
-_LATER: dict[str, Callable[[TokenMap], Any]] = {"group": _group, "anchor": _anchor, "closeness": _closeness}
+def _size(self: TokenMap) -> Tensor:
+    if self.weight is None:
+        return (self.anchor >= 0).float()
+    return ops.rows(self.weight.float()[..., None], self.anchor)[..., 0]
+
+
+_LATER: dict[str, Callable[[TokenMap], Any]] = {
+    "group": _group,
+    "anchor": _anchor,
+    "closeness": _closeness,
+    "size": _size,
+}

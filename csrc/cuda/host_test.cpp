@@ -6,6 +6,7 @@
 #include "energy.cuh"
 #include "match.cuh"
 #include "merge.cuh"
+#include "minmax.cuh"
 #include "probes.cuh"
 #include "received.cuh"
 #include "round.cuh"
@@ -138,6 +139,10 @@ void shim_probes(int type, const void* difference, float* out, int m, int64 toke
   by_type(type, [&](auto* t) {
     launch_probes(nullptr, static_cast<decltype(t)>(const_cast<void*>(difference)), out, m, tokens, c, step);
   });
+}
+
+void shim_minmax(const float* scores, const bool* mask, float* out, int batch, int n, double eps, double floor) {
+  launch_minmax(nullptr, scores, mask, out, batch, n, eps, floor);
 }
 
 void shim_overflow(float* out, int n, bool in_shared) {

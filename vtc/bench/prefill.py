@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vtc.adapters.multimodal.cache import cache_name
@@ -68,6 +70,7 @@ class Prefill:
         kv_bytes: size of the cache after the prefill, (dense, compressed).
         ideal: dense over compressed multiply-adds of the decoder; realised: dense over compressed `after_seconds`.
         low, high: quartiles of realised; whole: dense over compressed `total_seconds`.
+        of_short: the time of a prompt that was as short from the start (words, no image) over `after_seconds`.
     """
 
     method: str
@@ -84,6 +87,7 @@ class Prefill:
     low: float
     high: float
     whole: float
+    of_short: float
     notes: str = ""
 
     @property
@@ -205,6 +209,11 @@ def measure_prefill(
     dense = Runner(model, inputs)
     runners = [Runner(model, inputs, method) for method in methods]
     calls: dict[str, Callable[[], Any]] = {"dense": dense, **{str(i): runner for i, runner in enumerate(runners)}}
+    for index, runner in enumerate(runners):
+        with torch.inference_mode():
+            runner()  # to know how long its prompt is
+        assert runner.handle is not None
+        calls[f"{index} short"] = partial(_words, shared_copy(model), inputs, int(runner.handle.kept.sum()))
     took = interleave(calls, repeats, warmup, tick=tick)
 
     def after(runner: Runner, name: str) -> list[float]:
@@ -234,6 +243,7 @@ def measure_prefill(
                 low=faster[len(faster) // 4],
                 high=faster[-1 - len(faster) // 4],
                 whole=median(d / s for d, s in zip(took["dense"], took[str(index)], strict=True)),
+                of_short=median(w / s for w, s in zip(took[f"{index} short"], mine, strict=True)),
                 notes=report.notes,
             )
         )
@@ -241,6 +251,12 @@ def measure_prefill(
     prompt = int(inputs["attention_mask"].sum())
     tower, total = median(dense.last("tower", repeats)), median(took["dense"])
     return Dense(visual, prompt, tower, layer, median(base), total, dense.kv_bytes), rows
+
+
+def _words(model: nn.Module, inputs: dict[str, Tensor], length: int) -> None:
+    """The first token's logits of a prompt of one word, `length` times."""
+    word = inputs["input_ids"][:, -1:].expand(-1, length)
+    model(input_ids=word, attention_mask=torch.ones_like(word), use_cache=True, logits_to_keep=1)
 
 
 def methods_at(names: Sequence[str], budgets: Sequence[float | int], **options: Any) -> list[Method]:

@@ -64,7 +64,7 @@ def _bench_prefill(args: argparse.Namespace, config: Any) -> int:
     methods = methods_at(names, budgets, **positions)
     shown = sample(config, args.size)
     repeats, warmup = args.repeats or 3, 1 if args.warmup is None else args.warmup
-    with progress_bar(args, (1 + len(methods)) * (repeats + warmup), "making the model") as bar:
+    with progress_bar(args, (1 + 2 * len(methods)) * (repeats + warmup), "making the model") as bar:
         model = fill(config)
         bar.set_description("dense and compressed in turns")
         dense, rows = measure_prefill(model, shown.inputs(model), methods, repeats, warmup, tick=bar.update)

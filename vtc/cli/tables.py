@@ -192,21 +192,21 @@ def show_prefill(dense: Dense, rows: Sequence[Prefill], result: Mapping[str, Any
     times = _table("Pixels to first token in ms, medians over rounds", *heads, left=(0,), gap=(0, 0))
     after, whole = _ms(dense.after_seconds, dense.total_seconds)
     times.add_row("dense", "", str(dense.visual), "", after, whole, _mb(dense.kv_bytes))
-    marks = ("method", "keep", "ideal", "realised", "quartiles", "of ideal", "whole", "method in layers")
+    marks = ("method", "keep", "ideal", "realised", "quartiles", "of ideal", "of short", "whole", "method in layers")
     ratios = _table("Times as fast as dense in the same round", *marks, left=(0,), gap=(0, 0))
     for row in rows:
         name = (row.method, f"{row.keep:g}")
         seconds = _ms(row.method_seconds, row.after_seconds, row.total_seconds)
         times.add_row(*name, str(row.visual[1]), *seconds, _mb(row.kv_bytes[1]))
         spread, layers = f"{row.low:.2f}-{row.high:.2f}", f"{row.method_seconds / dense.layer_seconds:.2f}"
-        shares = [f"{x:.2f}" for x in (row.ideal, row.realised, row.efficiency, row.whole)]
+        shares = [f"{x:.2f}" for x in (row.ideal, row.realised, row.efficiency, row.of_short, row.whole)]
         ratios.add_row(*name, *shares[:2], spread, *shares[2:], layers)
     console.print(times, ratios)
     console.print(
         "[dim]method: evidence, selection, shortening of the prompt. after projector: that, and the decoder up to the "
         f"first token's logits. whole: with tower and projector, {1e3 * dense.tower_seconds:.0f} ms dense. ideal: from "
-        f"the decoder's multiply-adds. method in layers: beside one decoder layer's prefill of the whole prompt, "
-        f"{1e3 * dense.layer_seconds:.1f} ms.[/dim]"
+        "the decoder's multiply-adds. of short: beside a prompt that was as short from the start. method in layers: "
+        f"beside one decoder layer's prefill of the whole prompt, {1e3 * dense.layer_seconds:.1f} ms.[/dim]"
     )
     for note in dict.fromkeys(f"{row.method}: {row.notes}" for row in rows if row.notes):
         console.print(f"[dim]{escape(note)}[/dim]")

@@ -10,7 +10,6 @@ from torch import Tensor
 from vtc import ops
 from vtc.methods.ranked import Ranked
 from vtc.methods.selector import Selector
-from vtc.scores.simple import minmax
 from vtc.tokens import Tokens
 
 
@@ -37,5 +36,5 @@ class CDPruner(Ranked, Selector):
     summary: ClassVar[str] = "keeps tokens that are relevant to the prompt, unlike each other (DPP)"
 
     def pick(self, tokens: Tokens, count: int | Tensor) -> Tensor:
-        weight = minmax(self.weight(tokens), tokens.mask, eps=1e-6, floor=1e-6)
+        weight = ops.minmax(self.weight(tokens), tokens.mask, eps=1e-6, floor=1e-6)
         return ops.dpp_select(ops.normalize(tokens.features), weight, count, tokens.mask)

@@ -101,20 +101,25 @@ def pool_map(
     device = mask.device if mask is not None else size.device if size is not None else device
     if mask is not None and not bool((mask.long().diff(dim=1) <= 0).all()):
         raise OptionError("downsample needs the padding behind the patches; move the padding to the end")
-    kept = torch.zeros(len(grids), tokens, dtype=torch.bool, device=device)
-    target = torch.full((len(grids), tokens), -1, dtype=torch.long, device=device)
-    score = torch.zeros(len(grids), tokens, device=device)
-    kept[:, :prefix] = True
-    for b, (grid, few) in enumerate(zip(grids, coarse, strict=True)):
-        cell, middle = cells(grid, few, device)
-        middle = middle + prefix
-        span = slice(prefix, prefix + len(cell))
-        kept[b, middle] = True
-        target[b, span] = middle[cell]
-        index = torch.arange(len(cell), device=device)
-        near_row = (index // grid[1] - (target[b, span] - prefix) // grid[1]).float()
-        near_column = (index % grid[1] - (target[b, span] - prefix) % grid[1]).float()
-        score[b, span] = -(near_row**2 + near_column**2)
+    pairs = list(zip(grids, coarse, strict=True))
+    made = {pair: _pooled(tokens, *pair, prefix, device) for pair in pairs or [((0, 0), (0, 0))]}  # mostly one
+    rows = [made[pair] for pair in pairs] or list(made.values())
+    kept, target, score = (torch.stack(part)[: len(pairs)] for part in zip(*rows, strict=True))
     source = torch.arange(tokens, device=device).expand_as(target).masked_fill(kept | (target < 0), -1)
     slots = prefix + max([0, *(h * w for h, w in coarse)])  # no slots if there is no image
     return TokenMap.from_anchors(kept, (source, target, score), slots=slots, weight=size)
+
+
+def _pooled(
+    tokens: int, grid: tuple[int, int], coarse: tuple[int, int], prefix: int, device: torch.device | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For one image: which of its tokens stay, the one that each patch joins (-1: none), and how near that is."""
+    kept = torch.zeros(tokens, dtype=torch.bool, device=device)
+    target, score = torch.full((tokens,), -1, dtype=torch.long, device=device), torch.zeros(tokens, device=device)
+    cell, middle = cells(grid, coarse, device)
+    kept[:prefix] = kept[middle + prefix] = True
+    span, to, index = slice(prefix, prefix + len(cell)), middle[cell], torch.arange(len(cell), device=device)
+    target[span] = to + prefix
+    row, column = index // grid[1] - to // grid[1], index % grid[1] - to % grid[1]
+    score[span] = -(row.float() ** 2 + column.float() ** 2)
+    return kept, target, score

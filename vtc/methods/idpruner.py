@@ -12,7 +12,7 @@ from vtc.checks import check_number
 from vtc.errors import OptionError
 from vtc.methods.ranked import Ranked
 from vtc.methods.selector import Selector
-from vtc.scores.simple import minmax, rank
+from vtc.scores.simple import rank
 from vtc.tokens import Tokens
 
 NORMALIZE = ("minmax", "rank", "none")
@@ -52,7 +52,7 @@ class IDPruner(Ranked, Selector):
 
 def normalized(weight: Tensor, how: str, mask: Tensor | None) -> Tensor:
     if how == "minmax":
-        return minmax(weight, mask, eps=1e-6)
+        return ops.minmax(weight, mask, eps=1e-6)
     return rank(weight, mask) if how == "rank" else weight
 
 

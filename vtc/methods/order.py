@@ -5,13 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtc.token_map import TokenMap
-
-
-def selected(order: Tensor, tokens: int, size: Tensor | None = None) -> TokenMap:
-    """The map that keeps the tokens of `order` [B, K] out of `tokens` and drops the others."""
-    return TokenMap.from_anchors(marked(order, tokens), slots=order.shape[1], weight=size, order=order)
-
 
 def marked(order: Tensor, tokens: int) -> Tensor:
     """[B, tokens] bool, True for the tokens in `order` [B, K]."""

@@ -54,10 +54,8 @@ def random_round(
     order = draw.argsort(dim=1, descending=True, stable=True)
     place = torch.arange(count, device=features.device)
     if mask is None and not isinstance(r, Tensor):
-        order = order[:, : count - r]
-        kept = torch.zeros(batch, count, dtype=torch.bool, device=features.device).scatter(1, order, True)
-        return TokenMap.from_anchors(kept, slots=count - r, weight=size, order=order)
+        return TokenMap.from_order(order[:, : count - r], count, size)
     alive = torch.full((batch,), count, device=features.device) if mask is None else mask.sum(1)
     stays = place < (alive - r)[:, None]
-    kept = torch.zeros(batch, count, dtype=torch.bool, device=features.device).scatter(1, order, stays)
-    return TokenMap.from_anchors(kept, weight=size, order=order.masked_fill(~stays, -1))
+    most = int(stays.sum(1).max()) if batch else 0
+    return TokenMap.from_order(order.masked_fill(~stays, -1)[:, :most], count, size)

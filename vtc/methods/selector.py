@@ -9,7 +9,6 @@ from torch import Tensor
 
 from vtc.methods import frame as frames
 from vtc.methods.base import Method
-from vtc.methods.order import selected
 from vtc.token_map import TokenMap
 from vtc.tokens import Tokens
 
@@ -54,7 +53,7 @@ class Selector(Method):
         order = self.pick(tokens, count)
         if frames.read(self.frame)[1]:
             order = frames.framed(order, tokens, each(count, len(order)), self.frame)
-        return selected(order, tokens.features.shape[1], tokens.size)
+        return TokenMap.from_order(order, tokens.features.shape[1], tokens.size)
 
 
 def stays(tokens: Tokens, r: int | Tensor) -> int | Tensor:

@@ -47,11 +47,13 @@ class VisionZip(Ranked):
         unit = ops.normalize(keys)
         batch, total = importance.shape
         device, count = importance.device, stays(tokens, r)
-        mask = torch.ones_like(importance, dtype=torch.bool) if tokens.mask is None else tokens.mask
         if not total:
             return TokenMap.identity(batch, total, device)
-        keep = torch.as_tensor(count, device=device).expand(batch)
-        aims = torch.tensor([min(k, max(1, round(k * _TARGETS))) for k in each(count, batch)], device=device)
+        if tokens.mask is None:
+            assert isinstance(count, int)
+            return _alike(importance, unit, count, tokens.size)
+        mask, keep = tokens.mask, torch.as_tensor(count, device=device).expand(batch)
+        aims = torch.tensor([_targets(k) for k in each(count, batch)], device=device)
         dominant = marked(ops.top_select(importance, keep - aims, mask), total)
 
         others = mask & ~dominant
@@ -62,6 +64,19 @@ class VisionZip(Ranked):
         joins, joins_valid = packed(others & ~target)
         targets, targets_valid = packed(target)
         pairs = ops.bipartite_match(unit, joins, targets, None, joins_valid, targets_valid)
-        return TokenMap.from_anchors(
-            dominant | target, pairs, slots=count if isinstance(count, int) else None, weight=tokens.size
-        )
+        return TokenMap.from_anchors(dominant | target, pairs, weight=tokens.size)
+
+
+def _targets(count: int) -> int:
+    """How many of `count` tokens are merge targets."""
+    return min(count, max(1, round(count * _TARGETS)))
+
+
+def _alike(importance: Tensor, unit: Tensor, count: int, size: Tensor | None) -> TokenMap:
+    """The same where all images have the same number of tokens: every place among the others is known beforehand."""
+    total, aims = importance.shape[1], _targets(count)
+    others = ops.top_select(importance, total)[:, count - aims :].sort(1).values
+    stride = others.shape[1] // aims
+    spans = others[:, : aims * stride].unflatten(1, (aims, stride))  # each begins with a target
+    joins = torch.cat([spans[..., 1:].flatten(1), others[:, aims * stride :]], 1)
+    return TokenMap.from_pairs(total, ops.bipartite_match(unit, joins, spans[..., 0], None), weight=size, complete=True)

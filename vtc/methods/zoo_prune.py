@@ -15,7 +15,6 @@ from vtc.errors import OptionError
 from vtc.methods.ranked import Ranked
 from vtc.methods.selector import Selector
 from vtc.scores.registry import Score
-from vtc.scores.simple import minmax
 from vtc.tokens import Tokens
 
 # A linear projector is equally sensitive everywhere; any differences are rounding.
@@ -80,4 +79,4 @@ def normalized(sensitivity: Tensor, mask: Tensor | None) -> Tensor:
     low = (sensitivity if mask is None else sensitivity.masked_fill(~mask, float("inf"))).amin(1, keepdim=True)
     high = (sensitivity if mask is None else sensitivity.masked_fill(~mask, float("-inf"))).amax(1, keepdim=True)
     flat = high - low <= _FLAT * torch.maximum(low.abs(), high.abs())
-    return torch.where(flat, 1.0, minmax(sensitivity, mask, eps=1e-8))
+    return torch.where(flat, 1.0, ops.minmax(sensitivity, mask, eps=1e-8))

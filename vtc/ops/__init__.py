@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtc.ops import definitions, selection
-from vtc.ops.definitions import nearest_kept, normalize, seeded_uniform
+from vtc.ops.definitions import nearest_kept, normalize, seeded_uniform, sizes
 from vtc.ops.kernels import backend, compiled, set_backend
 from vtc.ops.selection import top_select
 
@@ -25,6 +25,7 @@ __all__ = [
     "energy",
     "greedy_select",
     "merge",
+    "minmax",
     "nearest_kept",
     "normalize",
     "pair_round",
@@ -32,6 +33,7 @@ __all__ = [
     "rows",
     "seeded_uniform",
     "set_backend",
+    "sizes",
     "top_select",
 ]
 
@@ -158,6 +160,13 @@ def probe_norms(difference: Tensor, step: float) -> Tensor:
     return definitions.probe_norms(difference, step)
 
 
+def minmax(scores: Tensor, mask: Tensor | None = None, *, eps: float, floor: float = 0.0) -> Tensor:
+    scores = scores.float()
+    if compiled(scores):
+        return torch.ops.vtc.minmax(scores, mask, eps, floor)
+    return definitions.minmax(scores, mask, eps=eps, floor=floor)
+
+
 def _wide(x: Tensor) -> Tensor:
     """Decisions are made in float32 for any input dtype."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
@@ -167,7 +176,6 @@ def _each(x: Tensor, most: int, each: Tensor | None) -> Tensor:
     return torch.full((x.shape[0],), most, device=x.device) if each is None else each
 
 
-for _name in ("energy", "bipartite_match", "pair_round", "merge", "rows", "attention_received", "probe_norms"):
-    globals()[_name].__doc__ = getattr(definitions, _name).__doc__
-for _name in ("greedy_select", "dpp_select", "coverage_select", "distinct_select", "dpc_knn"):
-    globals()[_name].__doc__ = getattr(selection, _name).__doc__
+for _name in __all__:
+    if not globals()[_name].__doc__:
+        globals()[_name].__doc__ = getattr(selection if hasattr(selection, _name) else definitions, _name).__doc__

@@ -51,8 +51,9 @@ _PLAIN = {
     "slots_kernel": "round",
     "top_kernel": "dpc_knn",
     "received_mean_kernel": "received",
+    "minmax_kernel": "minmax",
 }
-FILES = ("energy", "match", "round", "merge", "select", "dpc_knn", "received", "probes")
+FILES = ("energy", "match", "round", "merge", "select", "dpc_knn", "received", "probes", "minmax")
 
 
 def folder() -> Path:
@@ -399,6 +400,16 @@ def probe_norms(difference: Tensor, step: float) -> Tensor:
     return out
 
 
+def minmax(scores: Tensor, mask: Tensor | None, eps: float, floor: float) -> Tensor:
+    _check(scores, mask)
+    batch, tokens = scores.shape
+    table, real = _table(scores, torch.float32, tokens, "scores"), _table(mask, torch.bool, tokens, "mask")
+    out = scores.new_empty(batch, tokens)
+    if tokens:
+        _launch("minmax_kernel", scores, (batch,), 1024, table, real, out, tokens, float(eps), float(floor))
+    return out
+
+
 OPERATORS: tuple[Callable[..., Any], ...] = (
     energy,
     match,
@@ -412,6 +423,7 @@ OPERATORS: tuple[Callable[..., Any], ...] = (
     dpc_knn,
     received,
     probe_norms,
+    minmax,
 )
 _library: torch.library.Library | None = None
 

@@ -74,10 +74,11 @@ def _values(similarity: Tensor, form: str, margin: float, alpha: float) -> Tenso
     if form == "elu":
         return torch.nn.functional.elu(similarity - margin, alpha=alpha, inplace=True)
     if form == "paper":
-        return torch.where(similarity >= margin, similarity, alpha * torch.expm1(similarity - margin))
+        return torch.where(similarity >= margin, similarity, (similarity - margin).expm1_().mul_(alpha))
     if form == "gaussian":
         sigma = 1.0 - margin
-        return torch.exp(-0.5 * ((1.0 - similarity) / sigma) ** 2) / (sigma * (2 * torch.pi) ** 0.5)
+        squared = (1.0 - similarity).div_(sigma).square()
+        return squared.mul_(-0.5).exp_().div_(sigma * (2 * torch.pi) ** 0.5)
     raise ValueError(f"unknown energy {form!r}; choose one of {', '.join(ENERGIES)}")
 
 
@@ -96,7 +97,7 @@ def _with_diagonal(x: Tensor, value: Tensor | float) -> Tensor:
     if torch.compiler.is_exporting():
         value = value[..., None] if isinstance(value, Tensor) else value
         return torch.where(torch.eye(x.shape[1], dtype=torch.bool, device=x.device), value, x)
-    diagonal = x.diagonal(0, 1, 2)
+    diagonal = x.flatten(1)[:, :: x.shape[1] + 1]
     diagonal.copy_(value) if isinstance(value, Tensor) else diagonal.fill_(value)
     return x
 
@@ -127,6 +128,8 @@ def bipartite_match(
         none = a[:, :0]
         return none, none, unit.new_zeros(none.shape)
     best, at = (partner or best_partner)(unit, a, b, b_valid)
+    if r is None and a_valid is None and b_valid is None:
+        return a, b.gather(1, at), best
     if r is None:
         best = best if a_valid is None else best.masked_fill(~a_valid, float("-inf"))
         return _pairs(a, b.gather(1, at), best, torch.isneginf(best))
@@ -194,12 +197,12 @@ def pair_round(
     batch, tokens, _ = metric.shape
     if not r:
         alone = torch.arange(tokens, device=metric.device).repeat(batch, 1)
-        return alone, _sizes(alone, tokens, weight), alone[:, :0], metric.new_zeros(batch, 0, dtype=torch.float32)
+        return alone, sizes(alone, tokens, weight), alone[:, :0], metric.new_zeros(batch, 0, dtype=torch.float32)
     inside = normalize(metric)[:, prefix:]
     kept = torch.ones(batch, tokens, dtype=torch.long, device=metric.device)
     if form is None:
         a, b = prefix % 2, 1 - prefix % 2
-        best, at = torch.bmm(inside[:, a::2], inside[:, b::2].transpose(1, 2)).max(-1)
+        best, at = _highest(torch.bmm(inside[:, a::2], inside[:, b::2].transpose(1, 2)))
         score, place = _first(best, r)
         target = at.gather(1, place)
         source = place * 2 + a
@@ -210,11 +213,17 @@ def pair_round(
         order = _first(high, high.shape[1])[1]
         order = order[:, : 2 * r] if protect or half else order
         sides = (order[:, :r], order[:, r:]) if half else (order[:, 0::2], order[:, 1::2])
-        if whole:
-            here = torch.ones(high.shape, dtype=torch.bool, device=metric.device)
-            not_a, not_b = (here.scatter(1, side, False) for side in sides)
-            best, at = similarity.masked_fill_(not_b[:, None], -2.0).max(-1)
-            score, source = _first(best.masked_fill_(not_a, -3.0), r)
+        if whole and (protect or half):  # a small part of the tokens
+            first = sides[0].sort(dim=1).values
+            rows = similarity.gather(1, first[..., None].expand(-1, -1, high.shape[1]))
+            not_b = torch.ones(high.shape, dtype=torch.bool, device=metric.device).scatter_(1, sides[1], False)
+            best, at = _highest(rows.masked_fill_(not_b[:, None], -2.0))
+            score, place = _first(best, r)
+            source, target = first.gather(1, place), at.gather(1, place)
+        elif whole:
+            not_b = torch.ones(high.shape, dtype=torch.bool, device=metric.device).scatter_(1, sides[1], False)
+            best, at = _highest(similarity.masked_fill_(not_b[:, None], -2.0))
+            score, source = _first(best.scatter_(1, sides[1], -3.0), r)
             target = at.gather(1, source)
         else:
             first, second = (side.sort(dim=1).values for side in sides)
@@ -223,7 +232,13 @@ def pair_round(
     kept[:, sources].scatter_(1, place, 0)
     group = kept.cumsum(1).sub_(1)
     group[:, sources].scatter_(1, place, group[:, targets].gather(1, target))
-    return group, _sizes(group, tokens - source.shape[1], weight), source, score
+    return group, sizes(group, tokens - source.shape[1], weight), source, score
+
+
+def _highest(similarity: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest value of every row, and its place. [B, A, N] -> [B, A] each."""
+    best, at = similarity.max(-1, keepdim=True)  # without keepdim it takes four operators to reshape the result
+    return best[..., 0], at[..., 0]
 
 
 def _first(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -235,7 +250,7 @@ def _first(score: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values[:, :count], places[:, :count]
 
 
-def _sizes(group: Tensor, slots: int, weight: Tensor | None) -> Tensor:
+def sizes(group: Tensor, slots: int, weight: Tensor | None) -> Tensor:
     """[B, slots] float32: the weights of every slot's members together."""
     weight = torch.ones((), device=group.device).expand_as(group) if weight is None else weight.float()
     return torch.zeros(group.shape[0], slots, device=group.device).scatter_add_(1, group, weight)
@@ -255,7 +270,7 @@ def merge(x: Tensor, group: Tensor, slots: int, weight: Tensor | None = None, si
     known = size is not None
     if size is None:
         group, slots = torch.where(group < 0, slots, group), slots + 1
-        size = _sizes(group, slots, weight).clamp(min=1e-12)
+        size = sizes(group, slots, weight).clamp(min=1e-12)
     if batch != 1:
         group = group + torch.arange(batch, device=x.device)[:, None] * slots
     wide = x * weight[..., None] if weight is not None else x.float() if x.itemsize < 4 else x
@@ -323,6 +338,16 @@ def attention(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> 
 def probe_norms(difference: Tensor, step: float) -> Tensor:
     """`mean_j |difference_j| / 2h`, the reduction of central differences. [m, B, N, C] -> [B, N]."""
     return difference.norm(dim=-1).sum(0) / (2 * step * max(1, len(difference)))
+
+
+def minmax(scores: Tensor, mask: Tensor | None = None, *, eps: float, floor: float = 0.0) -> Tensor:
+    """`(s - min + floor) / (max - min + eps)`, over each image's real tokens. [B, N] -> [B, N] float32."""
+    if not scores.shape[1]:
+        return scores
+    scores = scores.float()
+    low = (scores if mask is None else scores.masked_fill(~mask, float("inf"))).amin(1, keepdim=True)
+    high = (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).amax(1, keepdim=True)
+    return (scores - low + floor) / (high - low + eps)
 
 
 def nearest_kept(kept: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ for _schema in (
     "dpc_knn(Tensor x, Tensor each, int most, int neighbors, Tensor? mask) -> (Tensor, Tensor, Tensor)",
     "received(Tensor query, Tensor key, float scale, Tensor? mask) -> Tensor",
     "probe_norms(Tensor difference, float step) -> Tensor",
+    "minmax(Tensor scores, Tensor? mask, float eps, float floor) -> Tensor",
 ):
     _library.define(_schema)
 
@@ -139,6 +140,11 @@ def _(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> Tensor:
 @_fake("probe_norms")
 def _(difference: Tensor, step: float) -> Tensor:
     return difference.new_empty(difference.shape[1:3], dtype=torch.float32)
+
+
+@_fake("minmax")
+def _(scores: Tensor, mask: Tensor | None, eps: float, floor: float) -> Tensor:
+    return torch.empty_like(scores, memory_format=torch.contiguous_format)
 
 
 def _remember(ctx: Any, inputs: tuple, output: Tensor) -> None:

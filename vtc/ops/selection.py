@@ -58,10 +58,10 @@ def greedy_select(
     if kind not in SELECTIONS:
         raise ValueError(f"unknown selection {kind!r}; choose one of {', '.join(SELECTIONS)}")
     most, each = budget(unit, count, mask)
-    taken, rows = _taken(unit, mask), _rows(unit)
+    table = _table(unit)
+    taken, rows = _taken(unit, mask), _rows(unit, table)
     if kind == "max_min":
-        nearest = definitions.energy(unit, "nearest", 0.0, mask=mask)
-        importance = score = -nearest.masked_fill(nearest > _SAME, 1.0)
+        importance = score = -_nearest(unit, table, mask)
     else:
         assert importance is not None
         importance = score = importance.float()
@@ -289,19 +289,34 @@ def fits(unit: Tensor) -> bool:
     return unit.shape[0] * unit.shape[1] ** 2 <= definitions._TILE
 
 
-def _rows(unit: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function from tokens [B, P] to their cosines with all tokens [B, P, N]."""
+def _rows(unit: Tensor, table: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """A function from tokens [B, P] to their cosines with all tokens [B, P, N]. table: `_table(unit)`, if known."""
     batch, tokens, _ = unit.shape
-    whole = fits(unit)
-    table = _cosine(unit, unit) if whole else unit
-    width = table.shape[2]
-    flat, offset = table.reshape(batch * tokens, width), torch.arange(batch, device=unit.device)[:, None] * tokens
+    table = _table(unit) if table is None else table
+    source = unit if table is None else table
+    width = source.shape[2]
+    flat, offset = source.reshape(batch * tokens, width), torch.arange(batch, device=unit.device)[:, None] * tokens
 
     def rows(at: Tensor) -> Tensor:
         chosen = flat.index_select(0, (at + offset).reshape(-1)).view(batch, at.shape[1], width)
-        return chosen if whole else _cosine(chosen, unit)
+        return chosen if table is not None else _cosine(chosen, unit)
 
     return rows
+
+
+def _table(unit: Tensor) -> Tensor | None:
+    """All cosines [B, N, N], if they fit."""
+    return _cosine(unit, unit) if fits(unit) else None
+
+
+def _nearest(unit: Tensor, table: Tensor | None, mask: Tensor | None) -> Tensor:
+    """The highest cosine of every token to another [B, N]. The diagonal of the table means nothing afterwards."""
+    if table is None:
+        nearest = definitions.energy(unit, "nearest", 0.0, mask=mask)
+        return nearest.masked_fill(nearest > _SAME, 1.0)
+    table.diagonal(0, 1, 2).fill_(-2.0)
+    real = table if mask is None else table.masked_fill(~(mask[:, None] & mask[:, :, None]), -2.0)
+    return torch.maximum(real.amax(1), real.amax(2))  # both, so that mutual nearest neighbours tie exactly
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:

@@ -49,16 +49,6 @@ def can_look(x: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()))
 
 
-def minmax(scores: Tensor, mask: Tensor | None = None, *, eps: float, floor: float = 0.0) -> Tensor:
-    """`(s - min + floor) / (max - min + eps)`, over each image's real tokens. [B, N]"""
-    if not scores.shape[1]:
-        return scores
-    scores = scores.float()
-    low = (scores if mask is None else scores.masked_fill(~mask, float("inf"))).amin(1, keepdim=True)
-    high = (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).amax(1, keepdim=True)
-    return (scores - low + floor) / (high - low + eps)
-
-
 def rank(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     """The share of the other real tokens that score lower, in [0, 1]: robust to outliers. [B, N]"""
     scores = scores.float().contiguous()
