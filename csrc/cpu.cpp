@@ -148,8 +148,12 @@ std::tuple<Tensor, Tensor, Tensor> top_pairs(Tensor best, Tensor at, Tensor a, T
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> pair_round(Tensor metric, Maybe weight, int64_t r, int64_t prefix, int64_t form,
                                                       double margin, double alpha, bool half, bool protect) {
-  metric = ready(metric, "metric", ScalarType::Float, 3);
-  const int64_t batch = metric.size(0), n = metric.size(1), d = metric.size(2);
+  const bool several = metric.dim() == 4;  // [B, N, H, D], read where they lie, as a view of an attention's projection
+  if (!several || metric.stride(3) != 1) metric = ready(metric, "metric", ScalarType::Float, several ? 4 : 3);
+  STD_TORCH_CHECK(metric.is_cpu() && metric.scalar_type() == ScalarType::Float, "metric has the wrong type or device");
+  const int64_t batch = metric.size(0), n = metric.size(1), d = metric.size(several ? 3 : 2);
+  const int64_t heads = several ? metric.size(2) : 1, head = several ? metric.stride(2) : d;
+  STD_TORCH_CHECK(heads > 0, "metric is ", shape(metric), ": it has no heads");
   if (weight.has_value()) {
     weight = ready(*weight, "weight", ScalarType::Float, 2);
     same(*weight, "weight", batch, n);
@@ -163,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pair_round(Tensor metric, Maybe weigh
   Tensor size = torch::stable::new_empty(metric, {batch, n - r}), score = torch::stable::new_empty(metric, {batch, r});
   const auto images = [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b)
-      vtc::pair_round(data<float>(metric) + b * n * d, weight.has_value() ? data<float>(*weight) + b * n : nullptr, n, d, how,
+      vtc::pair_round({data<float>(metric) + b * metric.stride(0), heads, metric.stride(1), head}, weight.has_value() ? data<float>(*weight) + b * n : nullptr, n, d, how,
                       data<int64_t>(group) + b * n, data<float>(size) + b * (n - r), data<int64_t>(source) + b * r,
                       data<float>(score) + b * r);
   };

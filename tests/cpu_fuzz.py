@@ -77,7 +77,8 @@ def top_pairs(d: Draw, b: int, n: int, w: int) -> tuple:
 def pair_round(d: Draw, b: int, n: int, w: int) -> tuple:
     prefix = d.randint(0, min(n, 2))
     how = (d.randint(-1, 3), d.uniform(-0.5, 0.9), d.uniform(0, 2), d.random() < 0.5, d.random() < 0.5)
-    return d.floats(b, n, w), d.choice([None, d.floats(b, n)]), d.randint(0, (n - prefix) // 2), prefix, *how
+    metric = d.choice([d.floats(b, n, w), d.floats(b, d.randint(1, 3), n, w).transpose(1, 2)])
+    return metric, d.choice([None, d.floats(b, n)]), d.randint(0, (n - prefix) // 2), prefix, *how
 
 
 def merge(d: Draw, b: int, n: int, w: int) -> tuple:

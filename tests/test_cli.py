@@ -296,9 +296,12 @@ def test_interleave_order():
     from vtc.bench import interleave
 
     seen = []
-    took = interleave({name: lambda name=name: seen.append(name) for name in "abc"}, repeats=2, warmup=1)
-    assert "".join(seen) == "abccbaabc"
-    assert {name: len(values) for name, values in took.items()} == {"a": 2, "b": 2, "c": 2}
+    took = interleave({name: lambda name=name: seen.append(name) for name in "abc"}, repeats=59, warmup=1)
+    assert {name: len(values) for name, values in took.items()} == {"a": 59, "b": 59, "c": 59}
+    rounds = ["".join(seen[at : at + 3]) for at in range(0, 180, 3)]
+    assert {"".join(sorted(one)) for one in rounds} == {"abc"} and len(set(rounds)) == 6
+    follows = [sum(seen[i : i + 2] == [a, b] for i in range(179)) for a in "abc" for b in "abc" if a != b]
+    assert max(follows) < 2 * min(follows)  # nobody has a favourite neighbour
 
 
 def test_eval(vtc_, monkeypatch):

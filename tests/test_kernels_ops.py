@@ -130,6 +130,8 @@ BAD = {
     ],
     "pair_round": [
         (0, torch.randn(2, 12, 8).double(), "wrong type"),
+        (0, torch.randn(2, 12, 2, 8).double(), "wrong type"),
+        (0, torch.randn(2, 12, 0, 8), "has no heads"),
         (1, torch.rand(2, 11), r"weight is \[2, 11\]"),
         (2, 6, "r is 6: at most half of the 11 tokens behind the prefix"),
         (3, 13, "prefix is 13, but there are 12 tokens"),

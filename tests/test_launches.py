@@ -66,7 +66,7 @@ def test_a_selection():
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("tome", {"cpp": 1.4, "torch": 2.4}), ("pitome", {"cpp": 1.4, "torch": 2.8})]
+    ("name", "most"), [("tome", {"cpp": 1.2, "torch": 2.4}), ("pitome", {"cpp": 1.2, "torch": 2.8})]
 )
 def test_an_encoder(backend, name, most):
     model, image = timm.create_model("vit_small_patch16_224").eval(), torch.randn(1, 3, 224, 224)

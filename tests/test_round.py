@@ -13,6 +13,7 @@ import vtc
 from vtc import ops
 from vtc.ops import definitions, kernels
 from vtc.token_map import TokenMap
+from vtc.tokens import Tokens
 
 BACKENDS = ["torch", *(["cpp"] if kernels._load("cpp") else [])]
 FORMS = [None, ("elu", 0.5, 1.0), ("paper", 0.4, 0.7), ("gaussian", 0.5, 1.0), ("nearest", 0.0, 1.0)]
@@ -118,6 +119,31 @@ def test_features_of_any_type(backend):
         made = TokenMap.from_round(metric, 8, 1, None)
         same(made, by_steps(metric.float(), None, 8, 1, None, False, False))
         assert made.merge(metric).dtype == dtype
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_keys_of_several_heads(backend, form):
+    """As they lie in an attention's projection, one after the other, and in other orders: their mean decides."""
+    keys = draw(2, 35, 3, 4, 8)[:, :, 1]  # of q, k and v
+    for x in (keys, keys.transpose(1, 2).contiguous().transpose(1, 2), keys.mT.contiguous().mT, keys[:, :, :1]):
+        expected = TokenMap.from_round(x.mean(2), 12, 1, None, form)
+        same(TokenMap.from_round(x, 12, 1, None, form), expected)
+        same(
+            TokenMap.from_round(x.bfloat16(), 12, 1, None, form),
+            TokenMap.from_round(x.bfloat16().float(), 12, 1, None, form),
+        )
+
+
+@pytest.mark.parametrize("method", ["tome", "pitome"])
+def test_a_method_takes_the_keys_of_every_head(method):
+    keys, x, mask = draw(2, 20, 3, 8), draw(2, 20, 5), torch.ones(2, 20, dtype=torch.bool)
+    mask[0, 14:] = False
+    for given, r in ((None, 6), (mask, torch.tensor([4, 6]))):
+        maps = [
+            vtc.methods.make(method, keep=0.7).decide(Tokens(x, layer_keys=k, mask=given, prefix=1), r)
+            for k in (keys, keys.mean(2))
+        ]
+        assert torch.equal(maps[0].group, maps[1].group)
 
 
 def test_more_than_half_cannot_go(backend):

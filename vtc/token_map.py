@@ -140,8 +140,7 @@ class TokenMap:
         """A map with fields that are computed when they are asked for; inside a compiled graph, which leaves out by
         itself what nobody asks for, at once."""
         self = object.__new__(cls)
-        for name, value in known.items():
-            object.__setattr__(self, name, value)
+        self.__dict__.update(known)
         if torch.compiler.is_compiling():
             for name in _LATER:
                 getattr(self, name)

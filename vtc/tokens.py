@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 Projector = Callable[[Tensor], Tensor]
@@ -56,7 +58,8 @@ class Tokens:
     All other fields are set only if the method's `needs` name them. In a layer of a vision encoder:
 
     Attributes:
-        layer_keys: [B, N, D] that layer's attention keys, mean over heads; None if it has no attention.
+        layer_keys: [B, N, D] that layer's attention keys, mean over heads; None if it has no attention. For a method
+            with `each_head` it may be [B, N, H, D], all heads' keys as they lie in memory.
 
     At the input of a multimodal LLM's decoder, where `features` are the projected image tokens:
 
@@ -102,3 +105,12 @@ class Tokens:
     decoder_keys: Tensor | None = None
     decoder_text: Tensor | None = None
     said: list[str] | None = None
+
+    @classmethod
+    def of(cls, **given: Any) -> Tokens:
+        """The same as calling the class, which sets its two dozen fields one by one, in every layer."""
+        if torch.compiler.is_compiling():
+            return cls(**given)
+        self = object.__new__(cls)
+        self.__dict__.update(given)  # what is not given is an attribute of the class: the default
+        return self

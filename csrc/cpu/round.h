@@ -19,12 +19,25 @@ struct Round {
   bool half, protect;
 };
 
-// x [n, d] -> unit [n, d]; a zero vector stays zero.
-inline void normalize(const float* x, int64_t n, int64_t d, float* unit) {
+// One image's tokens, of one head or several: value k of head h of token i lies at x[i * token + h * head + k].
+struct Heads {
+  const float* x;
+  int64_t count, token, head;
+};
+
+// -> unit [n, d], the mean over heads, normalised; a zero vector stays zero.
+inline void normalize(const Heads& from, int64_t n, int64_t d, float* unit) {
   const auto some = [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      const float norm = std::max(std::sqrt(dot(x + i * d, x + i * d, d)), 1e-12f);
-      for (int64_t k = i * d; k < (i + 1) * d; ++k) unit[k] = x[k] / norm;
+      const float* x = from.x + i * from.token;
+      float* y = unit + i * d;
+      std::copy(x, x + d, y);
+      for (int64_t h = 1; h < from.count; ++h)
+        for (int64_t k = 0; k < d; ++k) y[k] += x[h * from.head + k];
+      if (from.count > 1)
+        for (int64_t k = 0; k < d; ++k) y[k] /= float(from.count);
+      const float norm = std::max(std::sqrt(dot(y, y, d)), 1e-12f);
+      for (int64_t k = 0; k < d; ++k) y[k] /= norm;
     }
   };
   VTC_PARALLEL(0, n, 64, some);
@@ -48,9 +61,9 @@ inline void sides(const float* unit, int64_t n, int64_t d, const Round& how, std
   std::sort(b.begin(), b.end());
 }
 
-// One image: metric [n, d], weight [n] or null, prefix included -> group [n], size [n - r], source [r] (counted behind the
+// One image: metric of n tokens of d values, weight [n] or null, prefix included -> group [n], size [n - r], source [r] (counted behind the
 // prefix), score [r].
-inline void pair_round(const float* metric, const float* weight, int64_t n, int64_t d, const Round& how, int64_t* group,
+inline void pair_round(const Heads& metric, const float* weight, int64_t n, int64_t d, const Round& how, int64_t* group,
                        float* size, int64_t* source, float* score) {
   const int64_t inside = n - how.prefix;
   std::vector<char> joined(n, 0);
@@ -58,7 +71,7 @@ inline void pair_round(const float* metric, const float* weight, int64_t n, int6
   if (how.r > 0) {
     std::vector<float> unit(inside * d), best;
     std::vector<int64_t> a, b, at;
-    normalize(metric + how.prefix * d, inside, d, unit.data());
+    normalize({metric.x + how.prefix * metric.token, metric.count, metric.token, metric.head}, inside, d, unit.data());
     sides(unit.data(), inside, d, how, a, b);
     std::vector<const float*> rows, columns;
     for (const int64_t i : a) rows.push_back(unit.data() + i * d);

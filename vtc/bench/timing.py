@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -128,16 +129,15 @@ def runs(methods: int, repeats: int, warmup: int) -> int:
 def interleave(
     calls: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1, *, tick: Tick | None = None
 ) -> dict[str, list[float]]:
-    """Seconds of every call in each of `repeats` rounds. Every other round runs in reverse order, so that other load on
-    the machine affects all calls equally."""
+    """Seconds of every call in each of `repeats` rounds. Every round has an order of its own, the same in every run, so
+    that other load on the machine, and what the call before left in the caches, affect all calls equally."""
     for name, value, least in (("repeats", repeats, 1), ("warmup", warmup, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise OptionError(f"{name}={value!r}: it takes a whole number >= {least}")
     took: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
         for number in range(warmup + repeats):
-            order = list(calls) if number % 2 == 0 else list(calls)[::-1]
-            for name in order:
+            for name in random.Random(number).sample(list(calls), len(calls)):
                 settle()
                 start = time.perf_counter()
                 calls[name]()

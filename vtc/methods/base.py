@@ -56,6 +56,7 @@ class Method:
     encoder: ClassVar[bool] = True  # works inside a vision encoder; False: only in a multimodal LLM
     turned: ClassVar[bool] = False  # reads `Tokens.rotary`
     resizes: ClassVar[bool] = False  # shrinks the image itself; a property if it depends on options, like the next
+    each_head: ClassVar[bool] = False  # takes `Tokens.layer_keys` of every head
     groups_frames: ClassVar[bool] = False  # merges similar frames of a video once more: `events_of`
     # Fields of Tokens, beyond the features, that `decide` reads. A property if it depends on options.
     needs: ClassVar[frozenset[str]] = frozenset()

@@ -60,6 +60,7 @@ class PiToMe(Method):
 
     name: ClassVar[str] = "pitome"
     summary: ClassVar[str] = "merges redundant (high-energy) tokens, protects informative ones"
+    each_head: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.preset is not None and self.preset not in list(PRESETS):
@@ -158,7 +159,7 @@ def pitome_round(
         assert isinstance(r, int)
         return TokenMap.from_round(metric, r, prefix, size, (form, margin, alpha), split == "half", protect)
     assert isinstance(r, Tensor)
-    unit, some = ops.normalize(metric), protect or split == "half"
+    unit, some = ops.normalize(ops.over_heads(metric)), protect or split == "half"
     (a, a_valid), (b, b_valid) = _ragged_sets(unit, r, prefix, mask, (form, margin, alpha), split, some)
     pairs = ops.bipartite_match(unit, a, b, r, a_valid, b_valid)
     return TokenMap.from_pairs(metric.shape[1], pairs, mask=mask, weight=size)

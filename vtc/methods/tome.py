@@ -21,6 +21,7 @@ class ToMe(Method):
     summary: ClassVar[str] = "merges the most similar pairs of an alternating split"
     needs: ClassVar[frozenset[str]] = frozenset({"layer_keys"})
     optional: ClassVar[frozenset[str]] = needs
+    each_head: ClassVar[bool] = True
 
     def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
         metric = tokens.features if tokens.layer_keys is None else tokens.layer_keys
@@ -35,6 +36,7 @@ def tome_round(
     if mask is None:
         assert isinstance(r, int)
         return TokenMap.from_round(metric, r, prefix, size)
+    metric = ops.over_heads(metric)
     real = mask.long().cumsum(1) - 1  # parity counts real tokens, so that padding changes nothing
     inside = mask & (real >= prefix)
     a, a_valid = _packed(inside & (real % 2 == 0))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtc.ops import definitions, selection
-from vtc.ops.definitions import nearest_kept, normalize, seeded_uniform, sizes
+from vtc.ops.definitions import nearest_kept, normalize, over_heads, seeded_uniform, sizes
 from vtc.ops.kernels import backend, compiled, set_backend
 from vtc.ops.selection import top_select
 
@@ -28,6 +28,7 @@ __all__ = [
     "minmax",
     "nearest_kept",
     "normalize",
+    "over_heads",
     "pair_round",
     "probe_norms",
     "rows",
@@ -69,7 +70,7 @@ def pair_round(
     half: bool = False,
     protect: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    metric = _wide(metric)
+    metric = _wide(metric) if metric.is_cpu else _wide(definitions.over_heads(metric))
     if compiled(metric) and (form is None or form[0] in definitions.ENERGIES):
         name, margin, alpha = form or (None, 0.0, 1.0)
         kind = -1 if name is None else definitions.ENERGIES.index(name)

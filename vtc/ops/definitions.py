@@ -182,7 +182,8 @@ def pair_round(
     `a`, and the `r` most similar of these pairs.
 
     Args:
-        metric: [B, N, D], any length; the first `prefix` tokens take no part.
+        metric: [B, N, D], any length; or [B, N, H, D], whose mean over heads it is. The first `prefix` tokens take no
+            part.
         weight: [B, N] float32, how many tokens each token stands for; None = 1.
         r: at most half of the tokens behind the prefix.
         form: None: every second token is in `a`, as they stand (ToMe). Otherwise they are sorted by `energy` first,
@@ -194,6 +195,7 @@ def pair_round(
         group: [B, N] long, slots in the tokens' order; size: [B, N - r] float32; source: [B, r] long, the tokens that
         joined another's slot, most similar first, counted behind the prefix; score: [B, r] float32, their cosines.
     """
+    metric = over_heads(metric)
     batch, tokens, _ = metric.shape
     if not r:
         alone = torch.arange(tokens, device=metric.device).repeat(batch, 1)
@@ -233,6 +235,11 @@ def pair_round(
     group = kept.cumsum(1).sub_(1)
     group[:, sources].scatter_(1, place, group[:, targets].gather(1, target))
     return group, sizes(group, tokens - source.shape[1], weight), source, score
+
+
+def over_heads(metric: Tensor) -> Tensor:
+    """[B, N, H, D] or [B, N, D] -> [B, N, D], the mean over heads."""
+    return metric.mean(2, dtype=torch.float32) if metric.ndim == 4 else metric
 
 
 def _highest(similarity: Tensor) -> tuple[Tensor, Tensor]:

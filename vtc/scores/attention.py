@@ -109,9 +109,14 @@ def _check(query: Tensor, key: Tensor) -> None:
 
 def head_mean(keys: Tensor, heads: int) -> Tensor:
     """[B, H, N, D] or [B, N, H D] -> [B, N, D] float32, the mean over heads."""
+    return heads_of(keys, heads).mean(2, dtype=torch.float32)
+
+
+def heads_of(keys: Tensor, heads: int) -> Tensor:
+    """[B, H, N, D] or [B, N, H D] -> [B, N, H, D], a view."""
     keys = keys.detach()
     if keys.ndim != 4:
-        return keys.unflatten(2, (heads, -1)).mean(2, dtype=torch.float32)
+        return keys.view(*keys.shape[:2], heads, -1)
     if keys.shape[1] != heads:
         raise InputError(f"keys {tuple(keys.shape)} are not those of {heads} heads")
-    return keys.mean(1, dtype=torch.float32)
+    return keys.transpose(1, 2)

@@ -11,7 +11,7 @@ from vtc.adapters.attention_tap import listen
 from vtc.adapters.hooks import Hook, unhook
 from vtc.adapters.patch import FORWARDS, Patch, forward_name
 from vtc.adapters.tracing import SCRIPT, Unscriptable
-from vtc.scores.attention import head_mean
+from vtc.scores.attention import head_mean, heads_of
 
 
 class BlockPatch(Patch):
@@ -46,7 +46,9 @@ class BlockPatch(Patch):
     def heard(self, hook: Hook, args: tuple, output: Tensor) -> None:
         now = self.tower.now
         if now.wanted is self:
-            keys = head_mean(output, self.tower.site.block.heads(self.module))
+            heads = self.tower.site.block.heads(self.module)
+            mean = heads_of if self.tower.method.each_head and output.is_cpu else head_mean
+            keys = mean(output, heads)
             now.keys = keys if now.keys is None else torch.cat([now.keys, keys])  # images may attend one by one
 
     def install(self) -> None:

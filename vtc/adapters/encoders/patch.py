@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -251,23 +250,23 @@ class EncoderPatch:
             )
         if stage.total is None:
             x, keys = stage.fronted(x), keys if keys is None else stage.fronted(keys)
+        if not stage.maps:
+            check_finite(x if keys is None else keys, f"tokens of {self.site.path or 'the model'}, layer {patch.index}")
+        tokens = Tokens.of(
+            features=x.detach(),
+            layer_keys=keys,
+            size=stage.size,
+            mask=stage.mask,
+            prefix=stage.prefix,
+            grid=stage.grids if "grid" in self.method.needs else None,
+            layer=patch.index,
+            depth=len(self.site.blocks),
+        )
         kind = x.device.type
-        wide = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-        with torch.no_grad(), wide:
-            if not stage.maps:
-                check_finite(
-                    x if keys is None else keys, f"tokens of {self.site.path or 'the model'}, layer {patch.index}"
-                )
-            tokens = Tokens(
-                features=x.detach(),
-                layer_keys=keys,
-                size=stage.size,
-                mask=stage.mask,
-                prefix=stage.prefix,
-                grid=stage.grids if "grid" in self.method.needs else None,
-                layer=patch.index,
-                depth=len(self.site.blocks),
-            )
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(kind):
+            with torch.no_grad(), torch.autocast(kind, enabled=False):
+                token_map = self.method.decide(tokens, removed)
+        else:
             token_map = self.method.decide(tokens, removed)
         x = token_map.merge(x) if self.method.merges else token_map.gather(x)
         total = token_map if stage.total is None else stage.total.compose(token_map)

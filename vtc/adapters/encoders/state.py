@@ -113,7 +113,8 @@ class CallState:
             return self.pairs
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        bias = self.size.log().to(dtype)[:, None, None, :]
+        bias = self.size.log()
+        bias = (bias if dtype == bias.dtype else bias.to(dtype)).unsqueeze(1).unsqueeze(1)
         if self.pairs is None:
             return bias
         if self.pairs.dtype == torch.bool:
