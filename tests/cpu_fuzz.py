@@ -177,7 +177,7 @@ def spoil(d: Draw, operator: str, names: list[str], values: list[Any]) -> None:
             return spoil(d, operator, names, values)
         value.view(-1)[d.randrange(value.numel())] = d.choice([-2, 10**6, 2**62, -(2**62)])
     elif d.random() < 0.5:
-        values[at] = value.sum(0)
+        values[at] = value.sum((0, 1) if value.ndim == 4 else 0)  # a round takes three dimensions or four
     else:
         values[at] = value.to(torch.float64 if value.dtype != torch.float64 else torch.bool)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -263,10 +264,8 @@ class EncoderPatch:
             depth=len(self.site.blocks),
         )
         kind = x.device.type
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(kind):
-            with torch.no_grad(), torch.autocast(kind, enabled=False):
-                token_map = self.method.decide(tokens, removed)
-        else:
+        wide = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext(), wide:
             token_map = self.method.decide(tokens, removed)
         x = token_map.merge(x) if self.method.merges else token_map.gather(x)
         total = token_map if stage.total is None else stage.total.compose(token_map)
