@@ -71,7 +71,8 @@ def greedy_select(
         picks = _best(score, taken, min(step, most - start))
         order.append(picks)
         taken.scatter_(1, picks, True)
-        closest = torch.maximum(closest, rows(picks).amax(1))
+        met = rows(picks)
+        closest = torch.maximum(closest, met[:, 0] if step == 1 else met.amax(1))
         if kind == "mmr":
             score = balance * importance - (1.0 - balance) * closest
         elif kind == "sads":
