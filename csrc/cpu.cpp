@@ -167,7 +167,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pair_round(Tensor metric, Maybe weigh
   Tensor size = torch::stable::new_empty(metric, {batch, n - r}), score = torch::stable::new_empty(metric, {batch, r});
   const auto images = [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b)
-      vtc::pair_round({data<float>(metric) + b * metric.stride(0), heads, metric.stride(1), head}, weight.has_value() ? data<float>(*weight) + b * n : nullptr, n, d, how,
+      vtc::pair_round({data<float>(metric) + b * metric.stride(0), heads, metric.stride(1), head},
+                      weight.has_value() ? data<float>(*weight) + b * n : nullptr, n, d, how,
                       data<int64_t>(group) + b * n, data<float>(size) + b * (n - r), data<int64_t>(source) + b * r,
                       data<float>(score) + b * r);
   };

@@ -61,8 +61,8 @@ inline void sides(const float* unit, int64_t n, int64_t d, const Round& how, std
   std::sort(b.begin(), b.end());
 }
 
-// One image: metric of n tokens of d values, weight [n] or null, prefix included -> group [n], size [n - r], source [r] (counted behind the
-// prefix), score [r].
+// One image: metric of n tokens of d values, weight [n] or null, prefix included -> group [n], size [n - r], source [r]
+// (counted behind the prefix), score [r].
 inline void pair_round(const Heads& metric, const float* weight, int64_t n, int64_t d, const Round& how, int64_t* group,
                        float* size, int64_t* source, float* score) {
   const int64_t inside = n - how.prefix;

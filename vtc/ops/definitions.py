@@ -215,16 +215,15 @@ def pair_round(
         order = _first(high, high.shape[1])[1]
         order = order[:, : 2 * r] if protect or half else order
         sides = (order[:, :r], order[:, r:]) if half else (order[:, 0::2], order[:, 1::2])
+        not_b = torch.ones(high.shape, dtype=torch.bool, device=metric.device).scatter_(1, sides[1], False)[:, None]
         if whole and (protect or half):  # a small part of the tokens
             first = sides[0].sort(dim=1).values
             rows = similarity.gather(1, first[..., None].expand(-1, -1, high.shape[1]))
-            not_b = torch.ones(high.shape, dtype=torch.bool, device=metric.device).scatter_(1, sides[1], False)
-            best, at = _highest(rows.masked_fill_(not_b[:, None], -2.0))
+            best, at = _highest(rows.masked_fill_(not_b, -2.0))
             score, place = _first(best, r)
             source, target = first.gather(1, place), at.gather(1, place)
         elif whole:
-            not_b = torch.ones(high.shape, dtype=torch.bool, device=metric.device).scatter_(1, sides[1], False)
-            best, at = _highest(similarity.masked_fill_(not_b[:, None], -2.0))
+            best, at = _highest(similarity.masked_fill_(not_b, -2.0))
             score, source = _first(best.scatter_(1, sides[1], -3.0), r)
             target = at.gather(1, source)
         else:
