@@ -100,14 +100,11 @@ class TokenMap:
         """Every real token keeps its slot, except the sources of `pairs`, which join their targets' slots. complete:
         all tokens are real, and no pair is missing."""
         source, target, score = pairs
-        batch = source.shape[0]
         if complete:
-            kept = torch.ones(batch, tokens, dtype=torch.long, device=source.device).scatter_(1, source, 0)
-            slot = kept.cumsum(1).sub_(1)
-            group = slot.scatter_(1, source, slot.gather(1, target))
+            group = ops.joined(tokens, source, target)
             size = ops.sizes(group, tokens - source.shape[1], weight)
             return cls._later(group=group, size=size, weight=weight, complete=True, _round=(source, score, 0))
-        kept = torch.ones(batch, tokens + 1, dtype=torch.bool, device=source.device)
+        kept = torch.ones(len(source), tokens + 1, dtype=torch.bool, device=source.device)
         if mask is not None:
             kept[:, :tokens] = mask
         kept = kept.scatter(1, torch.where(source < 0, tokens, source), False)[:, :tokens]

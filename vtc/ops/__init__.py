@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtc.ops import definitions, selection
-from vtc.ops.definitions import nearest_kept, normalize, over_heads, seeded_uniform, sizes
+from vtc.ops.definitions import joined, nearest_kept, normalize, over_heads, seeded_uniform, sizes
 from vtc.ops.kernels import backend, compiled, set_backend
 from vtc.ops.selection import top_select
 
@@ -24,6 +24,7 @@ __all__ = [
     "dpp_select",
     "energy",
     "greedy_select",
+    "joined",
     "merge",
     "minmax",
     "nearest_kept",

@@ -201,7 +201,6 @@ def pair_round(
         alone = torch.arange(tokens, device=metric.device).repeat(batch, 1)
         return alone, sizes(alone, tokens, weight), alone[:, :0], metric.new_zeros(batch, 0, dtype=torch.float32)
     inside = normalize(metric)[:, prefix:]
-    kept = torch.ones(batch, tokens, dtype=torch.long, device=metric.device)
     if form is None:
         a, b = prefix % 2, 1 - prefix % 2
         best, at = _highest(torch.bmm(inside[:, a::2], inside[:, b::2].transpose(1, 2)))
@@ -230,10 +229,20 @@ def pair_round(
             first, second = (side.sort(dim=1).values for side in sides)
             source, target, score = bipartite_match(inside, first, second, r)
         place, sources, targets = source, slice(prefix, None), slice(prefix, None)
-    kept[:, sources].scatter_(1, place, 0)
-    group = kept.cumsum(1).sub_(1)
-    group[:, sources].scatter_(1, place, group[:, targets].gather(1, target))
+    group = joined(tokens, place, target, sources, targets)
     return group, sizes(group, tokens - source.shape[1], weight), source, score
+
+
+def joined(
+    tokens: int, source: Tensor, target: Tensor, sources: slice = slice(None), targets: slice = slice(None)
+) -> Tensor:
+    """[B, tokens] long: the slots, numbered in the tokens' order, when every source [B, r] joins its target [B, r].
+    Both are counted among the tokens that `sources` and `targets` take."""
+    kept = torch.ones(source.shape[0], tokens, dtype=torch.long, device=source.device)
+    kept[:, sources].scatter_(1, source, 0)
+    group = kept.cumsum(1).sub_(1)
+    group[:, sources].scatter_(1, source, group[:, targets].gather(1, target))
+    return group
 
 
 def over_heads(metric: Tensor) -> Tensor:

@@ -307,7 +307,15 @@ def _rows(unit: Tensor, table: Tensor | None = None) -> Callable[[Tensor], Tenso
 
 def _table(unit: Tensor) -> Tensor | None:
     """All cosines [B, N, N], if they fit."""
-    return _cosine(unit, unit) if fits(unit) else None
+    if not fits(unit):
+        return None
+    if not unit.is_cpu or torch.compiler.is_compiling():
+        return _cosine(unit, unit)
+    # image by image: a product of a batch of one is not divided among threads
+    product = unit.new_empty(len(unit), unit.shape[1], unit.shape[1])
+    for own, out in zip(unit, product, strict=True):
+        torch.mm(own, own.mT, out=out)
+    return product.masked_fill_(product > _SAME, 1.0)
 
 
 def _nearest(unit: Tensor, table: Tensor | None, mask: Tensor | None) -> Tensor:
