@@ -477,7 +477,7 @@ CASES: dict[str, list[str]] = {name: family.cases() for name, family in FAMILIES
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Weights by fan-in, and everything that starts at 0 or 1 moved off it."""
-    generator, tied = torch.Generator().manual_seed(seed), model.config.tie_word_embeddings
+    generator, tied = torch.Generator().manual_seed(seed), getattr(model.config, "tie_word_embeddings", False)
     for name, parameter in model.named_parameters():
         with torch.no_grad():
             if parameter.ndim == 1:  # norms start at 1 (Gemma's at 0), biases at 0

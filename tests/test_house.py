@@ -15,7 +15,7 @@ ORDER = [  # a part imports from its own line and the lines above it, also insid
     {"positions"},
     {"methods", "viz"},
     {"decide"},  # the waist: from units of tokens and a budget to a TokenMap
-    {"functional", "adapters", "vllm"},
+    {"functional", "adapters", "retrieval", "vllm"},
     {"plan"},
     {"handle", "models"},
     {"config", "bench", "harness", "eval"},

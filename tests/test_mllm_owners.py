@@ -228,12 +228,6 @@ def fused(self, *args, labels=None, **kwargs):
     return nn.functional.cross_entropy(self.lm_head(hidden).flatten(0, 1), labels.flatten())
 
 
-def retriever(kind):
-    name = "paligemma" if kind == "ColPali" else "qwen2_vl"
-    config = getattr(transformers, f"{kind}Config")(vlm_config=zoo.FAMILIES[name].config(), embedding_dim=8)
-    return getattr(transformers, f"{kind}ForRetrieval")(config)
-
-
 def policy():
     expert = {"model_type": "gemma", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "head_dim": 16}
     expert |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": zoo.VOCAB}
@@ -270,11 +264,6 @@ def unknown(case):
         (lambda: unknown("overridden"), ["Overridden holds it", "LlavaForConditionalGeneration"]),
         (lambda: unknown("overridden inside"), ["OverriddenInside has a forward", "LlavaModel"]),
         (lambda: unknown("replaced on the instance"), ["LlavaForConditionalGeneration holds it", "forward"]),
-        (
-            lambda: retriever("ColPali"),
-            ["ColPaliForRetrieval", "mask of the whole prompt", "compress model.vlm itself"],
-        ),
-        (lambda: retriever("ColQwen2"), ["ColQwen2ForRetrieval", "embeddings itself", "compress model.vlm itself"]),
         (policy, ["PI0Model", "embeddings itself", "compress model.model.vlm itself"]),
     ],
 )

@@ -60,10 +60,28 @@ def test_keep_all_and_off_again(name):
         assert torch.equal(model(**inputs).logits, dense)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "internvl", "idefics3", "llava_onevision"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "internvl", "llava_onevision"])
 def test_refused_where_tokens_are_rearranged(name):
     with pytest.raises(vtc.UnsupportedModelError, match=r'where="llm" works'):
         vtc.compress(zoo.build(name), "tome", keep=0.9, where="tower")
+
+
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+@torch.no_grad()
+def test_merged_and_copied_back(name):
+    """As by the tower's own adapter: its work is less, and the decoder gets every token."""
+    model, inputs = zoo.build(name), zoo.inputs(name, "ragged")
+    dense = model(**inputs).logits
+    with vtc.compress(model.model.vision_model, "tome", keep=0.8):
+        want = model(**inputs).logits
+    assert vtc.explain(model, "tome", where="tower").ok
+    with vtc.compress(model, "tome", keep=0.8, where="tower") as handle:
+        assert torch.equal(model(**inputs).logits, want) and not torch.equal(want, dense)
+        report = handle.report
+    assert report.macs_after < report.macs_before and sum(report.after) < sum(report.before)
+    with vtc.compress(model, "tome", keep=1.0, where="tower"):
+        assert torch.equal(model(**inputs).logits, dense)
+    assert torch.equal(model(**inputs).logits, dense)
 
 
 def test_cut_groups_keep_a_member():

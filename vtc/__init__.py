@@ -1,6 +1,6 @@
 """vtc: fewer visual tokens for the vision encoders and multimodal LLMs people already run."""
 
-from vtc import functional, methods
+from vtc import functional, methods, retrieval
 from vtc.adapters.report import Report
 from vtc.api import compress, list_methods
 from vtc.auto import Choice, choose
@@ -32,6 +32,7 @@ __all__ = [
     "list_methods",
     "load_config",
     "remove",
+    "retrieval",
     "save_config",
 ]
 __all__ += methods.__all__

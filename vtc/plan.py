@@ -17,7 +17,7 @@ from vtc.adapters.multimodal.families.generic import Generic
 from vtc.adapters.multimodal.find import MultimodalSite
 from vtc.adapters.multimodal.find import find as find_llms
 from vtc.adapters.multimodal.self_check import failed
-from vtc.adapters.multimodal.support import explained
+from vtc.adapters.multimodal.support import encoder_site, explained
 from vtc.adapters.report import Encoder
 from vtc.errors import OptionError
 from vtc.methods import Method, make
@@ -36,6 +36,8 @@ def explain(model: nn.Module, method: str | Method | None = None, **options: Any
     sites: list[EncoderSite | MultimodalSite] = []
     found: list[Encoder] = []
     for adapter, item in _find(model):
+        if isinstance(item, MultimodalSite) and chosen is not None and chosen.where == "tower" and item.family.copied:
+            item = encoder_site(item)
         if isinstance(item, Refusal):
             found.append(Encoder(item.path, item.type_name, adapter, refusal=item.reason))
             continue

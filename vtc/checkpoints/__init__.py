@@ -8,7 +8,7 @@ from vtc.checkpoints.dinov2 import (
     dinov2_saliency,
     dinov2_small,
 )
-from vtc.checkpoints.tiny import tiny_llava, tiny_qwen
+from vtc.checkpoints.tiny import tiny_colqwen, tiny_llava, tiny_qwen
 
 __all__ = [
     "CheckpointError",
@@ -17,6 +17,7 @@ __all__ = [
     "SaliencyModel",
     "dinov2_saliency",
     "dinov2_small",
+    "tiny_colqwen",
     "tiny_llava",
     "tiny_qwen",
 ]

@@ -17,6 +17,7 @@ from vtc.checkpoints.dinov2 import CheckpointError, MissingPackageError, dinov2_
 
 if TYPE_CHECKING:
     from transformers import (
+        ColQwen2ForRetrieval,
         LlavaForConditionalGeneration,
         PreTrainedModel,
         ProcessorMixin,
@@ -47,6 +48,19 @@ def tiny_llava() -> tuple[LlavaForConditionalGeneration, ProcessorMixin]:
         CheckpointError: a file is damaged or not there.
     """
     return _load("tiny_llava")  # type: ignore[return-value]
+
+
+def tiny_colqwen() -> tuple[ColQwen2ForRetrieval, ProcessorMixin]:
+    """A ColQwen2 of a million parameters that reads the pages of `vtc.eval.pages`, and its processor, in eval mode,
+    float32, on the CPU. tools/train_colqwen.py trained it from scratch.
+
+    A page of 512 x 512 pixels becomes 1,024 tokens and 1,026 vectors of 64 values.
+
+    Raises:
+        MissingPackageError: transformers is not installed.
+        CheckpointError: a file is damaged or not there.
+    """
+    return _load("tiny_colqwen")  # type: ignore[return-value]
 
 
 def place(name: str) -> Path:
@@ -81,7 +95,11 @@ def _load(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
         raise MissingPackageError(f"{name} needs transformers: pip install 'vtc-torch[hf]'") from error
     where = folder(name)
     config = transformers.AutoConfig.from_pretrained(where)
-    model = transformers.AutoModelForImageTextToText.from_config(config)
+    retrieves = name == "tiny_colqwen"
+    if retrieves:
+        model: PreTrainedModel = transformers.ColQwen2ForRetrieval(config)
+    else:
+        model = transformers.AutoModelForImageTextToText.from_config(config)
     weights = load_file(where / "model.safetensors")
     if name == "tiny_llava":
         tower = dinov2_small().state_dict()
@@ -92,5 +110,6 @@ def _load(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     if missing or unknown:
         raise CheckpointError(f"{name} does not fit this transformers: missing {missing[:3]}, unknown {unknown[:3]}")
     model.tie_weights()
-    model.generation_config = transformers.GenerationConfig.from_pretrained(where)
+    if not retrieves:
+        model.generation_config = transformers.GenerationConfig.from_pretrained(where)
     return model.eval(), transformers.AutoProcessor.from_pretrained(where)

@@ -192,11 +192,13 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
         "spectral  how much the token graph's spectrum changes, layer by layer\n"
         "positions where things are, asked of merged tokens: PPE against the anchor's position\n"
         "scenes    whether a multimodal LLM still answers right: questions about drawn scenes\n"
-        "clip      zero-shot accuracy of an open_clip model on a data set of clip_benchmark",
+        "clip      zero-shot accuracy of an open_clip model on a data set of clip_benchmark\n"
+        "retrieval pages found by their words with fewer vectors, or how true a corpus of yours stays",
         "vtc eval elpv --images 200 --out results\n"
         "         vtc eval scenes --model FOLDER --methods all --keep 0.5 0.25 0.1 --out out/scenes",
     ).add_argument
-    add("task", choices=("elpv", "photos", "spectral", "positions", "scenes", "clip"), help="what to measure")
+    tasks = ("elpv", "photos", "spectral", "positions", "scenes", "clip", "retrieval")
+    add("task", choices=tasks, help="what to measure")
     add("--images", type=count, metavar="N", help="how many images (default: all, or what is enough)")
     add(
         "--levels",
@@ -221,10 +223,15 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
         "--methods",
         nargs="+",
         metavar="NAME",
-        help="methods; scenes: or all (default), random and downsample always; clip: default those and tome, pitome",
+        help="methods; scenes: or all (default), random and downsample always; clip: default those and tome, pitome; "
+        "retrieval: poolings",
     )
     add(
-        "--keep", type=fraction, nargs="+", metavar="Q", help="scenes: fractions that stay (default: 0.5 0.25 0.1 0.05)"
+        "--keep",
+        type=fraction,
+        nargs="+",
+        metavar="Q",
+        help="scenes: fractions that stay (default: 0.5 0.25 0.1 0.05); retrieval: when a page is encoded",
     )
     add("--limit", type=count, metavar="N", help="scenes: how many for every seed (default: 40)")
     add("--seeds", type=count, metavar="N", help="scenes: how many sets of scenes (default: 5)")
@@ -238,6 +245,10 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
     add("--split", choices=("validation", "test"), help="scenes, clip: to choose by, or to report (default)")
     add("--data", metavar="FOLDER", help="clip: the data set, by default a webdataset with the names of its classes")
     add("--dataset", metavar="NAME", help="clip: as clip_benchmark names it, if FOLDER is no webdataset: cifar10 ...")
+    add("--pages", type=count, metavar="N", help="retrieval: how many are drawn (default: 160)")
+    add("--queries", type=count, metavar="N", help="retrieval: how many (default: 500)")
+    add("--factors", type=float, nargs="+", metavar="F", help="retrieval: how many times fewer vectors")
+    add("--embeddings", metavar="SAFETENSORS", help="retrieval: a corpus of yours, a tensor [n, D] for each page")
     add("--pretrained", metavar="NAME", help="clip: the weights, as open_clip names them, or a file")
 
     add = command(

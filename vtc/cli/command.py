@@ -147,6 +147,7 @@ _MEASURES = {
         "full",
     ),
     "clip": ("images", "levels", "model", "methods", "split", "data", "dataset", "pretrained"),
+    "retrieval": ("pages", "queries", "methods", "factors", "keep", "embeddings"),
 }
 
 

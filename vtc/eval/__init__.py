@@ -1,1 +1,1 @@
-"""Measurements on real images: `elpv` (with labels), `photos` (without), `spectral` (the token graph)."""
+"""What compression costs in quality: one module for every task of `vtc eval`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,12 @@ from vtc.adapters.multimodal.families import FAMILIES
 from vtc.adapters.multimodal.families.base import Family
 from vtc.adapters.multimodal.families.generic import TOKENS, Unfit
 from vtc.adapters.multimodal.families.towers import generic
-from vtc.adapters.multimodal.owners import Owners, around, foreign, known_as
+from vtc.adapters.multimodal.kinds import foreign, known_as
+from vtc.adapters.multimodal.owners import Owners, around
+
+# Models whose text part reads windows of columns in both directions, which would reach farther with fewer of them:
+# their tower is reduced as an encoder alone.
+_WINDOWED = {"ModernVBertModel"}
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,11 @@ class MultimodalSite:
     inner: Any
     owners: Owners
 
+    @property
+    def outer(self) -> Any:
+        """The model whose own forward runs on the shorter prompt."""
+        return self.inner if self.owners.retriever is None else self.owners.retriever.module
+
 
 def find(model: nn.Module) -> Iterator[MultimodalSite | Refusal]:
     """Every multimodal LLM in `model`; those of unknown families, or in unknown wrappers, as refusals."""
@@ -34,13 +44,10 @@ def find(model: nn.Module) -> Iterator[MultimodalSite | Refusal]:
         name = type_name if type_name in known else known_as(module, known)
         if name:
             owners = around(model, module, known)
-            if name != type_name and foreign(module, name):
+            own = isinstance(owners, Owners) and owners.retriever is not None and owners.retriever.module is module
+            if name != type_name and not own and foreign(module, name):
                 owners = f"{type_name} has a forward that is not that of transformers' {name}; use {name} itself"
-            yield (
-                Refusal(path, type_name, owners)
-                if isinstance(owners, str)
-                else MultimodalSite(path, known[name], module, owners)
-            )
+            yield _site(model, path, known[name], module, owners)
         elif _multimodal(module):
             yield _generic(model, path, module, known)
 
@@ -48,6 +55,8 @@ def find(model: nn.Module) -> Iterator[MultimodalSite | Refusal]:
 def _multimodal(module: Any) -> bool:
     """A model that encodes images for placeholders in a prompt, and holds none that does."""
     if not callable(getattr(module, "get_image_features", None)) or not hasattr(module, "config"):
+        return False
+    if known_as(module, _WINDOWED) or known_as(getattr(module, "model", module), _WINDOWED):
         return False
     inside = getattr(module, "model", None)
     ids = (getattr(module.config, name, None) for name in TOKENS["image"])
@@ -69,5 +78,11 @@ def _generic(model: nn.Module, path: str, module: Any, known: dict[str, Family])
         family.watched(module)
     except Unfit as error:
         return Refusal(path, type_name, f"{type_name} {error}")
-    owners = around(model, module, {*known, type_name}, _head(module))
-    return Refusal(path, type_name, owners) if isinstance(owners, str) else MultimodalSite(path, family, module, owners)
+    return _site(model, path, family, module, around(model, module, {*known, type_name}, _head(module)))
+
+
+def _site(model: nn.Module, path: str, family: Family, module: Any, owners: Owners | str) -> MultimodalSite | Refusal:
+    if isinstance(owners, str):
+        return Refusal(path, type(module).__name__, owners)
+    site = MultimodalSite(path, family, module, owners)
+    return replace(site, path=next(path for path, part in model.named_modules() if part is site.outer))

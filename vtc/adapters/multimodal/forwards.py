@@ -7,19 +7,49 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vtc.adapters.multimodal.columns import TYPES
 from vtc.adapters.patch import Patch, forward_name
 
 
 class ModelForward(Patch):
-    """Replaces the `forward` of a multimodal model."""
+    """Replaces the `forward` of a multimodal model, or of the retrieval model around it."""
 
     def __init__(self, parent: Any) -> None:
-        super().__init__(parent.inner, forward_name(parent.inner))
+        super().__init__(parent.outer, forward_name(parent.outer))
+        self.parent = parent
+        self.names = _named(type(parent.outer)) or _named(type(parent.inner))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.parent.run(self, {**dict(zip(self.names, args, strict=False)), **kwargs})
+
+
+def _named(kind: type) -> list[str]:
+    """The parameters of a class's forward, or of that of the nearest base which names them."""
+    for base in kind.__mro__:
+        if callable(forward := vars(base).get("forward")):
+            taken = list(inspect.signature(forward).parameters.values())[1:]
+            if not any(one.kind is one.VAR_POSITIONAL for one in taken):
+                return [one.name for one in taken]
+    return []
+
+
+class CallerForward(Patch):
+    """Replaces the `forward` of a module of sentence-transformers that calls the model: what it hands on with the
+    model's output has a place for every column of the prompt, and is cut to those that stayed."""
+
+    _CUT = ("attention_mask", "input_ids", "position_ids", *TYPES)
+
+    def __init__(self, parent: Any, module: nn.Module) -> None:
+        super().__init__(module, forward_name(module))
         self.parent = parent
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        names = inspect.signature(type(self.module).forward).parameters
-        return self.parent.run(self, {**dict(zip(list(names)[1:], args, strict=False)), **kwargs})
+        self.parent.went = None
+        features = self.original(*args, **kwargs)
+        if self.parent.went is not None:
+            cut = {name: features[name] for name in self._CUT if isinstance(features.get(name), Tensor)}
+            features.update({name: self.parent.went.take(value) for name, value in cut.items()})
+        return features
 
 
 class OwnerForward(Patch):

@@ -93,7 +93,7 @@ class Guard:
     @property
     def past(self) -> str:
         return (
-            f"were filled in before {type(self.parent.inner).__name__}'s own forward, where vtc takes them out: pass "
+            f"were filled in before {type(self.parent.outer).__name__}'s own forward, where vtc takes them out: pass "
             "it the pixels, with the ids or the embeddings, or call vtc.remove(model)"
         )
 

@@ -26,23 +26,31 @@ from vtc.adapters.multimodal.cache import Entries, Shortened, cache_name, goes_o
 from vtc.adapters.multimodal.capture import Capture, text
 from vtc.adapters.multimodal.columns import as_asked, check_arguments, check_asked
 from vtc.adapters.multimodal.encode import Encoders
-from vtc.adapters.multimodal.families.base import Family, prompt
+from vtc.adapters.multimodal.families.base import IMAGE, Family, prompt
 from vtc.adapters.multimodal.find import MultimodalSite
-from vtc.adapters.multimodal.forwards import Loss, MaskMaker, ModelForward, OwnerForward, WordReader, word_readers
+from vtc.adapters.multimodal.forwards import (
+    CallerForward,
+    Loss,
+    MaskMaker,
+    ModelForward,
+    OwnerForward,
+    WordReader,
+    word_readers,
+)
 from vtc.adapters.multimodal.guard import Guard
 from vtc.adapters.multimodal.layer_patch import DecoderPatch, PendingCall, checkpoints
 from vtc.adapters.multimodal.owners import Owners
+from vtc.adapters.multimodal.retrievers import Retriever
 from vtc.adapters.multimodal.rotary import Positions
 from vtc.adapters.multimodal.short_prompt import shorten_call
 from vtc.adapters.multimodal.support import in_tower, tower_site
-from vtc.adapters.multimodal.token_batch import CallRecord, PlacedTokens, TokenBatch
+from vtc.adapters.multimodal.token_batch import CallRecord, PlacedTokens, TokenBatch, prefill_report
 from vtc.adapters.multimodal.trial import try_positions
-from vtc.adapters.report import Report, plain
+from vtc.adapters.report import Report
 from vtc.checks import check_finite
 from vtc.decide import decide, in_events
 from vtc.errors import InputError
 from vtc.layout import Grid
-from vtc.macs import decoder_macs
 from vtc.methods.base import Method
 from vtc.token_map import TokenMap
 
@@ -79,8 +87,17 @@ class MultimodalPatch:
         return cls(site.family, site.path, site.inner, site.owners, method, inside)
 
     @property
+    def retriever(self) -> Retriever | None:
+        return self.owners.retriever
+
+    @property
+    def outer(self) -> Any:
+        """The model whose own forward runs on the shorter prompt."""
+        return self.inner if self.retriever is None else self.retriever.module
+
+    @property
     def where(self) -> str:
-        return self.path or type(self.inner).__name__
+        return self.path or type(self.outer).__name__
 
     # -- reports ------------------------------------------------------------------------------------------------
 
@@ -100,45 +117,12 @@ class MultimodalPatch:
 
     def report(self, several: str = "") -> Report:
         """What the last call did: the decoder's prefill, and the tower if the method works in it."""
-        record = self.record
-        assert record is not None
-        decoder = getattr(self.inner, self.family.decoder)
-        before, after = record.lengths, tuple(record.token_map.mask().sum(1).tolist())
-        dense = record.real.sum(1).tolist()
-        steps = [record]  # latest first
-        while steps[-1].earlier is not None:
-            steps.append(steps[-1].earlier)
-        prompts, kept = [], []  # per layer: the lengths of the prompts, and the fraction of image tokens left
-        for layer in range(len(decoder.layers)):
-            there = next((step for step in steps if step.layer <= layer), None)
-            prompts.append(dense if there is None else there.prompts)
-            kept.append(1.0 if there is None else int(there.token_map.mask().sum()) / max(1, sum(before)))
-        macs = [
-            sum(decoder_macs(decoder, n) for n in dense),
-            sum(decoder_macs(decoder, n) for n in zip(*prompts, strict=True)),
-        ]
+        assert self.record is not None
+        name, inside = self.method.name, None
         if self.tower is not None and self.inside is not None:
-            inside = encoder_report(self.method.name, self.tower.site, self.inside)
-            macs = [macs[0] + inside.macs_before, macs[1] + inside.macs_after]
-        flow = tuple((plain(counts),) * 2 for counts in prompts)
-        said = [step.notes for step in reversed(steps)]
-        if self.bare_calls:
-            said.append("the last prompt held no image: this is of the last one that did")
-        notes = "; ".join(dict.fromkeys(filter(None, said)))
-        layers = tuple(kept) if len(set(kept)) > 1 else ()
-        return Report(
-            self.method.name,
-            len(before),
-            before,
-            after,
-            flow,
-            macs[0],
-            macs[1],
-            self.where,
-            notes,
-            tuple(dense),
-            layers,
-        )
+            inside = encoder_report(name, self.tower.site, self.inside)
+        decoder = getattr(self.inner, self.family.decoder)
+        return prefill_report(name, self.where, decoder, self.record, inside, self.bare_calls > 0)
 
     @property
     def installed(self) -> bool:
@@ -161,6 +145,7 @@ class MultimodalPatch:
         for head in self.owners.heads:
             self.patched += [OwnerForward(self, head), Loss(self, head), MaskMaker(head)]
         self.patched += [OwnerForward(self, owner, "all") for owner in self.owners.classifiers]
+        self.patched += [CallerForward(self, owner) for owner in self.owners.callers]
         for patch in self.patched:
             patch.install()
         if self.method.in_decoder or self.method.cascade or self.method.proportional:
@@ -195,7 +180,8 @@ class MultimodalPatch:
                 wanted = {name for name in {*encode.names[1:], *self.family.passed} if name in call}
                 wanted -= self.family.ignored
                 more = self.family.filled(self.inner, encode.names) | {name: call[name] for name in wanted}
-                given[modality.name] = encode(call[modality.pixels], **more, return_dict=True)
+                pixels = call[modality.pixels] if self.retriever is None else self.retriever.pixels(call, modality)
+                given[modality.name] = encode(pixels, **more, return_dict=True)
         items = [
             self.encoders.placed(modality, given[modality.name], call)
             for modality in self.family.modalities
@@ -223,7 +209,7 @@ class MultimodalPatch:
             masks.check_text(self.method.name, call, batch, self.entries(call).length)
         if batch is not None and not self.method.in_decoder:
             if self.method.turned:
-                placed = self.family.placed(self.inner, call, self.entries(call).length)
+                placed = self.placed(call, self.entries(call).length)
             columns, batch = self.reduce(items, batch, call, placed)
         for item in items:  # the model calls its encoders, which return their earlier output, reduced
             call.setdefault(item.modality.pixels, _NO_PIXELS)
@@ -233,7 +219,7 @@ class MultimodalPatch:
             more = self.decoder_patch is not None and batch is not None  # tokens may be removed between layers
             self.went = self.record if columns is not None else None
             if columns is None and not more and not isinstance(call.get(cache_name()), Shortened):
-                return patch.original(**call)
+                return patch.original(**self.filled(call))
             return self.shortened(patch, call, columns, batch, placed)
         finally:
             self.encoders.forget()
@@ -336,12 +322,12 @@ class MultimodalPatch:
         cache. placed: the positions of all columns; None = not computed yet."""
         cache, given, past = call.get(cache_name()), prompt(call), self.entries(call)
         if columns is not None or (batch is not None and self.decoder_patch is not None):
-            own = set(inspect.signature(type(self.inner).forward).parameters)
+            own = {*inspect.signature(type(self.inner).forward).parameters, *patch.names}
             own |= {name for encode in self.encoders.by.values() for name in (encode.modality.pixels, *encode.names)}
             check_arguments(call, own, given.shape[1], past.length + given.shape[1])
         if self.went is not None:
             check_asked(self.asked, self.went)
-        positions = self.family.placed(self.inner, call, past.length) if placed is None else placed
+        positions = self.placed(call, past.length) if placed is None else placed
         short = shorten_call(call, columns, past, positions, self.filler(), self.told)
         self.positions.ids = self.positions.taken(positions, short.columns.clamp(min=0), self.carried)
         levels: tuple[Entries, ...] = ()
@@ -355,7 +341,10 @@ class MultimodalPatch:
                 cache.vtc_inside = True
             if self.readers and columns is not None and batch is not None:
                 self.read(batch, call, columns)
-            output = patch.original(**short.arguments)
+            arguments = self.filled(short.arguments)
+            if self.retriever is not None and self.retriever.bare:
+                del arguments["return_dict"]
+            output = patch.original(**arguments)
         finally:
             self.positions.ids = self.carried = None
             for reader in self.readers:
@@ -372,7 +361,22 @@ class MultimodalPatch:
             check_asked(self.asked, self.went)
         if self.went is not None and self.asked is not None:
             output.last_hidden_state = as_asked(self.asked, self.went, output.last_hidden_state)
-        return output if call.get("return_dict", self.inner.config.return_dict) else output.to_tuple()
+        if self.retriever is not None and self.retriever.bare:
+            return output
+        return output if call.get("return_dict", self.outer.config.return_dict) else output.to_tuple()
+
+    def placed(self, call: dict[str, Any], past: int) -> Tensor:
+        """The positions of all of a call's columns, [B, L] or [axes, B, L], as the dense model has them."""
+        own = self.retriever
+        return self.family.placed(self.inner, call, past) if own is None else own.placed(self.family, call, past)
+
+    def filled(self, call: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of the model's own forward, with the features that stay where it does not encode by itself."""
+        output = self.encoders.by[IMAGE.name].output
+        if self.retriever is None or output is None:
+            return call
+        rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in self.family.pooled(output)])
+        return self.retriever.filled(call, rows)
 
     def read(self, batch: TokenBatch, call: dict[str, Any], columns: Tensor) -> None:
         """Let parts that read words together with those before them read the whole prompt: the placeholders of its

@@ -52,7 +52,7 @@ def explained(site: MultimodalSite, method: Method | None) -> Encoder:
         found = sections_of(decoder.rotary_emb)
         slots = slots_for(method.ppe, found)
         where += f"; a merged token carries the positions of up to {slots} members (rotary sections {list(found)})"
-    return Encoder(site.path, type(site.inner).__name__, site.family.name, layers, None, where, refusal)
+    return Encoder(site.path, type(site.outer).__name__, site.family.name, layers, None, where, refusal)
 
 
 def _refusal(site: MultimodalSite, method: Method | None) -> str:
@@ -90,6 +90,11 @@ def _refusal(site: MultimodalSite, method: Method | None) -> str:
         return (
             f"{method.name} cuts the masks of the decoder's layers, and those of flex_attention are no tensors; load "
             'the model with attn_implementation="sdpa"'
+        )
+    if site.owners.retriever is not None and (method.in_decoder or method.cascade):
+        return (
+            f"{type(site.outer).__name__} multiplies its embeddings by the mask of the prompt, which gets shorter "
+            "between the decoder's layers: use a method at the decoder's input, such as divprune"
         )
     if method.in_decoder:
         return method.lacks("decoder") or _layer_refuses(site, method, method.layer)  # type: ignore[attr-defined]
@@ -248,3 +253,9 @@ def tower_site(site: MultimodalSite) -> EncoderSite | str:
         path = f"{site.path}.vision_tower".strip(".")
         return replace(item, path=path, blocks=item.blocks[:depth], macs=macs)
     return f'where="tower": {type(site.family.tower(site.inner)).__name__} is no encoder that vtc knows'
+
+
+def encoder_site(site: MultimodalSite) -> EncoderSite | Refusal:
+    """The tower as an encoder by itself, whose merged tokens are copied back behind its layers."""
+    tower = tower_site(site)
+    return Refusal(site.path, type(site.outer).__name__, tower) if isinstance(tower, str) else tower

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from vtc.adapters.multimodal.families.base import Modality
+from vtc.adapters.report import Report, plain
 from vtc.decide import Units, regroup
 from vtc.errors import InputError
 from vtc.layout import Layout, Unit
+from vtc.macs import decoder_macs
 from vtc.methods.base import Method
 from vtc.positions import members
 from vtc.token_map import TokenMap
@@ -249,3 +251,43 @@ def lay_out(kept: Tensor, mask: Tensor | None) -> Tensor:
 def present(kept: Tensor, mask: Tensor | None) -> Tensor:
     """[B, L] bool, which columns the shorter prompt has: the kept ones without the padding in front."""
     return kept if mask is None else kept & (mask.long().cumsum(1) > 0)
+
+
+def prefill_report(
+    name: str, where: str, decoder: Any, record: CallRecord, inside: Report | None, bare: bool
+) -> Report:
+    """What a call did in its decoder's prefill.
+
+    Args:
+        inside: what the tower did, if the method works there. bare: prompts without an image came after that call.
+    """
+    before, after = record.lengths, tuple(record.token_map.mask().sum(1).tolist())
+    dense = record.real.sum(1).tolist()
+    steps = [record]  # latest first
+    while steps[-1].earlier is not None:
+        steps.append(steps[-1].earlier)
+    prompts, kept = [], []  # per layer: the lengths of the prompts, and the fraction of image tokens left
+    for layer in range(len(decoder.layers)):
+        there = next((step for step in steps if step.layer <= layer), None)
+        prompts.append(dense if there is None else there.prompts)
+        kept.append(1.0 if there is None else int(there.token_map.mask().sum()) / max(1, sum(before)))
+    dense_macs = sum(decoder_macs(decoder, n) for n in dense)
+    macs = sum(decoder_macs(decoder, n) for n in zip(*prompts, strict=True))
+    if inside is not None:
+        dense_macs, macs = dense_macs + inside.macs_before, macs + inside.macs_after
+    said = [step.notes for step in reversed(steps)]
+    if bare:
+        said.append("the last prompt held no image: this is of the last one that did")
+    return Report(
+        name,
+        len(before),
+        before,
+        after,
+        tuple((plain(counts),) * 2 for counts in prompts),
+        dense_macs,
+        macs,
+        where,
+        "; ".join(dict.fromkeys(filter(None, said))),
+        tuple(dense),
+        tuple(kept) if len(set(kept)) > 1 else (),
+    )

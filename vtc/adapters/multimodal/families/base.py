@@ -82,6 +82,8 @@ class Family:
             works at the decoder's input.
         gridded: its tokens are cells of an image, whose rows and columns are told, if not of every image.
         in_tower: why methods cannot merge inside the tower so that fewer tokens reach the decoder; "" = they can.
+        copied: merged tokens are copied back behind the tower's last layer, as in an encoder alone, and the decoder
+            gets all of them.
     """
 
     name: str
@@ -98,6 +100,7 @@ class Family:
     evidence: ClassVar[frozenset[str]] = CAPTURED  # which of these fields vtc can read off its tower and projector
     withheld: ClassVar[dict[str, str]] = {}  # why it cannot read one of the others ("which ...", {name})
     middle: ClassVar[float] = 0.375  # depth of the tower's "middle" layer (HiPrune: 9 of CLIP's 24)
+    copied: ClassVar[bool] = False
     in_tower: ClassVar[str] = "its tower's tokens are rearranged on the way to the decoder"
 
     # -- the prompt ---------------------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ class Idefics3(Pooled):
     covers = "Idefics3, SmolVLM, SmolVLM2"
     classes = ("Idefics3Model", "SmolVLMModel")
     decoder = "text_model"
+    in_tower, copied = "", True
 
     def layout(self, inner: Any, modality: Modality, lengths: list[int], call: dict[str, Any]) -> Layout:
         # one length per prompt; its images follow one another and have the same size; all-zero images are left out
