@@ -30,7 +30,7 @@ def models():
 
 
 MODELS = ("timm", "vit", "siglip", "dinov2")
-QUICK = {("timm", "tome"), ("siglip", "pitome")}  # `make slow` has the others
+QUICK = {("timm", "tome")}  # `make slow` has the others
 
 
 @cache

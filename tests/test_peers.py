@@ -212,6 +212,7 @@ def test_what_is_missing_is_named(arguments, sentence, tmp_path, monkeypatch, ca
     assert not capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_as_a_script(tmp_path):
     """One line on stderr, and an exit status that is not 0."""
     command = [sys.executable, str(ROOT / "benchmarks" / "peers.py"), "--tome", str(tmp_path / "gone")]

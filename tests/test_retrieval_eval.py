@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from itertools import combinations, pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -256,3 +257,11 @@ def test_a_file_that_is_none(tmp_path):
 def test_options_out_of_range(options: dict, message: str):
     with pytest.raises(VTCError, match=message):
         retrieval.run(**options)
+
+
+def test_the_page_says_what_the_results_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "tools"))
+    import retrieval_page
+
+    shown = retrieval_page.PAGE.read_text().split("<!-- retrieval -->\n")[1].split("\n<!-- /retrieval -->")[0]
+    assert shown.split("\n") == retrieval_page.lines(), "run tools/retrieval_page.py"

@@ -127,6 +127,7 @@ def test_the_features_spread_goes_into_the_weights():
     torch.testing.assert_close(learner.see(x, tiny_data.Prompt()), before, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_exactly(tmp_path):
     """Three batches in a row are what one, a stop and two more are; another run's state is refused."""
     view = View(((128, 128),), level=scenes.FULL)
