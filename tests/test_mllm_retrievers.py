@@ -263,6 +263,33 @@ def test_a_pipeline_of_sentence_transformers(folder, image_tokens_only):
         assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
 
 
+def test_a_pipeline_that_pools_to_one_vector():
+    """Around a model without a head of its own; the mean is over the columns that stay."""
+    pytest.importorskip("sentence_transformers", minversion="6")
+    from PIL import Image
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    from vtc.checkpoints import tiny
+
+    first = Transformer(str(tiny.folder("tiny_qwen")))
+    zoo.randomise(first.model.float())
+    pipeline = SentenceTransformer(modules=[first, Pooling(192, pooling_mode="mean")], device="cpu")
+    pages = [Image.open("vtc/assets/photo.jpg").convert("RGB").resize((width, 128)) for width in (192, 256)]
+    dense = torch.as_tensor(pipeline.encode(pages))
+    with vtc.compress(pipeline, "divprune", keep=0.5) as handle:
+        found = torch.as_tensor(pipeline.encode(pages))
+        for page, got in zip(pages, found, strict=True):
+            made = first.preprocess([page])
+            given = {name: made[name] for name in made if name in ("input_ids", "pixel_values", "image_grid_thw")}
+            with torch.no_grad():
+                rows = first.model(**given, mm_token_type_ids=made["mm_token_type_ids"]).last_hidden_state[0]
+            assert len(rows) == int(handle.kept.sum()) < handle.kept.shape[1]
+            torch.testing.assert_close(got, rows.mean(0), atol=1e-5, rtol=0)
+    assert not torch.allclose(found, dense, atol=1e-3)
+    assert torch.equal(torch.as_tensor(pipeline.encode(pages)), dense)
+
+
 # -- where the tower is most of the work ----------------------------------------------------------------------------
 
 

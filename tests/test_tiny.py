@@ -81,7 +81,7 @@ def test_they_answer(dense):
     assert dense >= 0.85
 
 
-# -- what is broken on purpose answers worse; of the Qwen alone: test_instrument_faults.py ---------------------------------
+# -- what is broken on purpose answers worse; of the Qwen alone: test_instrument_faults.py ----------------------------
 
 
 @dataclass(frozen=True)
