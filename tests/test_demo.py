@@ -173,7 +173,7 @@ def test_queue_and_privacy(demo):
     assert demo._queue.max_size == 16 and demo._queue.default_concurrency_limit == 1
     assert demo.analytics_enabled is False and demo.delete_cache == (600, 3600)
     models = [f for f in demo.fns.values() if f.concurrency_id == "model"]
-    assert len(models) == 4  # See by its button and on opening, Ask, and Ask at other budgets
+    assert len(models) == 5  # See by its button and on opening, Ask, Ask at other budgets, and Find
     assert all(f.api_visibility == "private" for f in demo.fns.values())
     assert not LAUNCH["share"] and not LAUNCH["enable_monitoring"]
     assert "http" not in LAUNCH["css"] and not LAUNCH["theme"]._stylesheets

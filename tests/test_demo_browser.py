@@ -1,4 +1,4 @@
-"""The demo in Chromium, served by `vtc demo`: both tabs on real input, bad files, and no request to the outside."""
+"""The demo in Chromium, served by `vtc demo`: its tabs on real input, bad files, and no request to the outside."""
 
 import itertools
 import json
@@ -20,6 +20,8 @@ from vtc.models.images import example_photo
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make setup")
 pytest.importorskip("gradio")
 pytest.importorskip("onnx")
+
+from vtc.demo import find  # noqa: E402
 
 pytestmark = pytest.mark.slow
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -145,6 +147,32 @@ def test_ask(page, tmp_path):
     page.get_by_text("no such folder").wait_for()
 
 
+def test_find(page):
+    """A page clicked on gives its words; they find it, before and after; fewer vectors, and words that are unknown."""
+    page.get_by_role("tab", name="Find").click()
+    page.locator("#find-pages button").nth(3).click()
+    query = page.locator("#find-query textarea, #find-query input")
+    api.expect(query).to_have_value(find.examples()[3], timeout=SLOW)
+    page.locator("#find-run").click()
+    page.wait_for_selector("#find-ranking table")
+    first = page.locator("#find-numbers strong")
+    assert [first.nth(i).inner_text() for i in (0, 1, 3)] == ["1,026 → 342", "131 → 44", "3"]
+    assert page.locator("#find-words .vtc-card").count() == 4
+    assert page.locator("#find-ranking td").nth(1).inner_text() == "all of the words"
+    for side, label in (("left", "all vectors"), ("right", "fewer vectors")):
+        page.locator(f"#find-{side}", has_text=f"Page 3, {label}").wait_for()
+        assert page.locator(f"#find-{side} img").evaluate("image => image.naturalWidth") == 1024
+    assert page.evaluate(WIDER) == []
+    _choose(page, "#find-method", "tome")
+    page.locator("#find-keep label", has_text="half").click()
+    query.fill("puzzle zzz")
+    query.press("Enter")
+    page.get_by_text("unknown: zzz").wait_for()
+    query.fill("puzzle wolf")
+    query.press("Enter")
+    page.locator("#find-numbers strong", has_text="1,026 → 171").wait_for()
+
+
 def test_uploads(page, tmp_path):
     """A text file renamed .jpg and a picture of 144 megapixels get a clear message; a good one is used."""
     (tmp_path / "text.jpg").write_text("no picture")
@@ -168,7 +196,7 @@ def test_nothing_overflows(page):
     for width, scheme in itertools.product((1280, 400), ("light", "dark")):
         page.set_viewport_size({"width": width, "height": 900})
         page.emulate_media(color_scheme=scheme)
-        for tab in ("See", "Ask"):
+        for tab in ("See", "Ask", "Find"):
             page.get_by_role("tab", name=tab).click()
             page.locator(f"#{tab.lower()}-run").wait_for()
             assert page.evaluate("document.documentElement.scrollWidth") <= width

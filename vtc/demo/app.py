@@ -1,4 +1,4 @@
-"""The page around the two tabs, and how it is served."""
+"""The page around the three tabs, and how it is served."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import gradio as gr
 
-from vtc.demo import ask, look, see
+from vtc.demo import ask, find, look, see
 
 # The arguments of `launch`: the look, what may be uploaded, and that nothing is sent out. Larger files are refused
 # during the upload; the limit on pixels is in vtc.models.images.
 LAUNCH: dict[str, Any] = {
     "theme": look.theme(),
-    "css": look.CSS,
+    "css": look.CSS + find.CSS,
     "max_file_size": "20mb",
     "state_session_capacity": 100,
     "share": False,
@@ -43,5 +43,7 @@ def create_demo(gpu: Callable[..., Any] = lambda run: run) -> gr.Blocks:
             first = see.build(gpu)
         with gr.Tab("Ask", id="ask"):
             ask.build(gpu)
+        with gr.Tab("Find", id="find"):
+            find.build()
         demo.load(**first)
     return demo.queue(max_size=16, default_concurrency_limit=1, api_open=False)
