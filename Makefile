@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint
 quote = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo test matrix slow lint docs wheel wheel-check old-transformers harness-check vllm-check eval answers bench registry soak raised gpu-check
+.PHONY: help setup run demo test matrix slow lint docs wheel wheel-check old-transformers harness-check retrieval-check vllm-check eval answers bench registry soak raised gpu-check
 
 help:  ## this list
 	@echo "make TARGET, with TARGET one of"
@@ -68,6 +68,9 @@ old-transformers: setup  ## the Hugging Face tests on the oldest supported trans
 
 harness-check: setup  ## vtc in clip_benchmark and lmms-eval, by their own code
 	@$(BIN)/python tools/harness_check.py
+
+retrieval-check: setup  ## vtc in sentence-transformers and colpali-engine, and a folder of pages by Ray into LanceDB
+	@$(BIN)/python tools/retrieval_check.py
 
 vllm-check: setup  ## vtc in vLLM, by vLLM's own engine on the CPU (installs 3.5 GB)
 	@$(BIN)/python tools/vllm_check.py

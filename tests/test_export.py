@@ -39,12 +39,17 @@ def model_of(which):
 
 
 def cases(methods, *more):
-    """(model, method, options, *more), all of them; slow but for a few."""
-    found = []
-    for which, (name, options), *rest in product(MODELS, methods, *more):
-        quick = (which, name) in QUICK and (name, options) in METHODS and not any(rest)
-        marks = () if quick else pytest.mark.slow
-        found.append(pytest.param(which, name, options, *rest, marks=marks, id=f"{which}-{name}-{options}-{rest}"))
+    """(model, method, options, *more): every model and every value of the others once, slow but for a few; all of them
+    with `make matrix`."""
+    found, seen, others = [], set(), list(product(methods, *more))
+    for turn, which in enumerate(MODELS):
+        for place in range(len(others)):
+            (name, options), *rest = case = others[(place + turn) % len(others)]
+            shows = {which, *enumerate(map(repr, case))}
+            quick = (which, name) in QUICK and (name, options) in METHODS and not any(rest)
+            marks = () if quick else pytest.mark.matrix if shows <= seen else pytest.mark.slow
+            seen |= shows
+            found.append(pytest.param(which, name, options, *rest, marks=marks, id=f"{which}-{name}-{options}-{rest}"))
     return found
 
 

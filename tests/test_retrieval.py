@@ -337,7 +337,8 @@ def test_an_unknown_name_is_no_attribute():
 def test_a_missing_library_is_named(name, library, monkeypatch):
     for module in [m for m in sys.modules if m.startswith(("vtc.retrieval.sentence", "vtc.retrieval.colpali"))]:
         monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, library, None)
+    for module in [m for m in sys.modules if m.split(".")[0] == library] + [library]:
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=f'pip install "{library.replace("_", "-")}>='):
         getattr(vtc.retrieval, name)
 

@@ -168,9 +168,9 @@ inline std::vector<const float*> pointers(const float* x, int64_t n, int64_t d) 
   return rows;
 }
 
-// One dot product, or sum of squared differences, with sums enough to keep the units busy.
-template <class V, bool DIFFERENCE>
-VTC_INLINE void row_body(const float* a, const float* b, int64_t width, float* out) {
+// One dot product, with sums enough to keep the units busy.
+template <class V>
+VTC_INLINE void dot_into_body(const float* a, const float* b, int64_t width, float* out) {
   constexpr int sums = 4;
   typename V::F sum[sums];
   for (int s = 0; s < sums; ++s) sum[s] = typename V::F{};
@@ -180,35 +180,19 @@ VTC_INLINE void row_body(const float* a, const float* b, int64_t width, float* o
       typename V::F x, y;
       load(x, a + k + s * V::lanes);
       load(y, b + k + s * V::lanes);
-      if (DIFFERENCE) x = y = x - y;
       sum[s] += x * y;
     }
   for (int s = 1; s < sums; ++s) sum[0] += sum[s];
   float total = 0;
   for (int l = 0; l < V::lanes; ++l) total += sum[0][l];
-  for (; k < width; ++k) total += DIFFERENCE ? (a[k] - b[k]) * (a[k] - b[k]) : a[k] * b[k];
+  for (; k < width; ++k) total += a[k] * b[k];
   *out = total;
 }
-template <class V>
-VTC_INLINE void dot_into_body(const float* a, const float* b, int64_t width, float* out) {
-  row_body<V, false>(a, b, width, out);
-}
-template <class V>
-VTC_INLINE void gap_into_body(const float* a, const float* b, int64_t width, float* out) {
-  row_body<V, true>(a, b, width, out);
-}
 VTC_KERNEL(dot_into, (const float* a, const float* b, int64_t width, float* out), (a, b, width, out))
-VTC_KERNEL(gap_into, (const float* a, const float* b, int64_t width, float* out), (a, b, width, out))
 
 inline float dot(const float* a, const float* b, int64_t width) {
   float out;
   dot_into(a, b, width, &out);
-  return out;
-}
-
-inline float gap(const float* a, const float* b, int64_t width) {  // the sum of squared differences
-  float out;
-  gap_into(a, b, width, &out);
   return out;
 }
 
