@@ -319,3 +319,15 @@ def test_the_tower_of_colmodernvbert():
     assert torch.equal(run(model, given), dense)
     with pytest.raises(vtc.UnsupportedModelError, match="ColModernVBertForRetrieval|divprune"):
         vtc.compress(model, "divprune", keep=0.5)
+
+
+@torch.no_grad()
+def test_the_tower_of_colsmol():
+    pytest.importorskip("colpali_engine")
+    model, given = build("ColIdefics3"), inputs("ColIdefics3", ROWS["ragged"])
+    dense = run(model, given)
+    with vtc.compress(model, "tome", keep=0.8, where="tower") as handle:
+        found = run(model, given)
+        assert sum(handle.report.after) < sum(handle.report.before)
+    assert found.shape == dense.shape and not torch.equal(found, dense)
+    assert torch.equal(run(model, given), dense)

@@ -59,7 +59,7 @@ class Ward(Method):
 
 @dataclass(frozen=True)
 class ToMeWard(Method):
-    """ToMe until half of the tokens are left, then Ward on those: a third of Ward's time."""
+    """ToMe until half of the tokens are left, then Ward on those: half of Ward's time."""
 
     name: ClassVar[str] = "tome+ward"
     summary: ClassVar[str] = "matches pairs to a half and clusters the rest hierarchically"
