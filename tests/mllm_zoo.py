@@ -517,6 +517,20 @@ def build(name: str, attn: str = "sdpa", fresh: bool = False) -> nn.Module:
     return _build(name, attn) if fresh else _cached(name, attn)
 
 
+RETRIEVERS = {"colpali": ("ColPali", "paligemma"), "colqwen2": ("ColQwen2", "qwen2_vl")}  # around which family
+
+
+def retriever(name: str, around: str = "") -> nn.Module:
+    """A retrieval model of transformers, around the named family or its own."""
+    import transformers
+
+    torch.manual_seed(0)
+    kind, family = RETRIEVERS[name]
+    inner = FAMILIES[around or family].config()
+    config = getattr(transformers, f"{kind}Config")(vlm_config=inner, embedding_dim=8)
+    return randomise(getattr(transformers, f"{kind}ForRetrieval")(config))
+
+
 def text_model(model: nn.Module) -> nn.Module:
     inner = model.model
     return inner.language_model if hasattr(inner, "language_model") else inner.text_model

@@ -32,16 +32,12 @@ QUERY = [[6], [4]]
 
 
 def build(kind):
-    torch.manual_seed(0)
-    config = zoo.FAMILIES[KINDS[kind]].config()
     if kind in HF:
-        wrapped = getattr(transformers, f"{kind.split('For')[0]}Config")(vlm_config=config, embedding_dim=8)
-        model = getattr(transformers, kind.split()[0])(wrapped)
-    else:
-        from colpali_engine import models
+        return zoo.retriever(kind.partition("For")[0].lower(), HF[kind])
+    from colpali_engine import models
 
-        model = getattr(models, kind)(config)
-    return zoo.randomise(model)
+    torch.manual_seed(0)
+    return zoo.randomise(getattr(models, kind)(zoo.FAMILIES[ENGINE[kind]].config()))
 
 
 def inputs(kind, rows):

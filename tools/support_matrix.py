@@ -141,14 +141,20 @@ def multimodal() -> list[dict[str, Any]]:
     ways |= {"`proportional=True`": ("dpc_knn", {"keep": 0.5, "proportional": True})}
     ways |= {"`events=`": ("dpc_knn", {"keep": 0.5, "events": 0.5})}
     rows = []
-    for tests, names in ((mllm_zoo, mllm_zoo.FAMILIES), (mllm_classes, mllm_classes.CLASSES)):
+    kinds = (
+        ("mllm_zoo", mllm_zoo.FAMILIES, mllm_zoo.build),
+        ("mllm_classes", mllm_classes.CLASSES, mllm_classes.build),
+        ("mllm_retrievers", mllm_zoo.RETRIEVERS, mllm_zoo.retriever),
+    )
+    for tests, names, build in kinds:
         for name in names:
-            model = tests.build(name)
+            model = build(name)
             plan = vtc.explain(model)
             row = {"kind": "multimodal", "library": "transformers", "class": type(model).__name__, "names": [name]}
-            row |= {"type": model.config.model_type, "tests": tests.__name__, "reason": "", "methods": {}}
+            row |= {"type": model.config.model_type, "tests": tests, "reason": "", "methods": {}}
             if plan.ok:
-                row["video"] = any(modality.name == "video" for modality in plan._sites[0].family.modalities)
+                modalities = {modality.name for modality in plan._sites[0].family.modalities}
+                row["video"] = "video" in modalities and tests != "mllm_retrievers"
                 row["methods"] = asked(model, ways)
             else:
                 row["reason"] = plan.encoders[0].refusal
