@@ -52,8 +52,8 @@ def pool(
         tokens: instead, the number of vectors of every page that has more.
         method: "dpc_knn"; another method that needs the features alone ("tome" up to factor 3; one that selects, such
             as "divprune", keeps vectors as they are); "ward", hierarchical clustering, the best beyond factor 10; or
-            "tome+ward", nearly the same in half of the time. Or a ready method, `vtc.DPCKNN(keep=1.0, neighbors=9)`; what
-            stays is said by `factor` or `tokens`, not by the method.
+            "tome+ward", nearly the same in half of the time. Or a ready method, `vtc.DPCKNN(keep=1.0, neighbors=9)`;
+            what stays is said by `factor` or `tokens`, not by the method.
         protect: the first tokens of every page, to be kept as they are; they are not among the n above, and stay in
             addition.
         normalize: whether every row is scaled to length 1 at the end, which indexes with a dot product need.
