@@ -171,6 +171,17 @@ def test_methods_between_the_layers_are_refused(method):
         vtc.compress(build("ColPaliForRetrieval"), method)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_is_a_model_of_its_own(kind):
+    model, given = build(kind), inputs(kind, ROWS["ragged"])
+    dense = run(model, given)
+    with vtc.compress(model, "divprune", keep=0.5):
+        short, other = run(model, given), copy.deepcopy(model)
+    assert torch.equal(run(other, given), short) and torch.equal(run(model, given), dense)
+    vtc.remove(other)
+    assert torch.equal(run(other, given), dense)
+
+
 class Doubled(transformers.ColPaliForRetrieval):
     def forward(self, *args, **kwargs):
         return super().forward(*args, **kwargs).embeddings * 2
