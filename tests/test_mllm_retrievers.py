@@ -338,3 +338,13 @@ def test_the_tower_of_colsmol():
         assert sum(handle.report.after) < sum(handle.report.before)
     assert found.shape == dense.shape and not torch.equal(found, dense)
     assert torch.equal(run(model, given), dense)
+
+
+def test_colqwen3_5_is_refused_for_its_forward():
+    """It is built on a class without a family file, which is tried as it is."""
+    models = pytest.importorskip("colpali_engine").models
+    import mllm_classes
+
+    model = models.ColQwen3_5(mllm_classes.build("qwen3_5").config).eval()
+    with pytest.raises(vtc.UnsupportedModelError, match="a forward that is not that of transformers' Qwen3_5Model"):
+        vtc.compress(model, "divprune", keep=0.5)

@@ -46,7 +46,7 @@ def find(model: nn.Module) -> Iterator[MultimodalSite | Refusal]:
             owners = around(model, module, known)
             own = isinstance(owners, Owners) and owners.retriever is not None and owners.retriever.module is module
             if name != type_name and not own and foreign(module, name):
-                owners = f"{type_name} has a forward that is not that of transformers' {name}; use {name} itself"
+                owners = _overridden(type_name, name)
             yield _site(model, path, known[name], module, owners)
         elif _multimodal(module):
             yield _generic(model, path, module, known)
@@ -73,12 +73,19 @@ def _head(module: Any) -> str:
 
 def _generic(model: nn.Module, path: str, module: Any, known: dict[str, Family]) -> MultimodalSite | Refusal:
     type_name = type(module).__name__
+    homes = (kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("transformers.models."))
+    if (home := next(homes, type_name)) != type_name and foreign(module, home):
+        return Refusal(path, type_name, _overridden(type_name, home))
     try:
         family = generic(module)
         family.watched(module)
     except Unfit as error:
         return Refusal(path, type_name, f"{type_name} {error}")
     return _site(model, path, family, module, around(model, module, {*known, type_name}, _head(module)))
+
+
+def _overridden(type_name: str, home: str) -> str:
+    return f"{type_name} has a forward that is not that of transformers' {home}; use {home} itself"
 
 
 def _site(model: nn.Module, path: str, family: Family, module: Any, owners: Owners | str) -> MultimodalSite | Refusal:
