@@ -58,18 +58,11 @@ class Ward(Method):
 
 
 @dataclass(frozen=True)
-class ToMeWard(Method):
+class ToMeWard(Ward):
     """ToMe until half of the tokens are left, then Ward on those: half of Ward's time."""
 
     name: ClassVar[str] = "tome+ward"
     summary: ClassVar[str] = "matches pairs to a half and clusters the rest hierarchically"
-    halves: ClassVar[bool] = False
-    one_shot: ClassVar[bool] = True
-    encoder: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        linkage_of()
 
     def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
         if isinstance(r, int):
@@ -79,7 +72,7 @@ class ToMeWard(Method):
             pairs = torch.minimum(r, tokens.mask.sum(1) // 2)
         first, rest = decide(ToMe(keep=1.0), tokens, pairs), r - pairs
         left = replace(tokens, features=first.merge(tokens.features), size=first.size, mask=first.mask())
-        return first.compose(Ward(keep=1.0).decide(left, rest)) if bool(torch.as_tensor(rest).any()) else first
+        return first.compose(super().decide(left, rest)) if bool(torch.as_tensor(rest).any()) else first
 
 
 def linkage_of() -> Callable[..., Any]:

@@ -33,7 +33,7 @@ class MultimodalSite:
     @property
     def outer(self) -> Any:
         """The model whose own forward runs on the shorter prompt."""
-        return self.inner if self.owners.retriever is None else self.owners.retriever.module
+        return self.owners.outer(self.inner)
 
 
 def find(model: nn.Module) -> Iterator[MultimodalSite | Refusal]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -37,6 +38,10 @@ class Owners:
     classifiers: tuple[nn.Module, ...] = ()
     retriever: Retriever | None = None
     callers: tuple[nn.Module, ...] = ()
+
+    def outer(self, inner: Any) -> Any:
+        """The model whose own forward runs on the shorter prompt."""
+        return inner if self.retriever is None else self.retriever.module
 
 
 def around(root: nn.Module, inner: nn.Module, families: Collection[str], head: str = "") -> Owners | str:

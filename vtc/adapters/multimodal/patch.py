@@ -93,7 +93,7 @@ class MultimodalPatch:
     @property
     def outer(self) -> Any:
         """The model whose own forward runs on the shorter prompt."""
-        return self.inner if self.retriever is None else self.retriever.module
+        return self.owners.outer(self.inner)
 
     @property
     def where(self) -> str:

@@ -7,7 +7,7 @@ transformers and those of colpali-engine, which are built on a multimodal model 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,11 @@ class Retriever:
     Attributes:
         module: the retrieval model. inner: the multimodal model without language head; `module` itself where that is
             built on it.
-        bare: its output is a tensor, and it takes no return_dict.
+        bare: its output is the embeddings alone, and it takes no return_dict, as in colpali-engine.
     """
 
-    bare: ClassVar[bool] = False
-
-    def __init__(self, module: Any, inner: Any) -> None:
-        self.module, self.inner = module, inner
+    def __init__(self, module: Any, inner: Any, bare: bool) -> None:
+        self.module, self.inner, self.bare = module, inner, bare
 
     def pixels(self, call: dict[str, Any], modality: Modality) -> Tensor:
         """A call's pixels as the encoder takes them."""
@@ -91,20 +89,10 @@ class Embedding(Packed):
         return {name: value for name, value in call.items() if name not in self._OWN} | {"inputs_embeds": embeds}
 
 
-class Bare(Retriever):
-    """Of colpali-engine: the output is the embeddings alone."""
-
-    bare = True
-
-
-class BarePacked(Packed):
-    bare = True
-
-
 _TRANSFORMERS: dict[str, type[Retriever]] = {"ColPaliForRetrieval": Retriever, "ColQwen2ForRetrieval": Embedding}
 _ENGINE: dict[str, type[Retriever]] = {
-    **dict.fromkeys(("ColPali", "ColIdefics3", "ColGemma3"), Bare),
-    **dict.fromkeys(("ColQwen2", "ColQwen2_5", "ColQwen3"), BarePacked),
+    **dict.fromkeys(("ColPali", "ColIdefics3", "ColGemma3"), Retriever),
+    **dict.fromkeys(("ColQwen2", "ColQwen2_5", "ColQwen3"), Packed),
 }
 
 
@@ -115,5 +103,5 @@ def retriever(module: nn.Module, inner: nn.Module) -> Retriever | str | None:
         if kind and foreign(module, kind):
             return f"{type(module).__name__} has a forward that is not that of {home}'s {kind}; use {kind} itself"
         if kind:
-            return names[kind](module, inner)
+            return names[kind](module, inner, home == "colpali_engine")
     return None
