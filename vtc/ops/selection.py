@@ -315,7 +315,7 @@ def _table(unit: Tensor) -> Tensor | None:
     product = unit.new_empty(len(unit), unit.shape[1], unit.shape[1])
     for own, out in zip(unit, product, strict=True):
         torch.mm(own, own.mT, out=out)
-    return product.masked_fill_(product > _SAME, 1.0)
+    return _exact(product)
 
 
 def _nearest(unit: Tensor, table: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -329,5 +329,9 @@ def _nearest(unit: Tensor, table: Tensor | None, mask: Tensor | None) -> Tensor:
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    product = a @ b.mT
-    return product.masked_fill_(product > _SAME, 1.0)
+    return _exact(a @ b.mT)
+
+
+def _exact(cosine: Tensor) -> Tensor:
+    """Cosines, in place: those of copies are 1."""
+    return cosine.masked_fill_(cosine > _SAME, 1.0)
