@@ -53,12 +53,17 @@ WHOLE = """
 import importlib, sys
 from pathlib import Path
 prefix = Path(sys.prefix).resolve()
+ELSEWHERE = {  # plug-ins, which their libraries import: make vllm-check and retrieval-check do
+    "vtc.vllm.": ("prometheus_client", "vllm"),
+    "vtc.retrieval.colpali": ("colpali_engine",),
+    "vtc.retrieval.sentence_transformers": ("sentence_transformers",),
+}
 failed = []
 for name in sys.argv[1:]:
     try:
         module = importlib.import_module(name)
-    except ModuleNotFoundError as error:  # of the plug-in, which vLLM alone imports: make vllm-check
-        if not (name.startswith("vtc.vllm.") and error.name in ("prometheus_client", "vllm")):
+    except ModuleNotFoundError as error:
+        if not any(name.startswith(ours) and error.name in missing for ours, missing in ELSEWHERE.items()):
             failed.append(f"{name}: {error}")
         continue
     except Exception as error:
