@@ -40,15 +40,14 @@ def model_of(which):
 
 def cases(methods, *more):
     """(model, method, options, *more): every model and every value of the others once, slow but for a few; all of them
-    with `make matrix`."""
-    found, seen, others = [], set(), list(product(methods, *more))
+    with `make matrix`. There are no more of the others than models."""
+    found, others = [], list(product(methods, *more))
+    assert len(others) <= len(MODELS)
     for turn, which in enumerate(MODELS):
         for place in range(len(others)):
-            (name, options), *rest = case = others[(place + turn) % len(others)]
-            shows = {which, *enumerate(map(repr, case))}
+            (name, options), *rest = others[(place + turn) % len(others)]
             quick = (which, name) in QUICK and (name, options) in METHODS and not any(rest)
-            marks = () if quick else pytest.mark.matrix if shows <= seen else pytest.mark.slow
-            seen |= shows
+            marks = () if quick else pytest.mark.matrix if place else pytest.mark.slow
             found.append(pytest.param(which, name, options, *rest, marks=marks, id=f"{which}-{name}-{options}-{rest}"))
     return found
 

@@ -459,6 +459,7 @@ def evidence(n, batch=2, seed=0, width=16):
             text=draw(batch, 6, width),
             text_mask=torch.arange(6) < torch.tensor([[6], [3]])[:batch],
             grid=((n // 4, 4),) * batch,
+            frames=((n,),) * batch,
         )
     )
 
@@ -481,7 +482,8 @@ def pieces(tokens, item, at=slice(None)):
     per_token = ("features", "keys", "attention", "middle", "inputs")
     picked = {name: getattr(tokens, name)[item : item + 1, at] for name in per_token}
     text = {name: getattr(tokens, name)[item : item + 1] for name in ("text", "text_mask")}
-    return everywhere(Tokens(**picked, **text, projector=tokens.projector, grid=tokens.grid[item : item + 1]))
+    told = {"grid": tokens.grid[item : item + 1], "frames": ((picked["features"].shape[1],),)}
+    return everywhere(Tokens(**picked, **text, projector=tokens.projector, **told))
 
 
 @by_variant
@@ -535,6 +537,7 @@ def test_padding_is_invisible(name, options, where):
         text=tokens.text,
         text_mask=tokens.text_mask,
         grid=((6, 4), (4, 4)),
+        frames=((24,), (16,)),
         mask=mask,
     )
     padded = everywhere(padded)
@@ -553,7 +556,7 @@ def test_padding_is_invisible(name, options, where):
                 assert made.order[b, :k].tolist() == at[b][alone.order[0]].tolist()
 
 
-@pytest.mark.parametrize("name", [n for n in NEW if n not in ("hiprune", "vispruner", "visionzip")])  # raster counts
+@pytest.mark.parametrize("name", [n for n in NEW if n not in ("evs", "hiprune", "vispruner", "visionzip")])  # raster
 def test_the_order_of_the_tokens_does_not_matter(name):
     tokens, order = evidence(40, batch=1), torch.randperm(40, generator=torch.Generator().manual_seed(1))
     chosen = vtc.methods.make(name, keep=1.0)
@@ -786,7 +789,7 @@ def test_missing_evidence_is_named(name, field):
         chosen.decide(Tokens(**{**vars(evidence(24)), field: None}), 12)
 
 
-@pytest.mark.parametrize("name", [n for n in NEW if n not in ("divprune", "dpc_knn")])
+@pytest.mark.parametrize("name", [n for n in NEW if n not in ("divprune", "dpc_knn", "evs", "vidcom2")])
 def test_broken_evidence_raises(name):
     tokens = evidence(24)
     spoilt = dict(vars(tokens))
@@ -835,7 +838,7 @@ def test_what_they_say_of_themselves(tmp_path):
     for name in NEW:
         chosen = METHODS[name](keep=0.5)
         assert chosen.name == name and chosen.summary and not chosen.halves and chosen.one_shot
-        assert not chosen.encoder and chosen.merges == (name in ("visionzip", "dpc_knn"))
+        assert not chosen.encoder and chosen.merges == (name in ("visionzip", "dpc_knn", "flashvid"))
         assert isinstance(chosen, Selector) != chosen.merges
         assert getattr(chosen, "in_decoder", False) == (name in ("fastv", "dart"))
         assert getattr(vtc, type(chosen).__name__) is type(chosen)

@@ -71,18 +71,21 @@ def served(folder):
     gc.collect()
 
 
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["pairs", "every"])
 @pytest.mark.parametrize(
     ("name", "positions"), [*((name, "keep") for name in (*zoo.FAMILIES, "tiny_qwen")), ("llava", "compact")]
 )
-def test_every_method_answers_as_in_transformers(served, folder, name, positions):
+def test_every_method_answers_as_in_transformers(served, folder, name, positions, every):
+    """Every method with an image alone and with two of the other cases together, which take turns."""
     engine, reference = served(name, METHODS["random"], positions=positions), zoo.Reference(folder(name))
     cases = zoo.cases(name)
+    others = [case for case in cases if case != "tall"]
     far = {}
-    for label, method in METHODS.items():
+    for turn, (label, method) in enumerate(METHODS.items()):
         engine.use(method)
         first = engine.answers([cases["tall"]])  # its image alone; the others' come together
-        rest = [asked for case, asked in cases.items() if case != "tall"]
-        order = ["tall", *(case for case in cases if case != "tall")]
+        order = ["tall", *(others if every else [others[(turn + i) % len(others)] for i in range(2)])]
+        rest = [cases[case] for case in order[1:]]
         for case, answer in zip(order, first + engine.answers(rest), strict=True):
             asked = cases[case]
             off = distance(answer, *reference.answer(asked, method, compact=positions == "compact"))

@@ -35,6 +35,11 @@ FRAMES = "--methods " + " ".join(name + kind for name in FRAMED for kind in KIND
 # Merged tokens at several positions or one, on what asks where things are
 PPE = "--methods tome tome+ppe pitome pitome+ppe dpc_knn dpc_knn+ppe visionzip visionzip+ppe"
 
+# The methods for videos, each frame with its own share, and shares by score
+OVER_FRAMES = ("divprune", *(f"divprune+shares={score}" for score in ("uniform", "uniqueness", "change")))
+VIDEOS = f"--methods evs vidcom2 flashvid {' '.join(OVER_FRAMES)} idpruner idpruner+shares=uniqueness dpc_knn tome"
+CHANGES = f"--model tiny_qwen {VIDEOS} --changes --limit 18 --seeds 5 --keep 0.25 0.1"
+
 RUNS = {
     "tiny_qwen": f"--model tiny_qwen {ALL} {PICTURES} {BALANCES}",
     "tiny_qwen-192": f"--model tiny_qwen {MOST} --size 192x192 --keep 0.25 0.1 {PICTURES}",
@@ -42,6 +47,9 @@ RUNS = {
     "tiny_llava": f"--model tiny_llava {ALL} {PICTURES} {BALANCES}",
     "clips-2": f"--model tiny_qwen {MOST} --frames 2 {CLIPS}",
     "clips-4": f"--model tiny_qwen {MOST} --frames 4 --size 192x128 --keep 0.25 0.1 {CLIPS}",
+    "video-2": f"{CHANGES} --frames 2",
+    "video-8": f"{CHANGES} --frames 8",
+    "video-32": f"{CHANGES} --frames 32 --size 128x128",
     "ppe-tiny_qwen": f"--model tiny_qwen {PPE} --full --limit 60 --seeds 5 --keep 0.25 0.1 0.05",
     "ppe-tiny_llava": f"--model tiny_llava {PPE} --full --limit 60 --seeds 5 --keep 0.25 0.1 0.05",
     "validation-tiny_qwen": f"--model tiny_qwen {MOST} {CHOICE} {BALANCES}",
@@ -58,7 +66,7 @@ RUNS = {
 def command(name: str, methods: str = "") -> str:
     """A run; with other methods than its own, it goes to a folder of its own, too."""
     words, folder = RUNS[name], f"out/answers/{name}"
-    for own in (ALL, MOST, FRAMES, PPE) if methods else ():
+    for own in (ALL, MOST, FRAMES, PPE, VIDEOS) if methods else ():
         words, folder = words.replace(own, f"--methods {methods}"), f"out/answers-some/{name}"
     return f"vtc eval scenes {words} --out {folder}"
 

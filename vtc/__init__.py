@@ -6,6 +6,7 @@ from vtc.api import compress, list_methods
 from vtc.auto import Choice, choose
 from vtc.config import load_config, save_config
 from vtc.errors import InputError, OptionError, UnsupportedModelError, VTCError
+from vtc.frames import FrameShares
 from vtc.handle import Handle, remove
 from vtc.methods import *  # noqa: F403 - the methods, by its __all__
 from vtc.plan import Explanation, explain, list_adapters
@@ -17,6 +18,7 @@ __all__ = [
     "PPE",
     "Choice",
     "Explanation",
+    "FrameShares",
     "Handle",
     "InputError",
     "OptionError",

@@ -8,6 +8,7 @@ three, a count is the number of tokens left at the end.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -128,13 +129,37 @@ def _shares(keep: int, counts: list[int]) -> list[int]:
         raise OptionError(
             f"keep={keep} is less than one token for each of the {len(counts)} parts (crops, frames) of an image"
         )
-    exact = [keep * n / total for n in counts]
-    share = [max(1, int(x)) for x in exact]
-    while sum(share) > keep:  # what was raised to 1 is taken from the largest
-        share[max(range(len(share)), key=lambda j: share[j])] -= 1
-    rest = sorted(range(len(counts)), key=lambda j: (int(exact[j]) - exact[j], j))  # largest remainder first
-    for j in rest[: keep - sum(share)]:
-        share[j] += 1
+    return share_out(keep, [keep * n / total for n in counts], counts)
+
+
+def share_out(total: int, quotas: Sequence[float], counts: Sequence[int], least: int = 1) -> list[int]:
+    """`total` tokens divided among parts of `counts` tokens by their quotas, at least `least` each: exactly `total`.
+
+    A part gets its quota rounded down, at most all it has; then tokens are added where the most is missing of the
+    quota, or taken where the least is, one by one, the first among equals. What a full part cannot take goes to the
+    others.
+
+    Raises:
+        OptionError: less than `least` for each, or more than there are.
+    """
+    floor = [min(least, n) for n in counts]
+    if not sum(floor) <= total <= sum(counts):
+        raise OptionError(
+            f"{total} tokens cannot be shared out over {len(counts)} parts with {sum(floor)} to {sum(counts)}"
+        )
+    quota = [min(q, n) for q, n in zip(quotas, counts, strict=True)]
+    share = [max(int(q), low) for q, low in zip(quota, floor, strict=True)]
+    step = 1 if sum(share) < total else -1
+    # quotas that are equal but for rounding are equal
+    heap = [(round(step * (n - q), 6), i) for i, (n, q) in enumerate(zip(share, quota, strict=True))]
+    heapq.heapify(heap)
+    for _ in range(abs(total - sum(share))):
+        while True:
+            gap, i = heapq.heappop(heap)
+            if (share[i] < counts[i]) if step > 0 else (share[i] > floor[i]):
+                break
+        share[i] += step
+        heapq.heappush(heap, (gap + 1, i))
     return share
 
 

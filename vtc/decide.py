@@ -30,6 +30,7 @@ class Units:
     Attributes:
         rows: [n, C], all tokens; units: which of them each unit holds.
         index: [U, N] long, indices into `rows`, -1 = padding; mask: [U, N] bool, which are real, None = all.
+        frames: how many tokens each of a unit's frames has; one frame, unless units were joined.
     """
 
     def __init__(self, rows: Tensor, units: Sequence[Unit]) -> None:
@@ -37,6 +38,7 @@ class Units:
         padded = torch.nn.utils.rnn.pad_sequence([unit.rows for unit in self.units], True, -1)
         self.index = padded.to(rows.device)
         self.mask = self.index >= 0 if bool((padded < 0).any()) else None
+        self.frames: tuple[tuple[int, ...], ...] = tuple((n,) for n in self.lengths)
 
     @property
     def grids(self) -> tuple[Grid | None, ...]:
@@ -50,9 +52,18 @@ class Units:
         """The same tokens, with the units of each group joined into one (frames into an event)."""
         out = copy.copy(self)
         rows = [torch.cat([self.units[i].rows for i in group]) for group in groups]
-        units = [Unit(each, self.units[group[0]].item) for each, group in zip(rows, groups, strict=True)]
+        units = [
+            self.units[group[0]] if len(group) == 1 else Unit(each, self.units[group[0]].item)
+            for each, group in zip(rows, groups, strict=True)
+        ]
         Units.__init__(out, self.rows, units)
+        out.frames = tuple(tuple(n for i in group for n in self.frames[i]) for group in groups)
         return out
+
+    def joined_within(self: UnitsOf, groups: Sequence[Sequence[int]]) -> UnitsOf:
+        """The same for some of the units; the others stay as they are. Units keep the order of their first."""
+        inside = {unit for group in groups for unit in group}
+        return self.joined(sorted([list(g) for g in groups] + [[i] for i in range(len(self.units)) if i not in inside]))
 
     def packed(self, x: Tensor) -> Tensor:
         """[n, ...] -> [U, N, ...], 0 on padding."""
@@ -74,6 +85,8 @@ class Units:
                 "its shape, class tokens among the patches, not square where the model folds squares, or budgets "
                 "pooled): use another method"
             )
+        if "frames" in method.needs:
+            fields["frames"] = self.frames
         fields.setdefault("features", self.packed(self.rows.detach()))
         return Tokens(mask=self.mask, grid=self.grids, **fields)
 
@@ -81,7 +94,11 @@ class Units:
         """How many tokens of every unit to remove, of those that are `left` (default: all): an int if all units have
         the same length, else [U]."""
         counts = self.lengths if left is None else left
-        kept = kept_of_units(keep, counts, [unit.item for unit in self.units])
+        return self.gone(kept_of_units(keep, counts, [unit.item for unit in self.units]), counts)
+
+    def gone(self, kept: Sequence[int], left: Sequence[int] | None = None) -> int | Tensor:
+        """The same if `kept` tokens of every unit stay."""
+        counts = self.lengths if left is None else left
         gone = [n - k for n, k in zip(counts, kept, strict=True)]
         if len(set(counts)) == 1 and len(set(gone)) == 1:
             return gone[0]
@@ -120,6 +137,36 @@ def in_rounds(decide: Callable[[Tokens, int | Tensor], TokenMap], tokens: Tokens
             size=step.size,
             mask=None if tokens.mask is None else step.mask(),
         )
+
+
+def over_frames(units: UnitsOf, videos: Sequence[Sequence[int]], method: Method) -> tuple[UnitsOf, list[int]]:
+    """The units in which a method sees videos that have one budget each, and how many tokens stay of every unit.
+
+    Whole videos, for a method that reads frames itself; else windows of frames with their shares (`Method.shares`).
+
+    Args:
+        videos: the units of every video, its frames in order.
+    """
+    assert method.keep is not None
+    of_video = {i for video in videos for i in video}
+    pictures = [i for i in range(len(units.units)) if i not in of_video]
+    lengths, items = [units.lengths[i] for i in pictures], [units.units[i].item for i in pictures]
+    stays = lengths if method.only_videos else kept_of_units(method.keep, lengths, items)
+    kept = dict(zip(pictures, stays, strict=True))  # by the first unit of what is seen together
+    seen: list[list[int]] = []
+    for video in videos:
+        frames = tuple(units.lengths[i] for i in video)
+        if method.shares is None:
+            kept[video[0]] = method.kept_of_video(frames)
+            seen.append(list(video))
+            continue
+        x = torch.cat([units.rows[units.units[i].rows.to(units.rows.device)] for i in video]).detach()
+        shares = method.shares.of(x, frames, kept_at_once(method.keep, sum(frames)))
+        for window in method.shares.windows(x, frames):
+            kept[video[window[0]]] = sum(shares[i] for i in window)
+            seen.append([video[i] for i in window])
+    whole = units.joined_within([group for group in seen if len(group) > 1])
+    return whole, [kept[i] for i in sorted(kept)]
 
 
 def regroup(slot: Tensor, rank: Tensor) -> TokenMap:

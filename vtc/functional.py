@@ -12,7 +12,7 @@ and have neither prefix nor size. A selection's map has the `order` in which the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,25 +20,32 @@ import torch
 from torch import Tensor
 
 from vtc import ops, scores
-from vtc.budget import goes_by_rounds, stays_at_once
+from vtc.budget import goes_by_rounds, lengths, stays_at_once
 from vtc.checks import check, check_finite, check_number, check_seed
-from vtc.decide import in_rounds
+from vtc.decide import decide, in_rounds
 from vtc.errors import InputError, OptionError
 from vtc.methods import idpruner, zoo_prune
+from vtc.methods.base import Method
 from vtc.methods.downsample import coarse_grid, pool_map
 from vtc.methods.dpc_knn import dpc_knn_map
+from vtc.methods.evs import EVS
+from vtc.methods.flashvid import FlashVID
 from vtc.methods.pitome import check_pitome, pitome_round
 from vtc.methods.random import random_round
 from vtc.methods.tome import tome_round
+from vtc.methods.vidcom2 import VidCom2
 from vtc.positions import ppe_positions
 from vtc.token_map import TokenMap
 from vtc.tokens import Tokens
 
 __all__ = [
-    *("coverage", "downsample", "dpc_knn", "dpp", "max_min", "mmr", "pitome", "random", "sads", "tome"),
+    *("coverage", "downsample", "dpc_knn", "dpp", "evs", "flashvid", "max_min", "mmr", "pitome", "random", "sads"),
+    *("tome", "vidcom2"),
     "ppe_positions",
     "zeroth_order_sensitivity",
 ]
+
+Frames = int | Sequence[Sequence[int]]
 
 
 def tome(
@@ -192,6 +199,53 @@ def dpc_knn(features: Tensor, *, keep: float | int, neighbors: int = 5, mask: Te
         return dpc_knn_map(features, stays_at_once(features, keep, mask), neighbors, mask)
 
 
+def evs(
+    features: Tensor,
+    frames: Frames,
+    *,
+    keep: float | int,
+    pixels: Tensor | None = None,
+    cut: str = "count",
+    mask: Tensor | None = None,
+) -> TokenMap:
+    """EVS's selection in videos (arXiv 2510.14624): the first frame, and what differs most from the frame before; by
+    `pixels` [B, N, V], if given, else by features. frames: as `flashvid`."""
+    method = EVS(keep=keep, on="features" if pixels is None else "pixels", cut=cut)
+    return _video(method, features, frames, mask, pixels=pixels)
+
+
+def vidcom2(
+    features: Tensor, frames: Frames, *, keep: float | int, exact: bool = True, mask: Tensor | None = None
+) -> TokenMap:
+    """VidCom2's selection in videos (arXiv 2505.14454): see `vtc.VidCom2`. frames: as `flashvid`."""
+    return _video(VidCom2(keep=keep, exact=exact), features, frames, mask)
+
+
+def flashvid(
+    features: Tensor,
+    attention: Tensor,
+    frames: Frames,
+    *,
+    keep: float | int,
+    alpha: float = 0.7,
+    link: float = 0.8,
+    cut: float = 0.9,
+    segments: int = 8,
+    relevance: bool = True,
+    exact: bool = True,
+    mask: Tensor | None = None,
+) -> TokenMap:
+    """FlashVID's selection and merging in videos (arXiv 2602.08024): see `vtc.FlashVID`.
+
+    Args:
+        features: [B, N, D], the tokens of every video, one frame after the other.
+        attention: [B, N], received in the tower.
+        frames: how many frames the N tokens are, or of every video how many tokens each of its frames has.
+    """
+    method = FlashVID(keep=keep, alpha=alpha, link=link, cut=cut, segments=segments, relevance=relevance, exact=exact)
+    return _video(method, features, frames, mask, attention=attention)
+
+
 def zeroth_order_sensitivity(
     projector: Any,
     features: Tensor,
@@ -204,6 +258,25 @@ def zeroth_order_sensitivity(
     """ZOO-Prune's sensitivity [B, N] of `projector` (arXiv 2509.24837) at its inputs `features` [B, N, V], or
     [B, N, P, V] with P patches to a token: see `vtc.scores.sensitivity`, which also takes a seed and a mask."""
     return scores.sensitivity(projector, features, probes=probes, step=step, exact=exact, generator=generator)
+
+
+def _video(method: Method, features: Tensor, frames: Frames, mask: Tensor | None, **given: Any) -> TokenMap:
+    """Check everything, then return the method's decision for videos."""
+    check(features, 0, mask)
+    for name, x in given.items():
+        if x is not None and x.shape[:2] != features.shape[:2]:
+            raise InputError(f"{name} must begin with {tuple(features.shape[:2])}, not {tuple(x.shape)}")
+    counts = lengths(features, 0, mask) * (len(features) if mask is None else 1)
+    if isinstance(frames, int):
+        if frames < 1 or any(n % frames for n in counts):
+            raise InputError(f"frames={frames}: {sorted(set(counts))} tokens are not that many frames of one size")
+        frames = [(n // frames,) * frames for n in counts]
+    if [sum(each) for each in frames] != counts:
+        raise InputError(f"frames={frames!r}: the videos have {counts} tokens")
+    gone = [n - method.kept_of_video(tuple(each)) for n, each in zip(counts, frames, strict=True)]
+    removed = gone[0] if mask is None and len(set(gone)) == 1 else torch.tensor(gone, device=features.device)
+    with torch.no_grad():
+        return decide(method, Tokens(features, mask=mask, frames=tuple(map(tuple, frames)), **given), removed)
 
 
 def _select(
@@ -233,8 +306,8 @@ def _rounds(
     check(features, prefix, mask, size)
     removed = goes_by_rounds(features, keep, r, prefix, mask)
 
-    def decide(tokens: Tokens, now: int | Tensor) -> TokenMap:
+    def one_round(tokens: Tokens, now: int | Tensor) -> TokenMap:
         return step(tokens.features, now, tokens.prefix, tokens.mask, tokens.size, **options)
 
     with torch.no_grad():
-        return in_rounds(decide, Tokens(features, size=size, mask=mask, prefix=prefix), removed)
+        return in_rounds(one_round, Tokens(features, size=size, mask=mask, prefix=prefix), removed)

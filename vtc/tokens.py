@@ -14,7 +14,7 @@ Projector = Callable[[Tensor], Tensor]
 # Fields of `Tokens` that a method may name in `needs`, by where it decides.
 GIVEN = {
     "encoder": frozenset({"layer_keys", "grid"}),
-    "input": frozenset({"attention", "middle", "keys", "inputs", "projector", "text", "grid"}),
+    "input": frozenset({"attention", "middle", "keys", "inputs", "pixels", "projector", "text", "grid", "frames"}),
     "decoder": frozenset({"prompt_attention", "decoder_keys", "decoder_text", "grid"}),
     "served": frozenset({"attention", "middle", "keys", "grid"}),
 }
@@ -31,9 +31,11 @@ FIELDS = {
     "layer_keys": "the layer's attention keys",
     "keys": "the vision tower's attention keys",
     "inputs": "what the projector made the tokens from",
+    "pixels": "the pixels that each token covers",
     "projector": "the projector",
     "text": "the embeddings of the prompt's text",
     "grid": "the rows and columns of each image's tokens",
+    "frames": "the frames of each video",
     "prompt_attention": "the attention that each token receives from the prompt's last word",
     "decoder_keys": "the decoder's attention keys",
     "decoder_text": "the hidden states of the prompt's text",
@@ -51,6 +53,8 @@ class Tokens:
         prefix: how many leading tokens (CLS, distillation, registers) are kept unmerged.
         grid: (rows, columns) of each image's patches, one per image, None for an image whose patches do not fill a
             rectangle; None = unknown.
+        frames: only if `needs` names it: a unit is a whole video then, and this says how many tokens each of its frames
+            has, in order; a picture is one frame.
         layer, depth: the layer at which the method decides, and the number of layers.
         said: a list that receives a sentence for everything that `decide` did differently from its options; None = not
             collected.
@@ -69,6 +73,7 @@ class Tokens:
         middle: [B, N] float32, the same in the middle of the tower.
         keys: [B, N, D] attention keys of the tower, near its end, the mean over heads.
         inputs: [B, N, P, V] float32, the projector's input for each token: P patches of width V.
+        pixels: [B, N, V] float32, the values of the pixels that each token covers.
         hidden: [B, N, H], output of the projector's first linear map; None = not available.
         projector: [B, N, P, V] -> [B, N, C], the model's projector in float32.
         text: [B, T, C] embeddings of the prompt's text tokens; text_mask: [B, T] bool, True = real.
@@ -90,12 +95,14 @@ class Tokens:
     mask: Tensor | None = None
     prefix: int = 0
     grid: tuple[tuple[int, int] | None, ...] | None = None
+    frames: tuple[tuple[int, ...], ...] | None = None
     layer: int = 0
     depth: int = 1
     attention: Tensor | None = None
     middle: Tensor | None = None
     keys: Tensor | None = None
     inputs: Tensor | None = None
+    pixels: Tensor | None = None
     hidden: Tensor | None = None
     projector: Projector | None = None
     text: Tensor | None = None

@@ -42,6 +42,7 @@ class Report:
         prompts: in a multimodal LLM, the original length of every prompt, without padding; `tokens` has the reduced
             lengths.
         layers: if the decoder's layers differ, the fraction of the image tokens that each of them sees.
+        frames: of every video the tokens that stay of each frame.
     """
 
     method: str
@@ -55,6 +56,7 @@ class Report:
     notes: str = ""
     prompts: tuple[int, ...] = ()
     layers: tuple[float, ...] = ()
+    frames: tuple[tuple[int, ...], ...] = ()
 
     @property
     def kept(self) -> float:
@@ -77,6 +79,7 @@ class Report:
             return str(values[0]) if len(set(values)) == 1 else f"{min(values)}-{max(values)}" if values else "no"
 
         over = " on average over the layers" if self.layers else ""
+        by_frame = "".join(f", {span(frames)} a frame" for frames in self.frames)
         where = f"{self.images} image{'s' * (self.images != 1)}"
         if self.prompts:
             where = f"{self.images} image{'s, crops or frames' * (self.images != 1)}"
@@ -84,7 +87,7 @@ class Report:
             where += f", prompt {span(self.prompts)} -> {span(last if isinstance(last, tuple) else (last,))}"
         return (
             f"{self.method}: {span(self.before)} -> {span(self.after)} image tokens ({self.kept:.1%} kept, "
-            f"{1 - self.kept:.1%} removed{over}), {where}, {self.macs_before / 1e9:.2f} -> "
+            f"{1 - self.kept:.1%} removed{over}{by_frame}), {where}, {self.macs_before / 1e9:.2f} -> "
             f"{self.macs_after / 1e9:.2f} GMACs ({self.macs_ratio:.1%} remain)"
             f"{'; ' if self.notes else ''}{self.notes}"
         )

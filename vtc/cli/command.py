@@ -140,6 +140,7 @@ _MEASURES = {
         "balances",
         "scorer",
         "frames",
+        "changes",
         "split",
         "size",
         "canvas",

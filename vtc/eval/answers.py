@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -35,6 +35,7 @@ from vtc.methods import METHODS, PLUS, Method, make
 
 KEEP = (0.5, 0.25, 0.1, 0.05)
 ALWAYS = ("random", "downsample")  # what every method has to beat
+FEWER = "fewer frames"  # what every method for videos has to beat: all tokens of some frames
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def run(
     canvas: scenes.Size | None = None,
     pictures: int = 1,
     full: bool = False,
+    changes: bool = False,
     progress: bool = False,
 ) -> Results:
     """Ask, score, and write scenes.csv, .md and .png into `out`.
@@ -91,7 +93,8 @@ def run(
         out: folder of the results and of finished cells: the same call continues where it stopped.
         balances: also run IDPruner at these balances (importance against diversity).
         scorer: path of a trained scorer (`vtc.train`) to run IDPruner with, too; tiny models have their own.
-        frames: 1 = pictures; 2 to 8 = clips, with the question when something is there.
+        frames: 1 = pictures; 2 to 8, 16 or 32 = clips, with the question when something is there. changes: clips, also
+            with questions about what comes and goes; beside the methods the model is shown fewer frames.
         split: "validation" for choosing, "test" for reporting.
         size: width and height of the drawn picture, in pixels. canvas: size of the canvas it is letterboxed on.
             pictures: how many per prompt, with the question about one of them. full: also with numbers to read and
@@ -104,11 +107,11 @@ def run(
     for name, number in (("limit", limit), ("seeds", seeds), ("batch", batch)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise OptionError(f"{name}={number!r}: it takes a whole number >= 1")
-    view = View((size,) * pictures, canvas, None, frames, scenes.FULL if full else scenes.Level())
+    view = View((size,) * pictures, canvas, None, frames, scenes.FULL if full else scenes.Level(), changes)
     lead, rank, world = _processes()
     network, processor = load(model)
     scorer = scorer or (tiny.scorer(model) if model in tiny.TINY else None)
-    chosen = _chosen(network, methods, balances, scorer)
+    chosen = _chosen(network, methods, balances, scorer) + ([(FEWER, "random", ())] if changes else [])
     setting = {"model": model, "keep": keep, "limit": limit, "seeds": seeds, "frames": frames, "split": split}
     setting |= {"weights": _fingerprint(network), "scorer": scorer and _digest(scorer), **view.unusual}
     if lead:
@@ -184,11 +187,13 @@ def _ask(
     before: list[float] = []
     after: list[float] = []
     method = cell.make()
-    says = cell.label != "dense" and (method.in_decoder or "text" in method.needs)  # does the question matter?
+    whole = cell.label in ("dense", FEWER)
+    asked, share = _thinned(asked, cell.keep) if cell.label == FEWER else (asked, None)
+    says = not whole and (method.in_decoder or "text" in method.needs)  # does the question matter?
     ask, step = (
         (replies, batch) if says or not shared else (shared_replies, 4 * batch)
     )  # four or five questions per picture
-    with nullcontext() if cell.label == "dense" else vtc.compress(model, method) as handle:
+    with nullcontext() if whole else vtc.compress(model, method) as handle:
         for first in range(0, len(asked), step):
             said += ask(model, processor, asked[first : first + step], batch)
             if handle is not None:
@@ -197,7 +202,14 @@ def _ask(
                 after += map(float, report.after)
     seconds = time.perf_counter() - start
     counts = {"before": mean(before), "tokens": mean(after)} if after else {}
-    return {"said": said, "seconds": seconds, **counts}
+    return {"said": said, "seconds": seconds, **counts, **({} if share is None else {"share": share})}
+
+
+def _thinned(asked: Sequence[Asked], keep: float) -> tuple[list[Asked], float]:
+    """The same questions of clips with fewer frames, and which share of the frames is left."""
+    clips = {id(q.about): q.about.thinned(keep) for q in asked if isinstance(q.about, scenes.Clip)}
+    fewer = [replace(q, about=clips[id(q.about)]) for q in asked]
+    return fewer, len(fewer[0].about.frames) / len(asked[0].about.frames)  # type: ignore[union-attr]
 
 
 # -- finished cells -------------------------------------------------------------------------------------------------
@@ -277,7 +289,12 @@ def _results(
         whole = next((found["before"] for found in pruned if "before" in found), math.nan)  # only dense: not counted
         for kind in [*dict.fromkeys(q.kind for q in those), "all"]:
             at = [i for i, q in enumerate(those) if kind in (q.kind, "all")]
-            row = {"method": cell.label, "keep": cell.keep, "tokens": found.get("tokens", whole), "kind": kind}
+            row = {
+                "method": cell.label,
+                "keep": cell.keep,
+                "tokens": found.get("tokens", whole * found.get("share", 1.0)),
+                "kind": kind,
+            }
             row |= {"seed": cell.seed, "n": len(at)}
             row |= {"accuracy": mean(float(found["said"][i] == those[i].answer) for i in at)}
             row |= {"fidelity": mean(float(found["said"][i] == dense[i]) for i in at)}

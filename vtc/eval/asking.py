@@ -29,7 +29,8 @@ class View:
         sizes: width and height in pixels of every picture in a prompt.
         canvas: size of the canvas that a single picture is letterboxed on.
         resized: size to which a single picture is resized, regardless of its aspect ratio.
-        frames: 1 = pictures; 2 to 8 = a clip of that many frames, of the first size.
+        frames: 1 = pictures; 2 to 8, 16 or 32 = a clip of that many frames, of the first size. changes: ask of a clip
+            also what it is that comes and goes.
         level: how difficult the scenes are.
 
     Raises:
@@ -41,11 +42,14 @@ class View:
     resized: scenes.Size | None = None
     frames: int = 1
     level: scenes.Level = scenes.Level()
+    changes: bool = False
 
     def __post_init__(self) -> None:
         several = [bool(self.canvas), bool(self.resized), self.frames > 1, len(self.sizes) > 1]
         if not self.sizes or sum(several) > 1:
             raise OptionError("several pictures, a canvas, resizing, and clips do not go together: take one of them")
+        if self.changes and self.frames == 1:
+            raise OptionError("changes=True asks of clips: give frames=")
 
     @property
     def unusual(self) -> dict[str, Any]:
@@ -53,6 +57,7 @@ class View:
         out: dict[str, Any] = {"size": list(self.sizes[0])} if self.sizes[0] != USUAL else {}
         out |= {"canvas": list(self.canvas)} if self.canvas else {}
         out |= {"pictures": len(self.sizes)} if len(self.sizes) > 1 else {}
+        out |= {"changes": True} if self.changes else {}
         return out | ({"full": True} if self.level == scenes.FULL else {})
 
     def draw(self, split: str, number: int) -> scenes.Scene | scenes.Album | scenes.Clip:
@@ -91,8 +96,9 @@ def questions(seed: int, limit: int, view: View | None = None, split: str = "tes
     out = []
     for number in range(seed * limit, (seed + 1) * limit):
         about = view.draw(split, number)
+        asked = (*about.questions, *(about.changes if view.changes and isinstance(about, scenes.Clip) else ()))
         for kind in scenes.EVERY:
-            some = [q for q in about.questions if q.kind == kind]
+            some = [q for q in asked if q.kind == kind]
             if some:
                 q = some[int(rng.integers(len(some)))]
                 out.append(Asked(q.kind, q.text, q.answer, about, view))

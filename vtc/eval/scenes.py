@@ -43,7 +43,7 @@ SPLITS = {"train": range(8), "validation": range(8, 9), "test": range(9, 10)}
 BACKGROUNDS = ("plain", "texture", "photo")
 SIDE = 256  # pixels
 NARROW = 0.8  # width of a digit relative to its height
-PARTS = {2: 2, 3: 3, 4: 4, 5: 4, 6: 3, 7: 4, 8: 4}  # parts of a clip, by its number of frames
+PARTS = {2: 2, 3: 3, 4: 4, 5: 4, 6: 3, 7: 4, 8: 4, 16: 4, 32: 4}  # parts of a clip, by its number of frames
 Size = tuple[int, int]  # width and height in pixels
 
 
@@ -261,16 +261,34 @@ class Clip:
     parts: tuple[int | None, ...]
     questions: tuple[Question, ...]
 
+    @property
+    def changes(self) -> tuple[Question, ...]:
+        """Questions about the colours and shapes of what is there in one part only."""
+        found = []
+        for t, p in zip(self.things, self.parts, strict=True):
+            if p is not None and sum(o.noun == t.noun for o in self.things) == 1:
+                found.append(Question("colour", f"What colour is the {t.noun}?", t.colour))
+            alone = sum(o.colour == t.colour for o in self.things) == 1
+            if p is not None and alone and not t.digit and not t.number:
+                found.append(Question("shape", f"What shape is the {t.colour} thing?", t.name))
+        return tuple(found)
+
+    def thinned(self, keep: float) -> Clip:
+        """The same with evenly spaced frames, that share of them: an even number, at least two, as some models pair
+        them."""
+        count = max(2, 2 * round(keep * len(self.frames) / 2))
+        return replace(self, frames=tuple(self.frames[i * len(self.frames) // count] for i in range(count)))
+
 
 def clip(split: str, number: int, frames: int = 8, level: Level | None = None, size: Size = (SIDE, SIDE)) -> Clip:
-    """Clip `number` of a split: 2 to 8 frames, in halves, thirds or quarters. Most things are visible in only one of
-    these.
+    """Clip `number` of a split: 2 to 8 frames, 16 or 32, in halves, thirds or quarters. Most things are visible in only
+    one of these.
 
     Raises:
-        OptionError: as for `scene`; a number of frames outside 2 to 8.
+        OptionError: as for `scene`; another number of frames.
     """
     if frames not in PARTS:
-        raise OptionError(f"frames={frames!r}: clips have 2 to 8")
+        raise OptionError(f"frames={frames!r}: clips have 2 to 8, 16 or 32")
     still = scene(split, number, replace(level or Level(), things=(2, 4)), size)
     rng = np.random.default_rng([still.seed, frames])
     things = tuple({(t.colour, t.noun): t for t in still.things}.values())  # of things that look alike, only the last

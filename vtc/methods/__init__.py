@@ -13,7 +13,9 @@ from vtc.methods.dart import DART
 from vtc.methods.divprune import DivPrune
 from vtc.methods.downsample import Downsample
 from vtc.methods.dpc_knn import DPCKNN
+from vtc.methods.evs import EVS
 from vtc.methods.fastv import FastV
+from vtc.methods.flashvid import FlashVID
 from vtc.methods.frame import USUAL
 from vtc.methods.hiprune import HiPrune
 from vtc.methods.idpruner import IDPruner
@@ -22,6 +24,7 @@ from vtc.methods.pitome import PiToMe
 from vtc.methods.random import Random
 from vtc.methods.scope import SCOPE
 from vtc.methods.tome import ToMe
+from vtc.methods.vidcom2 import VidCom2
 from vtc.methods.visionzip import VisionZip
 from vtc.methods.vispruner import VisPruner
 from vtc.methods.zoo_prune import ZOOPrune
@@ -29,18 +32,20 @@ from vtc.tokens import Tokens as Tokens
 
 _MATCHING = (PiToMe, ToMe)
 _AT_THE_INPUT = (IDPruner, ZOOPrune, DivPrune, CDPruner, SCOPE, VisPruner, HiPrune, VisionZip, DPCKNN)
+_OVER_VIDEOS = (FlashVID, VidCom2, EVS)
 _IN_THE_DECODER = (FastV, DART)
 _BASELINES = (Norm, Random, Downsample)
 
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (*_MATCHING, *_AT_THE_INPUT, *_IN_THE_DECODER, *_BASELINES)
+    cls.name: cls for cls in (*_MATCHING, *_AT_THE_INPUT, *_OVER_VIDEOS, *_IN_THE_DECODER, *_BASELINES)
 }
 
-# What may follow a name and a +: options of methods that merge, and one of methods that select.
+# What may follow a name and a +: options of methods that merge, one of methods that select, one for videos.
 PLUS: dict[str, dict[str, Any]] = {
     "ppe": {"positions": "ppe"},
     "proportional": {"proportional": True},
     "frame": {"frame": USUAL},
+    "shares": {"shares": "uniqueness"},
 }
 
 # Option names of other libraries that mean the opposite, or something else.
@@ -49,7 +54,8 @@ _ALIASES = ("ratio", "compression_ratio", "pruning_ratio", "prune_ratio", "rate"
 
 def make(method: str | Method, **options: Any) -> Method:
     """A method from its name and options; a ready one is returned as it is. "tome+ppe" is "tome" with positions="ppe",
-    "tome+proportional" with proportional=True, "divprune+frame=0.25" with frame=0.25. Raises OptionError, with a
+    "tome+proportional" with proportional=True, "divprune+frame=0.25" with frame=0.25,
+    "divprune+shares=change" with shares="change". Raises OptionError, with a
     message that says what to do."""
     if isinstance(method, Method):
         if options:
@@ -72,12 +78,14 @@ def make(method: str | Method, **options: Any) -> Method:
         raise OptionError(f"unknown method {method!r}: {hint}choose one of {', '.join(METHODS)}")
     for each in plus:
         option, equals, value = each.partition("=")
-        if option not in PLUS or (equals and option != "frame"):
-            raise OptionError(f"{method}+{each}: after a + comes one of {', '.join(PLUS)}, or frame=0.25 and the like")
+        if option not in PLUS or (equals and option not in ("frame", "shares")):
+            raise OptionError(
+                f"{method}+{each}: after a + comes one of {', '.join(PLUS)}, or frame=0.25, shares=change and the like"
+            )
         if PLUS[option].keys() & options:
             there = ", ".join(PLUS[option])
             raise OptionError(f"{method}+{each}: {there}= is given beside it, leave one of the two out")
-        options |= {"frame": _number(value)} if equals else PLUS[option]
+        options |= {option: _number(value)} if equals else PLUS[option]
     known = [field.name for field in fields(METHODS[method])]
     for name in options:
         if name not in known:
@@ -96,17 +104,20 @@ def _number(text: str) -> float | str:
 __all__ = [
     "DART",
     "DPCKNN",
+    "EVS",
     "SCOPE",
     "CDPruner",
     "DivPrune",
     "Downsample",
     "FastV",
+    "FlashVID",
     "HiPrune",
     "IDPruner",
     "Norm",
     "PiToMe",
     "Random",
     "ToMe",
+    "VidCom2",
     "VisPruner",
     "VisionZip",
     "ZOOPrune",

@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from vtc.budget import Budget
+from vtc.budget import Budget, kept_at_once
 from vtc.checks import check_fraction, is_int
 from vtc.errors import OptionError
+from vtc.frames import FrameShares
+from vtc.frames import read as read_shares
 from vtc.layout import Grid
 from vtc.positions.ppe import PPE, Positions, read
 from vtc.token_map import TokenMap
@@ -36,6 +38,8 @@ class Method:
         cascade: in a multimodal LLM: merge again before decoder layers, {layer: fraction of the tokens there that
             stays}; keep= applies at the decoder's input, 1.0 = no merging there.
         proportional: in a multimodal LLM: merged tokens are weighted by their size in attention, as in ToMe.
+        shares: in a multimodal LLM, of a video's tokens: one budget for the video, shared out over its frames by a
+            score, "uniform", "uniqueness" or "change", or as vtc.FrameShares(...) says; None = every frame has its own.
     """
 
     keep: float | int | None = None
@@ -46,6 +50,7 @@ class Method:
     positions: Positions = "original"
     cascade: tuple[tuple[int, float], ...] = ()
     proportional: bool = False
+    shares: FrameShares | None = None
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
@@ -57,6 +62,7 @@ class Method:
     turned: ClassVar[bool] = False  # reads `Tokens.rotary`
     resizes: ClassVar[bool] = False  # shrinks the image itself; a property if it depends on options, like the next
     each_head: ClassVar[bool] = False  # takes `Tokens.layer_keys` of every head
+    only_videos: ClassVar[bool] = False  # compares frames, and leaves pictures as they are
     groups_frames: ClassVar[bool] = False  # merges similar frames of a video once more: `events_of`
     # Fields of Tokens, beyond the features, that `decide` reads. A property if it depends on options.
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -76,7 +82,9 @@ class Method:
             raise OptionError(f'where="tower": {what}')
         object.__setattr__(self, "positions", read(self.positions))
         object.__setattr__(self, "cascade", _read_cascade(self.cascade))
+        object.__setattr__(self, "shares", read_shares(self.shares))
         self._check_merging()
+        self._check_shares()
 
     def _check_merging(self) -> None:
         """Raise OptionError if an option for methods that merge, in a decoder, does not fit this method."""
@@ -91,6 +99,23 @@ class Method:
         missing = self.lacks("decoder") if self.cascade else ""
         if missing:
             raise OptionError(f"cascade: {missing}: use dpc_knn, tome or pitome")
+
+    def _check_shares(self) -> None:
+        """Raise OptionError if `shares` does not fit the other options."""
+        if self.shares is None:
+            return
+        not_at_input = self.where == "tower" or self.in_decoder
+        clashes = {
+            "the budget is shared out at the decoder's input": not_at_input,
+            "pooled=True makes one unit of all images": self.pooled,
+            "events= has a budget for every event": self.groups_frames,
+            "cascade= counts in fractions of every frame": bool(self.cascade),
+            f"{self.name} shares a video's budget out by itself": "frames" in self.needs,
+            f"least=0 may leave nothing of a frame, and {self.name} halves": self.shares.least == 0 and self.halves,
+        }
+        why = next((reason for reason, given in clashes.items() if given), "")
+        if why:
+            raise OptionError(f"shares={self.shares!r}: {why}: leave one of the two out")
 
     @property
     def budget(self) -> Budget:
@@ -110,7 +135,8 @@ class Method:
     @property
     def label(self) -> str:
         """The name with the options that `vtc.methods.make` takes after a +."""
-        return self.name + ("+ppe" if self.ppe else "") + ("+proportional" if self.proportional else "")
+        shared = "" if self.shares is None else f"+shares={self.shares.by}"
+        return self.name + ("+ppe" if self.ppe else "") + ("+proportional" if self.proportional else "") + shared
 
     def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
         """Remove `r` tokens behind the prefix: an int, or [B] when there is a mask (a ragged batch)."""
@@ -119,6 +145,16 @@ class Method:
     def reached(self, kept: int, grid: Grid | None) -> int:
         """How many tokens of an image stay if at most `kept` may, known before the image is encoded."""
         return kept
+
+    @property
+    def by_video(self) -> bool:
+        """Whether a video has one budget: the method reads its frames, or it is shared out over them."""
+        return self.shares is not None or "frames" in self.needs
+
+    def kept_of_video(self, frames: tuple[int, ...]) -> int:
+        """For a method that reads `Tokens.frames`: how many tokens stay of a video whose frames have that many."""
+        assert self.keep is not None
+        return kept_at_once(self.keep, sum(frames))
 
     def events_of(self, means: Tensor) -> list[list[int]]:
         """For a method that groups frames: the frames of every event, in order, from the frames' means [F, C]."""

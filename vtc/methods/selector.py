@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from vtc.methods import frame as frames
@@ -63,6 +65,18 @@ def stays(tokens: Tokens, r: int | Tensor) -> int | Tensor:
         assert isinstance(r, int)
         return tokens.features.shape[1] - r
     return tokens.mask.sum(1) - r
+
+
+def by_unit(pick: Callable[..., Tensor], tokens: Tokens, count: int | Tensor, *given: Any) -> Tensor:
+    """The order of picks [B, K], -1-padded, of a method that decides for one unit at a time: `pick(*its part of each of
+    given, count)` -> [K]. given: tensors [B, N, ...], of which a unit gets its real tokens, or tuples, one per unit."""
+    orders = []
+    for i, k in enumerate(each(count, len(tokens.features))):
+        real = slice(None) if tokens.mask is None else tokens.mask[i]
+        place = torch.arange(tokens.features.shape[1], device=tokens.features.device)[real]
+        part = [x[i][real] if isinstance(x, Tensor) else x[i] for x in given]
+        orders.append(place[pick(*part, k)])
+    return torch.nn.utils.rnn.pad_sequence(orders, True, -1)
 
 
 def each(count: int | Tensor, batch: int) -> list[int]:

@@ -12,12 +12,13 @@ from torch import Tensor
 from vtc.ops import definitions, selection
 from vtc.ops.definitions import joined, nearest_kept, normalize, over_heads, seeded_uniform, sizes
 from vtc.ops.kernels import backend, compiled, set_backend
-from vtc.ops.selection import top_select
+from vtc.ops.selection import cosines, top_select
 
 __all__ = [
     "attention_received",
     "backend",
     "bipartite_match",
+    "cosines",
     "coverage_select",
     "distinct_select",
     "dpc_knn",

@@ -300,7 +300,7 @@ def _rows(unit: Tensor, table: Tensor | None = None) -> Callable[[Tensor], Tenso
 
     def rows(at: Tensor) -> Tensor:
         chosen = flat.index_select(0, (at + offset).reshape(-1)).view(batch, at.shape[1], width)
-        return chosen if table is not None else _cosine(chosen, unit)
+        return chosen if table is not None else cosines(chosen, unit)
 
     return rows
 
@@ -310,7 +310,7 @@ def _table(unit: Tensor) -> Tensor | None:
     if not fits(unit):
         return None
     if not unit.is_cpu or torch.compiler.is_compiling():
-        return _cosine(unit, unit)
+        return cosines(unit, unit)
     # image by image: a product of a batch of one is not divided among threads
     product = unit.new_empty(len(unit), unit.shape[1], unit.shape[1])
     for own, out in zip(unit, product, strict=True):
@@ -328,7 +328,8 @@ def _nearest(unit: Tensor, table: Tensor | None, mask: Tensor | None) -> Tensor:
     return torch.maximum(real.amax(1), real.amax(2))  # both, so that mutual nearest neighbours tie exactly
 
 
-def _cosine(a: Tensor, b: Tensor) -> Tensor:
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Of unit vectors [..., N, D] and [..., M, D]: [..., N, M]; those of copies are 1."""
     return _exact(a @ b.mT)
 
 

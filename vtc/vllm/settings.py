@@ -72,6 +72,8 @@ def refusal(method: Method) -> str:
         return "pooled=True lets images share a budget, and vLLM encodes and caches each image alone"
     if method.resizes:
         return 'mode="resize" shrinks the image itself, which the processor\'s own limits do: give mm_processor_kwargs'
+    if method.shares is not None:
+        return "shares= is for the frames of videos, and vtc leaves videos to vLLM"
     if method.keep is None:
         return "r= and flops= are for the layers of an encoder: give keep="
     if method.turned:

@@ -96,6 +96,8 @@ class Capture:
             _, key, mask, _, prefix = self.states(heard["attention"], lengths, call)
             mean = head_mean(key, key.shape[1])[:, prefix:]
             found["keys"] = self.to_tokens(mean, mask, members, layout, tokens, total=False)
+        if "pixels" in self.needs:
+            found["pixels"] = self.family.pixels(modality, call).float().view(tokens, -1)
         if "projector" in self.needs:
             if self.projected is None:
                 raise VTCError(

@@ -237,6 +237,7 @@ class MultimodalPatch:
                 token_map, notes = batch.from_tower(), ""
             else:
                 fields: dict[str, Any] = {}
+                batch, removed = batch.budgeted(method)
                 if "projector" in method.needs & self.family.evidence:
                     fields["projector"] = self.family.projection(self.inner)
                 if "text" in method.needs:
@@ -245,10 +246,8 @@ class MultimodalPatch:
                 if placed is not None:
                     fields["rotary"] = batch.of_columns(self.positions.means(placed))
                 tokens = batch.seen_by(method, said=[], **fields)
-                assert method.keep is not None  # otherwise the method was refused
-                removed = batch.removals(method.keep)
                 token_map, notes = decide(method, tokens, removed), ""
-                if bool(torch.as_tensor(removed).any()):
+                if bool(torch.as_tensor(removed).any()) or method.only_videos:
                     own = self.encoders.capture.note if self.encoders.capture else ""
                     said = dict.fromkeys(tokens.said or ())
                     notes = "; ".join(filter(None, (method.notes(tokens), *said, own)))

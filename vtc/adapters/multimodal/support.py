@@ -10,7 +10,7 @@ from vtc.adapters.encoders.find import find as find_encoders
 from vtc.adapters.encoders.site import EncoderSite, Refusal
 from vtc.adapters.encoders.support import refusal
 from vtc.adapters.multimodal.columns import TYPES
-from vtc.adapters.multimodal.families.base import CAPTURED, VIDEO
+from vtc.adapters.multimodal.families.base import READ, VIDEO
 from vtc.adapters.multimodal.families.generic import ORDERED, Generic
 from vtc.adapters.multimodal.find import MultimodalSite
 from vtc.adapters.multimodal.rotary import sections_of
@@ -103,15 +103,17 @@ def _refusal(site: MultimodalSite, method: Method | None) -> str:
         reasons.append(_bias_refuses(decoder))
     if any(reasons):
         return next(filter(None, reasons))
-    if method.groups_frames and VIDEO not in site.family.modalities:
-        return "events= merges the frames of videos, and vtc knows this family with images only"
-    if method.groups_frames and isinstance(site.family, Generic) and site.family.name not in _FRAMED:
-        return f"events= merges the frames of videos, and vtc does not know which tokens of {site.family.name} are one"
+    if method.groups_frames or method.by_video:
+        what = "events=" if method.groups_frames else method.name if method.shares is None else "shares="
+        if VIDEO not in site.family.modalities:
+            return f"{what} is about the frames of videos, and vtc knows this family with images only"
+        if isinstance(site.family, Generic) and site.family.name not in _FRAMED:
+            return f"{what} is about the frames of videos, and {site.family.name} does not tell which tokens are one"
     method.check(decoder.config.hidden_size)
     missing = method.lacks("input")
     if missing:
         return missing
-    unknown = sorted((method.needs - method.optional) & CAPTURED - site.family.evidence)
+    unknown = sorted((method.needs - method.optional) & READ - site.family.evidence)
     if unknown:
         why = site.family.withheld.get(unknown[0], "vtc does not know of {name}").format(name=site.family.name)
         return (

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtc.adapters.multimodal.families.base import Modality
 from vtc.adapters.report import Report, plain
-from vtc.decide import Units, regroup
+from vtc.decide import Units, over_frames, regroup
 from vtc.errors import InputError
 from vtc.layout import Layout, Unit
 from vtc.macs import decoder_macs
@@ -80,6 +80,7 @@ class CallRecord:
         notes: the method's notes.
         earlier: the record of the previous reduction, at the decoder's input or before an earlier layer.
         grids: (rows, columns) of every unit, None if its tokens do not fill a rectangle.
+        frames: of every video the tokens that stay of each frame.
     """
 
     token_map: TokenMap
@@ -93,6 +94,7 @@ class CallRecord:
     notes: str = ""
     earlier: CallRecord | None = None
     grids: tuple[tuple[int, int] | None, ...] = ()
+    frames: tuple[tuple[int, ...], ...] = ()
 
     def at(self, columns: Tensor) -> Tensor:
         """[B, K] long, the decoder's row of each of `columns` [B, K]; for a removed one, the last row before it."""
@@ -150,6 +152,7 @@ class TokenBatch(Units):
         spots = self.columns.cpu()
         units.sort(key=lambda unit: int(spots[unit.rows[0]]))
         self.prompts = [int(spots[unit.rows[0]]) // length for unit in units]
+        self.frames_of_videos = self._frames(units)
         if pooled:  # all units of a prompt become one
             pairs = list(zip(units, self.prompts, strict=True))
             self.prompts = sorted(set(self.prompts))
@@ -174,14 +177,27 @@ class TokenBatch(Units):
             fields[name] = self.packed(torch.cat([item.encoded.evidence[name] for item in self.items]))
         return self.tokens(method, **fields)
 
-    def videos(self) -> list[list[int]]:
-        """The units of every video, its frames in order."""
+    def budgeted(self, method: Method) -> tuple[TokenBatch, int | Tensor]:
+        """The units that have a budget each, and how many tokens of each to remove: an int, or [U]."""
+        assert method.keep is not None  # otherwise the method was refused
+        if not method.by_video:
+            return self, self.removals(method.keep)
+        seen, kept = over_frames(self, self.videos(), method)
+        return seen, seen.gone(kept)
+
+    def _frames(self, units: list[Unit]) -> list[list[Tensor]]:
+        """The rows of every frame of every video."""
         spans = [span for item, span in zip(self.items, self.spans, strict=True) if item.modality.name == "video"]
-        frames: dict[int, list[int]] = {}
-        for number, unit in enumerate(self.units):
+        frames: dict[int, list[Tensor]] = {}
+        for unit in units:
             if any(span.start <= int(unit.rows[0]) < span.stop for span in spans):
-                frames.setdefault(unit.item, []).append(number)
+                frames.setdefault(unit.item, []).append(unit.rows)
         return list(frames.values())
+
+    def videos(self) -> list[list[int]]:
+        """The units of every video, its frames in order; only if no units were joined."""
+        number = {int(unit.rows[0]): i for i, unit in enumerate(self.units)}
+        return [[number[int(rows[0])] for rows in frames] for frames in self.frames_of_videos]
 
     def of_columns(self, x: Tensor) -> Tensor:
         """[B, L, ...] -> [U, N, ...], the values at the columns of the units' tokens; 0 on padding."""
@@ -204,8 +220,10 @@ class TokenBatch(Units):
         lengths = tuple(len(unit.rows) for unit in self.units)
         prompts = tuple(self.prompts)
         grids = self.grids
+        left = stays.cpu() if self.frames_of_videos else stays
+        frames = tuple(tuple(int(left[rows].sum()) for rows in video) for video in self.frames_of_videos)
         return stays, CallRecord(
-            token_map, kept, real, columns, self.places, prompts, lengths, layer, notes, grids=grids
+            token_map, kept, real, columns, self.places, prompts, lengths, layer, notes, grids=grids, frames=frames
         )
 
     def anchors(self, token_map: TokenMap) -> Tensor:
@@ -290,4 +308,5 @@ def prefill_report(
         "; ".join(dict.fromkeys(filter(None, said))),
         tuple(dense),
         tuple(kept) if len(set(kept)) > 1 else (),
+        record.frames,
     )

@@ -28,6 +28,7 @@ class Modality:
 
 # Fields of `Tokens` that are read off a tower and its projector.
 CAPTURED = frozenset({"attention", "middle", "keys", "inputs", "projector"})
+READ = CAPTURED | {"pixels"}  # or off the call
 IMAGE = Modality("image", "pixel_values", "image_token_id", "get_image_features")
 VIDEO = Modality("video", "pixel_values_videos", "video_token_id", "get_video_features")
 
@@ -222,6 +223,10 @@ class Family:
     def blocks(self, inner: Any, seen: Tensor, modality: Modality, call: dict[str, Any]) -> Tensor:
         """The projector's input -> [rows, P, V], the patches of each of its output rows."""
         return seen.reshape(-1, 1, seen.shape[-1])
+
+    def pixels(self, modality: Modality, call: dict[str, Any]) -> Tensor:
+        """[tokens, V], the values of the pixels that each token covers; for a family with "pixels" in `evidence`."""
+        raise NotImplementedError
 
     def rows_per_image(self, inner: Any, patches: int) -> int:
         """Projector rows of an image with `patches` patches, if images are not packed."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.adapters.multimodal.families.base import IMAGE, VIDEO, Family, Modality, Projection, axes_of
+from vtc.adapters.multimodal.families.base import IMAGE, READ, VIDEO, Family, Modality, Projection, axes_of
 from vtc.layout import Layout, Unit
 
 
@@ -68,6 +68,7 @@ class QwenVL(QwenTower):
     covers = "Qwen2-VL, Qwen2.5-VL, Qwen3-VL (DeepStack included), images and video"
     classes = ("Qwen2VLModel", "Qwen2_5_VLModel", "Qwen3VLModel")
     modalities = (IMAGE, VIDEO)
+    evidence = READ
 
     def layout(self, inner: Any, modality: Modality, lengths: list[int], call: dict[str, Any]) -> Layout:
         units, start, edge = [], 0, inner.visual.spatial_merge_size
@@ -77,6 +78,11 @@ class QwenVL(QwenTower):
                 units.append(Unit(torch.arange(start, start + grid[0] * grid[1]), item, grid))
                 start += grid[0] * grid[1]
         return Layout(tuple(units), self.windows(inner, told(modality, call)))
+
+    def pixels(self, modality: Modality, call: dict[str, Any]) -> Tensor:
+        """As the processor has scaled them, of both frames of a pair."""
+        count = sum(rows * columns * frames for frames, rows, columns in told(modality, call).tolist())
+        return call[modality.pixels].reshape(count, -1)
 
     def positions(self, inner: Any, call: dict[str, Any], past: int, embeds: Tensor) -> Tensor:
         found = axes_of(inner, call, embeds)
