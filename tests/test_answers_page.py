@@ -23,7 +23,7 @@ def test_pages_say_what_the_results_say(tmp_path):
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     shutil.copy(ROOT / "README.md", tmp_path)
     answers_page.write(tmp_path)
-    pages = [Path("README.md"), *(Path(f"docs/{name}.md") for name in ("answers", "frame"))]
+    pages = [Path("README.md"), *(Path(f"docs/{name}.md") for name in ("answers", "frame", "video"))]
     pages += [Path(f"docs/methods/{name}.md") for name in METHODS]
     for page in pages:
         assert (tmp_path / page).read_text() == (ROOT / page).read_text(), f"{page}: run tools/answers_page.py"
@@ -33,11 +33,20 @@ def test_pages_say_what_the_results_say(tmp_path):
 def test_every_method_is_there(run):
     rows = answers_page.read(run)
     model = answers.load("tiny_llava" if run == "tiny_llava" else "tiny_qwen")[0]
-    fits = {name for name in METHODS if vtc.explain(model, name).ok}
+    fits = {name for name in answers_page.answers_runs.STILLS if vtc.explain(model, name).ok}
     assert fits <= {r["method"] for r in rows} and len({r["seed"] for r in rows}) == 5
     some = re.search(r"--keep ([\d. ]+)", answers_page.answers_runs.RUNS[run])
     assert {r["keep"] for r in rows} == {1, *(map(float, some[1].split()) if some else answers.KEEP)}
     assert min(r["n"] for r in rows if r["kind"] == "all") >= (40 if run.startswith("clips") else 80)  # of five seeds
+
+
+@pytest.mark.parametrize("run", answers_page.VIDEOS)
+def test_videos_were_asked_enough(run):
+    rows = answers_page.read(run)
+    asked = {name for name, cls in METHODS.items() if "frames" in cls(keep=0.5).needs}
+    assert asked | {"random", answers.FEWER, *answers_page.answers_runs.OVER_FRAMES} <= {r["method"] for r in rows}
+    for cell in {(r["method"], r["keep"]) for r in rows}:
+        assert sum(r["n"] for r in rows if (r["method"], r["keep"]) == cell and r["kind"] == "all") >= 200
 
 
 @pytest.mark.parametrize("model", answers_page.MODELS)

@@ -36,7 +36,7 @@ def named(*begin: str) -> tuple[str, ...]:
 
 PICTURES, CHOICES = named(*MODELS), named("validation")  # what was chosen was chosen on the latter
 RUNS = (*PICTURES, *named("clips"))
-FRAMES, POSITIONS = named("frame"), named("ppe")
+FRAMES, POSITIONS, VIDEOS = named("frame"), named("ppe"), named("video")
 
 # Qwen2.5-VL-7B: the mean over eleven tasks, in percent of the dense model's, at a quarter and at a tenth of the tokens
 # (AngelSlim, docs/source/features/token_compressor/idpruner.md); with our names. Its IDPruner has a trained scorer,
@@ -252,6 +252,25 @@ def places(levels: Sequence[float] = (0.25, 0.1, 0.05)) -> str:
     return table(["model", "method", "questions", *(f"keep {k:g}" for k in levels)], body)
 
 
+def videos(rows: Sequence[Row], levels: Sequence[float] = (0.25, 0.1)) -> str:
+    """Accuracy on clips, by kind of question at the lowest budget; and the differences to the same share for every
+    frame (of DivPrune), and to fewer frames; bold where the interval leaves out zero."""
+    found = answers.summarise(rows)
+    kinds = [kind for kind in found["dense", 1.0] if kind != "all"]
+    head = ["method", *(f"keep {k:g}" for k in levels), *(f"{kind}, {levels[-1]:g}" for kind in kinds)]
+    others = {"uniform": "divprune+shares=uniform", "fewer frames": answers.FEWER}
+    head += [f"above {name}, {k:g}" for name in others for k in levels]
+    body = []
+    for method, level in [("dense", 1.0), *((m, levels[-1]) for m in ranked(found))]:
+        each = [found[method, 1.0 if method == "dense" else k]["all"]["accuracy"] for k in levels]
+        line = [method, *(f"{middle:.3f} ± {half:.3f}" for middle, half in each)]
+        line += [f"{found[method, level][kind]['accuracy'][0]:.2f}" for kind in kinds]
+        for other in others.values():
+            line += ["" if method in ("dense", other) else signed(gap(rows, method, other, "all", k)) for k in levels]
+        body.append(line)
+    return table(head, body)
+
+
 def draw(found: Summary, title: str) -> Any:
     """Accuracy against what stays: methods that select on the left, methods that merge on the right."""
     from matplotlib.figure import Figure
@@ -307,6 +326,7 @@ def write(root: Path) -> None:
     docs = root / "docs"
     runs = {name: read(name) for name in RUNS}
     found = {name: answers.summarise(rows) for name, rows in runs.items()}
+    clips = {name: answers.summarise(read(name)) for name in VIDEOS}
     best = {model: candidates(model) for model in MODELS}
     for name, summary in found.items():
         about = (KEPT / f"answers-{name}.txt").read_text(encoding="utf-8")
@@ -322,9 +342,12 @@ def write(root: Path) -> None:
     common.put(docs / "answers.md", "ranking", ranking(found))
     common.put(docs / "answers.md", "places", places())
     common.put(docs / "frame.md", "shares", frames())
+    for name in VIDEOS:
+        about = (KEPT / f"answers-{name}.txt").read_text(encoding="utf-8")
+        common.put(docs / "video.md", name, f"{about}\n{videos(read(name))}")
     common.put(root / "README.md", "answers", short({name: found[name] for name in MODELS}, best))
     for method in METHODS:
-        common.put(docs / "methods" / f"{method}.md", "answers", card(found, method))
+        common.put(docs / "methods" / f"{method}.md", "answers", card(found | clips, method))
 
 
 def main() -> None:

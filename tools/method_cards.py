@@ -106,6 +106,9 @@ def facts(name: str) -> list[str]:
         text = 'no (`importance="relevance"`: yes)'
     # one budget for several images makes one row of them, which fills no grid
     pooled = "; or `pooled=`" if "grid" not in cls(keep=0.5).needs and goes(llm, pooled=True) else ""
+    whole = "frames" in cls(keep=0.5).needs
+    shares = ", or by `shares=`" if goes(clips, shares="uniform") else ""
+    video = "whole, over its frames" if whole else f"frame by frame (Qwen: pairs of frames){shares}"
     rows = {
         "class": f"`vtc.{cls.__name__}`, `{name!r}`".replace("'", '"'),
         "paper": f"[arXiv {paper[1]}]({paper[0]})" if paper else "none: a baseline",
@@ -117,7 +120,7 @@ def facts(name: str) -> list[str]:
         "training": "none (the paper's importance is trained: `scorer=`)" if name == "idpruner" else "none",
         "in one round": "at most half of the tokens; below, several rounds" if cls.halves else "any number",
         "batches": "every image alone, with a budget of its own" + pooled,
-        "video": "frame by frame (Qwen: pairs of frames)" if goes(clips) else "no",
+        "video": video if goes(clips) else "no",
         "options for merged tokens": ", ".join(able) if cls.merges else "none: nothing merges",
     }
     lines = [

@@ -87,7 +87,7 @@ def run(
     Args:
         model: tiny_qwen, tiny_llava, or the folder or id of any multimodal LLM.
         methods: names, with +ppe for PPE's positions or +proportional for size-weighted attention; or "all" that the
-            model supports; random and downsample are always included.
+            model supports, but for those that compare frames; random and downsample are always included.
         keep: fractions of the image tokens that stay; dense (1) is always included.
         limit: scenes per seed. seeds: how many sets of scenes, each also the seed of methods that draw random numbers.
         out: folder of the results and of finished cells: the same call continues where it stopped.
@@ -155,7 +155,8 @@ def _chosen(
     trained = (("scorer", scorer),)
     scored = {"idpruner+scorer": ("idpruner", trained), "idpruner+scorer 1": ("idpruner", (*trained, ("balance", 1.0)))}
     scored = scored if scorer else {}
-    every = [name + plus for plus in ("", *(f"+{each}" for each in PLUS)) for name in METHODS]
+    stills = [name for name, kind in METHODS.items() if "frames" not in kind(keep=0.5).needs]
+    every = [name + plus for plus in ("", *(f"+{each}" for each in PLUS if each != "shares")) for name in stills]
     out: list[tuple[str, str, tuple]] = []
     for label in dict.fromkeys([*ALWAYS, *([*every, *scored] if "all" in names else names)]):
         if "+scorer" in label and label not in scored:
