@@ -16,7 +16,9 @@ from vtc.methods.dpc_knn import DPCKNN
 from vtc.methods.fastv import FastV
 from vtc.methods.frame import USUAL
 from vtc.methods.hiprune import HiPrune
+from vtc.methods.holov import HoloV
 from vtc.methods.idpruner import IDPruner
+from vtc.methods.mmtok import MMTok
 from vtc.methods.norm import Norm
 from vtc.methods.pitome import PiToMe
 from vtc.methods.random import Random
@@ -28,7 +30,7 @@ from vtc.methods.zoo_prune import ZOOPrune
 from vtc.tokens import Tokens as Tokens
 
 _MATCHING = (PiToMe, ToMe)
-_AT_THE_INPUT = (IDPruner, ZOOPrune, DivPrune, CDPruner, SCOPE, VisPruner, HiPrune, VisionZip, DPCKNN)
+_AT_THE_INPUT = (IDPruner, ZOOPrune, DivPrune, CDPruner, SCOPE, MMTok, VisPruner, HiPrune, HoloV, VisionZip, DPCKNN)
 _IN_THE_DECODER = (FastV, DART)
 _BASELINES = (Norm, Random, Downsample)
 
@@ -102,7 +104,9 @@ __all__ = [
     "Downsample",
     "FastV",
     "HiPrune",
+    "HoloV",
     "IDPruner",
+    "MMTok",
     "Norm",
     "PiToMe",
     "Random",
