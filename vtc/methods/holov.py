@@ -76,9 +76,8 @@ class HoloV(Ranked, Selector):
         real = torch.ones_like(attention, dtype=torch.bool) if tokens.mask is None else tokens.mask
         members = crops_of(real, self.crops, grid).to(attention.device)  # [B, C, m]
         there, at = members >= 0, members.clamp(min=0).flatten(1)
-        unit = tokens.features.float()
-        unit = unit / (unit.norm(dim=-1, keepdim=True) + 1e-6)
-        rows = unit.gather(1, at[..., None].expand(-1, -1, unit.shape[2])).view(*members.shape, -1)
+        unit = ops.normalize(tokens.features)
+        rows = unit.gather(1, at[..., None].expand(-1, -1, unit.shape[2])).view(*members.shape, unit.shape[2])
         received = attention.double().gather(1, at).view_as(members).masked_fill(~there, 0.0)
         score, share = scores(rows, received, there)
 
@@ -106,7 +105,7 @@ def crops_of(real: Tensor, crops: int, grid: tuple[Grid | None, ...] | None) -> 
             found.append(list(at[cell.argsort(stable=True)].split(cell.bincount().tolist())))
     most = max(map(len, found))
     padded = [crop for image in found for crop in [*image, *[image[0][:0]] * (most - len(image))]]
-    return torch.nn.utils.rnn.pad_sequence(padded, True, -1).view(len(found), most, -1)
+    return torch.nn.utils.rnn.pad_sequence(padded, True, -1).unflatten(0, (len(found), most))
 
 
 def scores(unit: Tensor, attention: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +113,7 @@ def scores(unit: Tensor, attention: Tensor, there: Tensor) -> tuple[Tensor, Tens
     [B, C, m]. Both are float64: in float32 equal crops would differ by rounding, and floor(w K) jumps."""
     size = there.sum(2, keepdim=True)
     count, others = size.clamp(min=1), (size - 1).clamp(min=1)
-    cosine = ops.cosines(unit.flatten(0, 1), there.flatten(0, 1)).view(*there.shape, -1)
+    cosine = ops.cosines(unit.flatten(0, 1), there.flatten(0, 1)).view(*there.shape, there.shape[2])
     cosine.diagonal(0, 2, 3).zero_()
     mean = cosine.sum(3, dtype=torch.float64) / others
     apart = (cosine - mean.float()[..., None]).masked_fill_(~there[:, :, None], 0.0).square_()
@@ -128,7 +127,9 @@ def scores(unit: Tensor, attention: Tensor, there: Tensor) -> tuple[Tensor, Tens
 
 def quotas(share: list[float], size: list[int], count: int) -> list[int]:
     """How many of `count` tokens every crop keeps, by its share w and the number of its tokens."""
-    heaviest = sorted(range(len(share)), key=lambda c: -share[c])
+    heaviest = (
+        torch.tensor(share).argsort(descending=True, stable=True).tolist()
+    )  # in float32, so that equal shares tie
     quota = [math.floor(w * count) for w in share]
     for c in heaviest[: count - sum(quota)]:
         quota[c] += 1

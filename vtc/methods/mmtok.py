@@ -79,7 +79,9 @@ class MMTok(Selector):
 
     def cover(self, features: Tensor, text: Tensor, tower: Tensor, real: Tensor, words: Tensor) -> Tensor:
         """A's columns [B, N, M + N]: how much every token covers of every token of the text, and of the image."""
-        near = ops.normalize(features) @ ops.normalize(text).mT
+        near = torch.empty(*features.shape[:2], text.shape[1], device=features.device)
+        for out, z, q in zip(near, ops.normalize(features), ops.normalize(text), strict=True):
+            out.copy_(z.double() @ q.double().mT)  # divided by 0.02, rounding would tell copies of a token apart
         alike = ops.cosines(ops.normalize(tower), real)
         table = torch.cat([near.div_(self.t_text), alike.div_(self.t_vision)], 2)
         del near, alike
