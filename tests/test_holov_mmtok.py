@@ -124,13 +124,14 @@ class Case:
 
     def tokens(self):
         holes = ~self.mask  # whatever stands in the padding
+        words = torch.arange(self.text.shape[1]) < torch.tensor(self.words)[:, None]
         return Tokens(
             tensor(self.x).masked_fill(holes[..., None], float("nan")),
             mask=self.mask,
             attention=tensor(self.a).masked_fill(holes, float("nan")),
             inputs=tensor(self.v).masked_fill(holes[..., None, None], float("nan")),
-            text=tensor(self.text),
-            text_mask=torch.arange(self.text.shape[1]) < torch.tensor(self.words)[:, None],
+            text=tensor(self.text).masked_fill(~words[..., None], float("nan")),
+            text_mask=words,
             grid=tuple(self.grids),
         )
 
@@ -345,7 +346,8 @@ def test_without_text_the_image_decides():
     silent.pick(replace(case.tokens(), said=said), torch.tensor(case.counts))
     assert said == ["a prompt holds no text: there, the image alone decides"]
     said.clear()
-    silent.pick(replace(case.tokens(), text_mask=None, said=said), torch.tensor(case.counts))
+    spoken = replace(case.tokens(), text=tensor(case.text), text_mask=None, said=said)
+    silent.pick(spoken, torch.tensor(case.counts))
     assert said == []
 
 
