@@ -322,31 +322,59 @@ Tensor greedy_select(Tensor unit, Maybe importance, Tensor each, int64_t most, i
   return order;
 }
 
-// A selection by one weight for each token; pick is vtc::dpp or vtc::coverage.
-template <class F>
-Tensor weighted(Tensor unit, Tensor weight, const char* name, Tensor each, int64_t most, Maybe mask, const F& pick) {
+Tensor dpp_select(Tensor unit, Tensor relevance, Tensor each, int64_t most, Maybe mask) {
   unit = ready(unit, "unit", ScalarType::Float, 3);
   const int64_t batch = unit.size(0), n = unit.size(1), d = unit.size(2);
-  weight = ready(weight, name, ScalarType::Float, 2);
-  same(weight, name, batch, n);
+  relevance = ready(relevance, "relevance", ScalarType::Float, 2);
+  same(relevance, "relevance", batch, n);
   each = each_of(each, batch, most, n);
   mask = mask_of(mask, "mask", batch, n);
   Tensor order = torch::stable::new_empty(each, {batch, most});
   const auto images = [&](int64_t from, int64_t to) {
     for (int64_t b = from; b < to; ++b)
-      pick(data<float>(unit) + b * n * d, n, d, data<float>(weight) + b * n, budget(each, row(mask, b, n), b, n, most), most,
-           row(mask, b, n), data<int64_t>(order) + b * most);
+      vtc::dpp(data<float>(unit) + b * n * d, n, d, data<float>(relevance) + b * n, budget(each, row(mask, b, n), b, n, most),
+               most, row(mask, b, n), data<int64_t>(order) + b * most);
   };
   torch::stable::parallel_for(0, batch, 1, images);
   return order;
 }
 
-Tensor dpp_select(Tensor unit, Tensor relevance, Tensor each, int64_t most, Maybe mask) {
-  return weighted(unit, relevance, "relevance", each, most, mask, vtc::dpp);
+Tensor cosines(Tensor unit, Maybe mask) {
+  unit = ready(unit, "unit", ScalarType::Float, 3);
+  const int64_t batch = unit.size(0), n = unit.size(1), d = unit.size(2);
+  mask = mask_of(mask, "mask", batch, n);
+  Tensor out = torch::stable::new_empty(unit, {batch, n, n});
+  const auto images = [&](int64_t from, int64_t to) {
+    for (int64_t b = from; b < to; ++b) {
+      float* table = data<float>(out) + b * n * n;
+      const std::vector<int64_t> real = vtc::marked(row(mask, b, n), n);
+      if (int64_t(real.size()) < n) std::fill(table, table + n * n, 0.0f);
+      vtc::all_pairs(data<float>(unit) + b * n * d, real, d, n, [&](int64_t i) { return real[i]; }, table);
+    }
+  };
+  torch::stable::parallel_for(0, batch, 1, images);
+  return out;
 }
 
-Tensor coverage_select(Tensor unit, Tensor weight, Tensor each, int64_t most, Maybe mask) {
-  return weighted(unit, weight, "weight", each, most, mask, vtc::coverage);
+Tensor cover_select(Tensor gains, Maybe weight, Tensor each, int64_t most, Maybe mask, Maybe items) {
+  gains = ready(gains, "gains", ScalarType::Float, 3);
+  const int64_t batch = gains.size(0), n = gains.size(1), all = gains.size(2);
+  if (weight.has_value()) {
+    weight = ready(*weight, "weight", ScalarType::Float, 2);
+    same(*weight, "weight", batch, n);
+  }
+  each = each_of(each, batch, most, n);
+  mask = mask_of(mask, "mask", batch, n);
+  items = mask_of(items, "items", batch, all);
+  Tensor order = torch::stable::new_empty(each, {batch, most});
+  const auto images = [&](int64_t from, int64_t to) {
+    for (int64_t b = from; b < to; ++b)
+      vtc::coverage(data<float>(gains) + b * n * all, n, all, weight.has_value() ? data<float>(*weight) + b * n : nullptr,
+                    budget(each, row(mask, b, n), b, n, most), most, row(mask, b, n), row(items, b, all),
+                    data<int64_t>(order) + b * most);
+  };
+  torch::stable::parallel_for(0, batch, 1, images);
+  return order;
 }
 
 Tensor distinct_select(Tensor unit, Tensor chosen, Tensor each) {
@@ -447,7 +475,8 @@ STABLE_TORCH_LIBRARY_IMPL(vtc, CPU, m) {
   m.impl("rows", TORCH_BOX(&rows));
   m.impl("greedy_select", TORCH_BOX(&greedy_select));
   m.impl("dpp_select", TORCH_BOX(&dpp_select));
-  m.impl("coverage_select", TORCH_BOX(&coverage_select));
+  m.impl("cosines", TORCH_BOX(&cosines));
+  m.impl("cover_select", TORCH_BOX(&cover_select));
   m.impl("distinct_select", TORCH_BOX(&distinct_select));
   m.impl("dpc_knn", TORCH_BOX(&dpc_knn));
   m.impl("received", TORCH_BOX(&received));

@@ -107,9 +107,13 @@ def dpp_select(d: Draw, b: int, n: int, w: int) -> tuple:
     return d.floats(b, n, w), d.floats(b, n), each, most, d.mask(b, n)
 
 
-def coverage_select(d: Draw, b: int, n: int, w: int) -> tuple:
+def cosines(d: Draw, b: int, n: int, w: int) -> tuple:
+    return d.floats(b, n, w), d.mask(b, n)
+
+
+def cover_select(d: Draw, b: int, n: int, w: int) -> tuple:
     each, most = d.budget(b, n)
-    return d.floats(b, n, w), d.floats(b, n), each, most, d.mask(b, n)
+    return d.floats(b, n, w), d.choice([None, d.floats(b, n)]), each, most, d.mask(b, n), d.mask(b, w)
 
 
 def distinct_select(d: Draw, b: int, n: int, w: int) -> tuple:
@@ -144,7 +148,8 @@ CALLS: tuple[Callable[..., tuple], ...] = (
     rows,
     greedy_select,
     dpp_select,
-    coverage_select,
+    cosines,
+    cover_select,
     distinct_select,
     dpc_knn,
     received,
@@ -211,8 +216,8 @@ def run(calls: int, seed: int) -> None:
                 continue
             raise AssertionError(f"{name} took {values}")
         out = operator(*values)
-        if name in ("greedy_select", "dpp_select", "coverage_select"):
-            picked(name, out, values[2], values[-1], n)
+        if name in ("greedy_select", "dpp_select", "cover_select"):
+            picked(name, out, values[2], values[4 if name == "cover_select" else -1], n)
         elif name == "dpc_knn":
             picked(name, out[0], values[1], values[-1], n)
 

@@ -22,7 +22,7 @@ with_cupy = pytest.mark.skipif(
 )
 
 
-CPU_ALONE = {"vtc::coverage_select", "vtc::distinct_select"}  # their definitions run on a GPU
+CPU_ALONE = {"vtc::cosines", "vtc::cover_select", "vtc::distinct_select"}  # their definitions run on a GPU
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")

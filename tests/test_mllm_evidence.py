@@ -241,6 +241,8 @@ METHODS = {  # what each reads
     "idpruner": {"attention"},
     "zoo_prune": {"inputs", "projector"},
     "cdpruner": {"text"},
+    "holov": {"attention"},
+    "mmtok": {"inputs", "text"},
 }
 
 

@@ -474,6 +474,7 @@ VARIANTS += [
     if score != METHODS[name].__dataclass_fields__["importance"].default
 ]
 VARIANTS += [("idpruner", {"normalize": "rank", "step": 3}), ("hiprune", {"alpha": 1.0})]
+VARIANTS += [("holov", {"cells": "grid", "inside": "score", "crops": 5}), ("mmtok", {"t_text": 0.01, "alpha": 2.0})]
 by_variant = pytest.mark.parametrize(("name", "options"), VARIANTS, ids=lambda v: v if isinstance(v, str) else str(v))
 
 
@@ -556,7 +557,10 @@ def test_padding_is_invisible(name, options, where):
                 assert made.order[b, :k].tolist() == at[b][alone.order[0]].tolist()
 
 
-@pytest.mark.parametrize("name", [n for n in NEW if n not in ("evs", "hiprune", "vispruner", "visionzip")])  # raster
+RASTER = ("evs", "hiprune", "holov", "vispruner", "visionzip")  # go by places
+
+
+@pytest.mark.parametrize("name", [n for n in NEW if n not in RASTER])
 def test_the_order_of_the_tokens_does_not_matter(name):
     tokens, order = evidence(40, batch=1), torch.randperm(40, generator=torch.Generator().manual_seed(1))
     chosen = vtc.methods.make(name, keep=1.0)
@@ -575,6 +579,7 @@ FUNCTIONS = {
     "max_min": lambda x, s, **kw: functional.max_min(x, **kw),
     "dpp": lambda x, s, **kw: functional.dpp(x, s, **kw),
     "coverage": lambda x, s, **kw: functional.coverage(x, s, **kw),
+    "holov": lambda x, s, **kw: functional.holov(x, s, **kw),
     "dpc_knn": lambda x, s, **kw: functional.dpc_knn(x, **kw),
 }
 by_function = pytest.mark.parametrize("name", FUNCTIONS)
@@ -822,6 +827,12 @@ BAD = [
     ("scope", {"alpha": -1}, "alpha=-1"),
     ("vispruner", {"fraction": 1.1}, "fraction=1.1"),
     ("hiprune", {"alpha": 2}, "alpha=2"),
+    ("holov", {"crops": 0}, "crops=0: it takes a whole number >= 1"),
+    ("holov", {"cells": "circles"}, "cells='circles' is unknown; choose one of runs, grid"),
+    ("holov", {"inside": "luck"}, "inside='luck' is unknown"),
+    ("mmtok", {"t_text": 0}, "t_text=0, t_vision=0.2: a temperature is a number > 0"),
+    ("mmtok", {"t_vision": -1}, "t_vision=-1: it takes a number >= 0"),
+    ("mmtok", {"alpha": -0.5}, "alpha=-0.5"),
     ("dpc_knn", {"neighbors": 0}, "neighbors=0"),
     ("fastv", {"layer": -1}, "layer=-1"),
     ("dart", {"pivots": True}, "pivots=True"),

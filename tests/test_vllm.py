@@ -74,6 +74,7 @@ REFUSED = {
     "dart": "between the decoder's layers",
     "cdpruner": "reads the question, and vLLM caches what it made of an image for every question",
     "zoo_prune": "which vLLM does not give",
+    "mmtok": "reads the question, and vLLM caches what it made of an image for every question",
 }
 
 

@@ -6,8 +6,9 @@ real tokens after the prefix: a fraction (r = floor(T - T keep) tokens are remov
 removes at most half per round, so a smaller keep takes several rounds, with the features merged in between. Ties go to
 the lowest index.
 
-The selections (`mmr`, `sads`, `max_min`, `dpp`, `coverage`) and `dpc_knn` reduce once, to max(1, round(keep T)) tokens,
-and have neither prefix nor size. A selection's map has the `order` in which the tokens were picked.
+The selections (`mmr`, `sads`, `max_min`, `dpp`, `coverage`, `mmtok`, `holov`) and `dpc_knn` reduce once, to max(1,
+round(keep T)) tokens, and have neither prefix nor size. A selection's map has the `order` in which the tokens were
+picked.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from vtc import ops, scores
 from vtc.budget import goes_by_rounds, lengths, stays_at_once
-from vtc.checks import check, check_finite, check_number, check_seed
+from vtc.checks import check, check_finite, check_mask, check_number, check_seed
 from vtc.decide import decide, in_rounds
 from vtc.errors import InputError, OptionError
 from vtc.methods import idpruner, zoo_prune
@@ -30,6 +31,8 @@ from vtc.methods.downsample import coarse_grid, pool_map
 from vtc.methods.dpc_knn import dpc_knn_map
 from vtc.methods.evs import EVS
 from vtc.methods.flashvid import FlashVID
+from vtc.methods.holov import HoloV
+from vtc.methods.mmtok import MMTok
 from vtc.methods.pitome import check_pitome, pitome_round
 from vtc.methods.random import random_round
 from vtc.methods.tome import tome_round
@@ -39,8 +42,8 @@ from vtc.token_map import TokenMap
 from vtc.tokens import Tokens
 
 __all__ = [
-    *("coverage", "downsample", "dpc_knn", "dpp", "evs", "flashvid", "max_min", "mmr", "pitome", "random", "sads"),
-    *("tome", "vidcom2"),
+    *("coverage", "downsample", "dpc_knn", "dpp", "evs", "flashvid", "holov", "max_min", "mmr", "mmtok", "pitome"),
+    *("random", "sads", "tome", "vidcom2"),
     "ppe_positions",
     "zeroth_order_sensitivity",
 ]
@@ -111,8 +114,7 @@ def downsample(
 ) -> TokenMap:
     """Average pooling of the `grid` (rows, columns) of patches behind the prefix to at most `keep` cells."""
     check(features, prefix, None, size)
-    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or any(type(n) is not int or n < 1 for n in grid):
-        raise InputError(f"grid={grid!r}: it takes (rows, columns), whole numbers >= 1")
+    _check_grid(grid)
     if prefix + grid[0] * grid[1] != features.shape[1]:
         raise InputError(
             f"grid {grid[0]}x{grid[1]} with prefix={prefix} is {prefix + grid[0] * grid[1]} tokens, "
@@ -184,11 +186,63 @@ def coverage(
 
     def pick(unit: Tensor, count: int | Tensor, scores: Tensor) -> Tensor:
         scores = scores.float()
-        if bool((scores < 0).any() if mask is None else ((scores < 0) & mask).any()):
-            raise InputError("the saliency holds negative values: it says how much a token's cover counts")
+        _check_not_negative("saliency", scores, mask, "it says how much a token's cover counts")
         return ops.coverage_select(unit, scores**alpha, count, mask)
 
     return _select(pick, features, keep, mask, saliency=saliency)
+
+
+def mmtok(
+    features: Tensor,
+    text: Tensor,
+    *,
+    keep: float | int,
+    tower: Tensor | None = None,
+    t_text: float = 0.02,
+    t_vision: float = 0.2,
+    alpha: float = 0.5,
+    mask: Tensor | None = None,
+    text_mask: Tensor | None = None,
+) -> TokenMap:
+    """MMTok's selection (arXiv 2508.18264): the next token adds most to what is covered of the text [B, T, D] and of
+    the image (see `vtc.MMTok`). tower: [B, N, V], the tokens' features in the vision tower, where the image's tokens
+    are compared; None = `features`. text_mask: [B, T], True = real; an image without text goes by itself alone."""
+    method = MMTok(keep=keep, t_text=t_text, t_vision=t_vision, alpha=alpha)
+    check(features, 0, mask)
+    tower = features if tower is None else tower
+    if text.ndim != 3 or (text.shape[0], text.shape[2]) != (features.shape[0], features.shape[2]):
+        expected = f"[{features.shape[0]}, T, {features.shape[2]}]"
+        raise InputError(f"text must be {expected} like the features, not {tuple(text.shape)}")
+    if tower.ndim != 3 or tower.shape[:2] != features.shape[:2]:
+        raise InputError(f"tower must be {[*features.shape[:2]]} like the features, not {tuple(tower.shape)}")
+    check_mask(text_mask, text.shape[:2])
+    tokens = Tokens(features, mask=mask, text=text, text_mask=text_mask, inputs=tower[:, :, None])
+    return _select(lambda unit, count: method.pick(tokens, count), features, keep, mask)
+
+
+def holov(
+    features: Tensor,
+    attention: Tensor,
+    *,
+    keep: float | int,
+    crops: int = 16,
+    inside: str = "attention",
+    grid: tuple[int, int] | None = None,
+    mask: Tensor | None = None,
+) -> TokenMap:
+    """HoloV's selection (arXiv 2510.02912): the budget is shared out among crops by their attention [B, N], and spent
+    inside each on the tokens of the highest `inside` (see `vtc.HoloV`). Crops are runs of tokens, or with `grid` (rows,
+    columns) at most `crops` cells of it."""
+    if grid is not None:
+        _check_grid(grid)
+    method = HoloV(keep=keep, crops=crops, inside=inside, cells="runs" if grid is None else "grid")
+
+    def pick(unit: Tensor, count: int | Tensor, scores: Tensor) -> Tensor:
+        _check_not_negative("attention", scores, mask, "it is shared out among the crops")
+        grids = None if grid is None else ((grid[0], grid[1]),) * len(features)
+        return method.pick(Tokens(features, mask=mask, attention=scores, grid=grids), count)
+
+    return _select(pick, features, keep, mask, attention=attention)
 
 
 def dpc_knn(features: Tensor, *, keep: float | int, neighbors: int = 5, mask: Tensor | None = None) -> TokenMap:
@@ -277,6 +331,16 @@ def _video(method: Method, features: Tensor, frames: Frames, mask: Tensor | None
     removed = gone[0] if mask is None and len(set(gone)) == 1 else torch.tensor(gone, device=features.device)
     with torch.no_grad():
         return decide(method, Tokens(features, mask=mask, frames=tuple(map(tuple, frames)), **given), removed)
+
+
+def _check_grid(grid: Any) -> None:
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or any(type(n) is not int or n < 1 for n in grid):
+        raise InputError(f"grid={grid!r}: it takes (rows, columns), whole numbers >= 1")
+
+
+def _check_not_negative(name: str, scores: Tensor, mask: Tensor | None, why: str) -> None:
+    if bool((scores < 0).any() if mask is None else ((scores < 0) & mask).any()):
+        raise InputError(f"the {name} holds negative values: {why}")
 
 
 def _select(

@@ -1,5 +1,5 @@
-// What needs all cosines of an image at once: selection by coverage, and by dropping duplicates. Definitions:
-// vtc/ops/selection.py, coverage_select and distinct_select.
+// All cosines of an image, and what needs as large a table at once: selection by coverage, and by dropping duplicates.
+// Definitions: vtc/ops/selection.py, cosines, cover_select and distinct_select.
 #pragma once
 
 #include <numeric>
@@ -9,9 +9,22 @@
 
 namespace vtc {
 
-// table [n, n] of all dot products, each pair computed once.
-inline void all_pairs(const float* unit, int64_t n, int64_t d, float* table) {
-  const std::vector<const float*> rows = pointers(unit, n, d);
+// The columns that a mask [n] marks, or all of them.
+inline std::vector<int64_t> marked(const bool* mask, int64_t n) {
+  std::vector<int64_t> real;
+  for (int64_t i = 0; i < n; ++i)
+    if (mask == nullptr || mask[i]) real.push_back(i);
+  return real;
+}
+
+// All dot products of unit's rows `real`, each pair computed once: of row real[i] with real[j] at [place(i), place(j)] of
+// table, which is `stride` wide.
+template <class P>
+inline void all_pairs(const float* unit, const std::vector<int64_t>& real, int64_t d, int64_t stride, const P& place,
+                      float* table) {
+  const int64_t n = int64_t(real.size());
+  std::vector<const float*> rows(n);
+  for (int64_t i = 0; i < n; ++i) rows[i] = unit + real[i] * d;
   const Columns columns(rows.data(), n, d);
   const int64_t blocks = (n + ROWS - 1) / ROWS, half = (blocks + 1) / 2;
   const auto some = [&](int64_t first, int64_t last) {
@@ -21,8 +34,10 @@ inline void all_pairs(const float* unit, int64_t n, int64_t d, float* table) {
       for (int64_t j0 = i0 / NR * NR; j0 < n; j0 += NR) {
         dots(rows.data() + i0, int(m), columns.panel(j0 / NR), d, tile);
         for (int64_t i = i0; i < i0 + m; ++i)
-          for (int64_t j = std::max(j0, i); j < std::min(n, j0 + NR); ++j)
-            table[i * n + j] = table[j * n + i] = same(tile[(i - i0) * NR + j - j0]);
+          for (int64_t j = std::max(j0, i); j < std::min(n, j0 + NR); ++j) {
+            const float c = same(tile[(i - i0) * NR + j - j0]);
+            table[place(i) * stride + place(j)] = table[place(j) * stride + place(i)] = c;
+          }
       }
     }
   };
@@ -34,43 +49,46 @@ inline void all_pairs(const float* unit, int64_t n, int64_t d, float* table) {
 }
 
 template <class V>
-VTC_INLINE void uncovered_body(const float* cosine, const float* cover, int64_t n, float* out) {
+VTC_INLINE void uncovered_body(const float* gain, const float* cover, int64_t n, float* out) {
   typename V::F sum = {}, zero = {};
   int64_t i = 0;
   for (; i + V::lanes <= n; i += V::lanes) {
     typename V::F c, have;
-    load(c, cosine + i);
+    load(c, gain + i);
     load(have, cover + i);
     c -= have;
     sum += c > zero ? c : zero;
   }
   float total = 0;
   for (int l = 0; l < V::lanes; ++l) total += sum[l];
-  for (; i < n; ++i) total += std::max(0.0f, cosine[i] - cover[i]);
+  for (; i < n; ++i) total += std::max(0.0f, gain[i] - cover[i]);
   *out = total;
 }
-VTC_KERNEL(uncovered, (const float* cosine, const float* cover, int64_t n, float* out), (cosine, cover, n, out))
+VTC_KERNEL(uncovered, (const float* gain, const float* cover, int64_t n, float* out), (gain, cover, n, out))
 
-// Each pick covers the most of what is not covered, times its weight [n]. A gain only shrinks, so one that was computed
-// earlier is an upper bound. Padding need not be covered. order [most], of which `count` are filled, -1 behind.
-inline void coverage(const float* unit, int64_t n, int64_t d, const float* weight, int64_t count, int64_t most,
-                     const bool* mask, int64_t* order) {
-  std::vector<int64_t> real;
-  for (int64_t i = 0; i < n; ++i)
-    if (mask == nullptr || mask[i]) real.push_back(i);
-  const int64_t m = int64_t(real.size());
-  std::vector<float> packed, table(m * m), cover(m, 0.0f);
-  if (m < n) {
-    for (const int64_t i : real) packed.insert(packed.end(), unit + i * d, unit + (i + 1) * d);
-    unit = packed.data();
+// Each pick covers the most of what is not covered, times its weight [n] (null: 1). gains [n, items]: how much each token
+// covers of each item; those that `wanted` [items] leaves out need not be covered. A gain only shrinks, so one that was
+// computed earlier is an upper bound. order [most], of which `count` are filled, -1 behind.
+inline void coverage(const float* gains, int64_t n, int64_t items, const float* weight, int64_t count, int64_t most,
+                     const bool* mask, const bool* wanted, int64_t* order) {
+  const std::vector<int64_t> real = marked(mask, n), columns = marked(wanted, items);
+  const int64_t m = int64_t(real.size()), width = int64_t(columns.size());
+  std::vector<float> packed, cover(width, 0.0f);
+  std::vector<const float*> rows(m);
+  if (width < items) packed.resize(m * width);
+  for (int64_t i = 0; i < m; ++i) {
+    rows[i] = gains + real[i] * items;
+    if (width == items) continue;
+    float* to = packed.data() + i * width;
+    for (int64_t k = 0; k < width; ++k) to[k] = rows[i][columns[k]];
+    rows[i] = to;
   }
-  all_pairs(unit, m, d, table.data());
   std::vector<Entry> entries(m);
   std::vector<int64_t> seen(m, 0);
   const auto gain = [&](int64_t i) {
     float sum;
-    uncovered(table.data() + i * m, cover.data(), m, &sum);
-    return ranked(weight[real[i]] * sum);
+    uncovered(rows[i], cover.data(), width, &sum);
+    return ranked(weight == nullptr ? sum : weight[real[i]] * sum);
   };
   const auto first = [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) entries[i] = {gain(i), i};
@@ -92,7 +110,7 @@ inline void coverage(const float* unit, int64_t n, int64_t d, const float* weigh
     const int64_t pick = queue.top().token;
     queue.pop();
     order[k] = real[pick];
-    for (int64_t i = 0; i < m; ++i) cover[i] = std::max(cover[i], table[pick * m + i]);
+    for (int64_t i = 0; i < width; ++i) cover[i] = std::max(cover[i], rows[pick][i]);
   }
 }
 
@@ -102,15 +120,12 @@ constexpr int64_t PER_ROUND = 8;    // duplicates dropped at a time
 // Of the chosen tokens, every second one against the others, the PER_ROUND most similar to one of these are dropped, until
 // `count` are left; chosen [n] is changed.
 inline void distinct(const float* unit, int64_t n, int64_t d, int64_t count, bool* chosen) {
-  std::vector<int64_t> real;
-  for (int64_t i = 0; i < n; ++i)
-    if (chosen[i]) real.push_back(i);
+  const std::vector<int64_t> real = marked(chosen, n);
   const int64_t m = int64_t(real.size());
   if (count <= 0) std::fill(chosen, chosen + n, false);
   if (count <= 0 || m <= count) return;
-  std::vector<float> packed, table(m * m);
-  for (const int64_t i : real) packed.insert(packed.end(), unit + i * d, unit + (i + 1) * d);
-  all_pairs(packed.data(), m, d, table.data());
+  std::vector<float> table(m * m);
+  all_pairs(unit, real, d, m, [](int64_t i) { return i; }, table.data());
   const int64_t near = std::min(NEIGHBOURS, m - 1);
   std::vector<int32_t> neighbours(m * near);
   const auto sorted = [&](int64_t from, int64_t to) {

@@ -18,7 +18,9 @@ from vtc.methods.fastv import FastV
 from vtc.methods.flashvid import FlashVID
 from vtc.methods.frame import USUAL
 from vtc.methods.hiprune import HiPrune
+from vtc.methods.holov import HoloV
 from vtc.methods.idpruner import IDPruner
+from vtc.methods.mmtok import MMTok
 from vtc.methods.norm import Norm
 from vtc.methods.pitome import PiToMe
 from vtc.methods.random import Random
@@ -31,7 +33,7 @@ from vtc.methods.zoo_prune import ZOOPrune
 from vtc.tokens import Tokens as Tokens
 
 _MATCHING = (PiToMe, ToMe)
-_AT_THE_INPUT = (IDPruner, ZOOPrune, DivPrune, CDPruner, SCOPE, VisPruner, HiPrune, VisionZip, DPCKNN)
+_AT_THE_INPUT = (IDPruner, ZOOPrune, DivPrune, CDPruner, SCOPE, MMTok, VisPruner, HiPrune, HoloV, VisionZip, DPCKNN)
 _OVER_VIDEOS = (FlashVID, VidCom2, EVS)
 _IN_THE_DECODER = (FastV, DART)
 _BASELINES = (Norm, Random, Downsample)
@@ -112,7 +114,9 @@ __all__ = [
     "FastV",
     "FlashVID",
     "HiPrune",
+    "HoloV",
     "IDPruner",
+    "MMTok",
     "Norm",
     "PiToMe",
     "Random",

@@ -143,7 +143,7 @@ def trees(unit: Tensor, chosen: Tensor, least: int, link: float) -> Tensor:
     own = torch.arange(frames * places, device=unit.device)
     if frames == 1:
         return own
-    cosine = ops.cosines(unit[1:], unit[:-1]).masked_fill_(chosen[:-1, None], float("-inf"))
+    cosine = ops.between(unit[1:], unit[:-1]).masked_fill_(chosen[:-1, None], float("-inf"))
     alike, parent = cosine.max(2)
     alike = alike.masked_fill(chosen[1:], float("-inf"))
     linked = alike > link

@@ -12,13 +12,15 @@ from torch import Tensor
 from vtc.ops import definitions, selection
 from vtc.ops.definitions import joined, nearest_kept, normalize, over_heads, seeded_uniform, sizes
 from vtc.ops.kernels import backend, compiled, set_backend
-from vtc.ops.selection import cosines, top_select
+from vtc.ops.selection import between, top_select
 
 __all__ = [
     "attention_received",
     "backend",
+    "between",
     "bipartite_match",
     "cosines",
+    "cover_select",
     "coverage_select",
     "distinct_select",
     "dpc_knn",
@@ -118,12 +120,33 @@ def dpp_select(unit: Tensor, relevance: Tensor, count: int | Tensor, mask: Tenso
     return torch.ops.vtc.dpp_select(unit, relevance.detach().float(), _each(unit, most, each), most, mask)
 
 
+def cosines(unit: Tensor, mask: Tensor | None = None) -> Tensor:
+    unit = _wide(unit.detach())
+    if not (compiled(unit) and unit.is_cpu):
+        return selection.cosines(unit, mask)
+    return torch.ops.vtc.cosines(unit, mask)
+
+
+def cover_select(
+    gains: Tensor,
+    count: int | Tensor,
+    mask: Tensor | None = None,
+    items: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    gains = _wide(gains.detach())
+    if not (compiled(gains) and gains.is_cpu):
+        return selection.cover_select(gains, count, mask, items, weight)
+    most, each = selection.budget(gains, count, mask)
+    weight = None if weight is None else weight.detach().float()
+    return torch.ops.vtc.cover_select(gains, weight, _each(gains, most, each), most, mask, items)
+
+
 def coverage_select(unit: Tensor, weight: Tensor, count: int | Tensor, mask: Tensor | None = None) -> Tensor:
     unit = _wide(unit.detach())
     if not (compiled(unit) and unit.is_cpu and selection.fits(unit)):
         return selection.coverage_select(unit, weight, count, mask)
-    most, each = selection.budget(unit, count, mask)
-    return torch.ops.vtc.coverage_select(unit, weight.detach().float(), _each(unit, most, each), most, mask)
+    return cover_select(cosines(unit, mask), count, mask, mask, weight)
 
 
 def distinct_select(unit: Tensor, chosen: Tensor, each: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ for _schema in (
     "greedy_select(Tensor unit, Tensor? importance, Tensor each, int most, int kind, float balance, int step, "
     "Tensor? mask) -> Tensor",
     "dpp_select(Tensor unit, Tensor relevance, Tensor each, int most, Tensor? mask) -> Tensor",
-    "coverage_select(Tensor unit, Tensor weight, Tensor each, int most, Tensor? mask) -> Tensor",
+    "cosines(Tensor unit, Tensor? mask) -> Tensor",
+    "cover_select(Tensor gains, Tensor? weight, Tensor each, int most, Tensor? mask, Tensor? items) -> Tensor",
     "distinct_select(Tensor unit, Tensor chosen, Tensor each) -> Tensor",
     "dpc_knn(Tensor x, Tensor each, int most, int neighbors, Tensor? mask) -> (Tensor, Tensor, Tensor)",
     "received(Tensor query, Tensor key, float scale, Tensor? mask) -> Tensor",
@@ -117,9 +118,14 @@ def _(unit: Tensor, relevance: Tensor, each: Tensor, most: int, mask: Tensor | N
     return each.new_empty(unit.shape[0], most)
 
 
-@_fake("coverage_select")
-def _(unit: Tensor, weight: Tensor, each: Tensor, most: int, mask: Tensor | None) -> Tensor:
-    return each.new_empty(unit.shape[0], most)
+@_fake("cosines")
+def _(unit: Tensor, mask: Tensor | None) -> Tensor:
+    return unit.new_empty(unit.shape[0], unit.shape[1], unit.shape[1])
+
+
+@_fake("cover_select")
+def _(gains: Tensor, weight: Any, each: Tensor, most: int, mask: Tensor | None, items: Any) -> Tensor:
+    return each.new_empty(gains.shape[0], most)
 
 
 @_fake("distinct_select")

@@ -24,7 +24,7 @@ _SAME = 1.0 - 1e-6
 _SPANNED = 1e-5
 # How many duplicates `distinct_select` drops at a time.
 _PER_ROUND = 8
-# How many outdated gains `coverage_select` updates at a time.
+# How many outdated gains `cover_select` updates at a time.
 _PANEL = 32
 _LOWEST = torch.finfo(torch.float32).min
 
@@ -112,21 +112,75 @@ def dpp_select(unit: Tensor, relevance: Tensor, count: int | Tensor, mask: Tenso
 
 
 @torch.no_grad()
-def coverage_select(unit: Tensor, weight: Tensor, count: int | Tensor, mask: Tensor | None = None) -> Tensor:
-    """Each pick j maximises `weight_j sum_i max(0, cos_ij - cover_i)`, cover_i = the highest cosine of token i to a
-    picked one, initially 0. weight: [B, N], not negative.
+def cosines(unit: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The cosine of every token to every other [B, N, N], those of copies exactly 1; 0 for padding. unit: [B, N, D]."""
+    if mask is not None:
+        unit = unit.masked_fill(~mask[..., None], 0.0)
+    if not unit.is_cpu or torch.compiler.is_compiling():
+        return between(unit, unit)
+    # image by image: a product of a batch of one is not divided among threads
+    product = unit.new_empty(len(unit), unit.shape[1], unit.shape[1])
+    for own, out in zip(unit, product, strict=True):
+        torch.mm(own, own.mT, out=out)
+    return _exact(product)
 
-    A gain only shrinks, so an earlier value is an upper bound. The highest bounds are recomputed, a panel at a time,
-    until the highest of all is up to date: the same picks as from all gains, with a fraction of the work. On a GPU all
-    gains are computed, which is faster than synchronising to find out which are needed.
+
+@torch.no_grad()
+def cover_select(
+    gains: Tensor,
+    count: int | Tensor,
+    mask: Tensor | None = None,
+    items: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Each pick j maximises `weight_j sum_i max(0, gains_ji - cover_i)`, cover_i = the highest gain of a picked token
+    for item i, initially 0.
+
+    Args:
+        gains: [B, N, I], how much every token covers of each of I items.
+        items: [B, I], True = to be covered; None = all.
+        weight: [B, N], not negative; None = 1.
     """
-    most, each = budget(unit, count, mask)
+    if items is not None:
+        gains = gains.masked_fill(~items[:, None], 0.0)
+    weight = gains.new_ones(gains.shape[:2]) if weight is None else weight
+
+    def rows(at: Tensor) -> Tensor:
+        return gains.gather(1, at[..., None].expand(-1, -1, gains.shape[2]))
+
+    cover, panel = gains.new_zeros(len(gains), gains.shape[2]), gains.shape[1] if gains.is_cuda else _PANEL
+    return _covering(rows, cover, weight.float(), panel, count, mask)
+
+
+@torch.no_grad()
+def coverage_select(unit: Tensor, weight: Tensor, count: int | Tensor, mask: Tensor | None = None) -> Tensor:
+    """`cover_select` where tokens cover one another as far as they are alike: each pick j maximises
+    `weight_j sum_i max(0, cos_ij - cover_i)`. Where not all cosines fit, those of the tokens in question are computed.
+    unit: [B, N, D] unit vectors; weight: [B, N], not negative."""
     if mask is not None:
         unit = unit.masked_fill(~mask[..., None], 0.0)  # cosine 0: padding need not be covered
-    taken, rows, weight = _taken(unit, mask), _rows(unit), weight.float()
-    tokens = unit.shape[1]
-    panel = tokens if unit.is_cuda and fits(unit) else min(tokens, _PANEL)
-    bound, cover = torch.full_like(weight, float("inf")), torch.zeros_like(weight)
+    weight = weight.float()
+    panel = unit.shape[1] if unit.is_cuda and fits(unit) else _PANEL
+    return _covering(_rows(unit), torch.zeros_like(weight), weight, panel, count, mask)
+
+
+def _covering(
+    rows: Callable[[Tensor], Tensor],
+    cover: Tensor,
+    weight: Tensor,
+    panel: int,
+    count: int | Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """Picks by what they cover: `rows` gives the gains [B, P, I] of tokens [B, P], `cover` [B, I] is at first 0.
+
+    What a token would add only shrinks, so an earlier value is an upper bound. The highest bounds are recomputed, a
+    panel at a time, until the highest of all is up to date: the same picks as from all tokens, with a fraction of the
+    work. On a GPU all are computed, which is faster than synchronising to find out which are needed.
+    """
+    most, each = budget(weight, count, mask)
+    taken, tokens = _taken(weight, mask), weight.shape[1]
+    panel, bound = min(tokens, panel), torch.full_like(weight, float("inf"))
     order = [taken.new_zeros(len(taken), 0, dtype=torch.long)]
     for _ in range(most):
         fresh = taken.clone()
@@ -300,22 +354,14 @@ def _rows(unit: Tensor, table: Tensor | None = None) -> Callable[[Tensor], Tenso
 
     def rows(at: Tensor) -> Tensor:
         chosen = flat.index_select(0, (at + offset).reshape(-1)).view(batch, at.shape[1], width)
-        return chosen if table is not None else cosines(chosen, unit)
+        return chosen if table is not None else between(chosen, unit)
 
     return rows
 
 
 def _table(unit: Tensor) -> Tensor | None:
     """All cosines [B, N, N], if they fit."""
-    if not fits(unit):
-        return None
-    if not unit.is_cpu or torch.compiler.is_compiling():
-        return cosines(unit, unit)
-    # image by image: a product of a batch of one is not divided among threads
-    product = unit.new_empty(len(unit), unit.shape[1], unit.shape[1])
-    for own, out in zip(unit, product, strict=True):
-        torch.mm(own, own.mT, out=out)
-    return _exact(product)
+    return cosines(unit) if fits(unit) else None
 
 
 def _nearest(unit: Tensor, table: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -328,8 +374,8 @@ def _nearest(unit: Tensor, table: Tensor | None, mask: Tensor | None) -> Tensor:
     return torch.maximum(real.amax(1), real.amax(2))  # both, so that mutual nearest neighbours tie exactly
 
 
-def cosines(a: Tensor, b: Tensor) -> Tensor:
-    """Of unit vectors [..., N, D] and [..., M, D]: [..., N, M]; those of copies are 1."""
+def between(a: Tensor, b: Tensor) -> Tensor:
+    """Cosines of unit vectors [..., N, D] and [..., M, D]: [..., N, M]; those of copies are 1."""
     return _exact(a @ b.mT)
 
 

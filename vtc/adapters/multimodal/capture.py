@@ -25,6 +25,7 @@ from vtc.scores.attention import head_mean
 # _EVERYth patch are used (with 2x2 patches to a token, one per token).
 _ALL, _EVERY = 1024, 4
 _ATTENDED = {"attention", "middle", "keys"}
+_PROJECTED = {"inputs", "projector"}
 
 
 @dataclass(eq=False)
@@ -48,10 +49,10 @@ class Capture:
             self.taps["attention"] = listen(attentions[-1])
         if "middle" in self.needs:
             self.taps["middle"] = listen(attentions[round(self.family.middle * len(attentions))])
-        if "projector" in self.needs:
+        if self.needs & _PROJECTED:
             projector = self.family.projector(self.inner)
             projector.register_forward_pre_hook(Hook("saw_projected", self), with_kwargs=True)
-            entrance = scores.entrance(projector)
+            entrance = scores.entrance(projector) if "projector" in self.needs else None
             if entrance is not None:
                 entrance.register_forward_hook(Hook("saw_hidden", self))
 
@@ -98,7 +99,7 @@ class Capture:
             found["keys"] = self.to_tokens(mean, mask, members, layout, tokens, total=False)
         if "pixels" in self.needs:
             found["pixels"] = self.family.pixels(modality, call).float().view(tokens, -1)
-        if "projector" in self.needs:
+        if self.needs & _PROJECTED:
             if self.projected is None:
                 raise VTCError(
                     f"{type(self.inner).__name__}: its projector did not run as a module, so vtc did not see what it "
