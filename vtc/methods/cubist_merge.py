@@ -49,15 +49,15 @@ class CubistMerge(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"grid"})
 
     def __post_init__(self) -> None:
+        for option in ("where", "pooled", "positions", "cascade", "proportional"):
+            value = getattr(self, option)
+            if value and value != "original":
+                raise OptionError(
+                    f"{option}={value!r}: cubist_merge works in the layers of a vision encoder alone, where a merged "
+                    "token stands at one place and counts as one; leave it out"
+                )
         super().__post_init__()
         check_number("layer", self.layer, 0, whole=True)
-        defaults = {"where": None, "pooled": False, "positions": "original", "cascade": (), "proportional": False}
-        for option, default in defaults.items():
-            if getattr(self, option) != default:
-                raise OptionError(
-                    f"{option}={getattr(self, option)!r}: cubist_merge works in the layers of a vision encoder alone, "
-                    "where merged tokens stand at one place each; leave it out"
-                )
 
     @property
     def budget(self) -> Budget:
@@ -114,7 +114,7 @@ def cubist_map(x: Tensor, grid: Grid, rows: int, columns: int) -> TokenMap:
     batch, few = len(x), width - min(columns, width // 2)
     at, first = torch.arange(height, device=x.device)[:, None], None
     if few < width:
-        group, anchor = _along(x.reshape(batch * height, width, -1), width - few)
+        group, anchor = _along(x.reshape(batch * height, width, x.shape[-1]), width - few)
         group = group.view(batch, height, width) + at * few
         anchor = anchor.view(batch, height, few) + at * width
         first = _step(group.flatten(1), anchor.flatten(1), None)
@@ -123,8 +123,8 @@ def cubist_map(x: Tensor, grid: Grid, rows: int, columns: int) -> TokenMap:
     if short == height:
         return TokenMap.identity(batch, height * width, x.device) if first is None else first
     at = torch.arange(few, device=x.device)[:, None]
-    lines = x.reshape(batch, height, few, -1).transpose(1, 2)
-    group, anchor = _along(lines.reshape(batch * few, height, -1), height - short)
+    lines = x.reshape(batch, height, few, x.shape[-1]).transpose(1, 2)
+    group, anchor = _along(lines.reshape(batch * few, height, x.shape[-1]), height - short)
     group = (group.view(batch, few, height) * few + at).transpose(1, 2)
     anchor = (anchor.view(batch, few, short) * few + at).transpose(1, 2)
     later = _step(group.flatten(1), anchor.flatten(1), None if first is None else first.size)

@@ -58,14 +58,16 @@ def _library(model: nn.Module) -> str:
 def find(model: nn.Module) -> Iterator[EncoderSite]:
     """Every encoder in `model` that cuts images with one convolution, and whose blocks hold a window's size (0 = none)
     and one attention with a fused projection. Whether they take rectangles is for the trial to say."""
+    found: dict[int, tuple] = {}
     for path, module in model.named_modules():
         blocks = _blocks(module)
-        if not blocks:
-            continue
-        inside = {id(part) for block in blocks for part in block.modules()}
-        cuts = [part for part in module.modules() if isinstance(part, nn.Conv2d) and id(part) not in inside]
-        if cuts:
-            yield _site(path, module, blocks, cuts[0])
+        if blocks:
+            inside = {id(part) for block in blocks for part in block.modules()}
+            cuts = [part for part in module.modules() if isinstance(part, nn.Conv2d) and id(part) not in inside]
+            if cuts:  # of modules around the same blocks the inner one
+                found[id(blocks[0])] = path, module, blocks, cuts[0]
+    for each in found.values():
+        yield _site(*each)
 
 
 def _blocks(module: nn.Module) -> tuple[Any, ...]:

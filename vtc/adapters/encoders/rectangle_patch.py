@@ -1,7 +1,7 @@
 """Runs a method in front of one block of an encoder that needs a rectangle of tokens.
 
-Every block gives its tokens at full length, as those may expect it who read them (a neck, a pyramid of features, hooks),
-and takes from the full grid those that stay: copies of its own output, so that nothing is lost on the way.
+Every block gives its tokens at full length, as whoever reads them may expect (a neck, a pyramid of features, hooks), and
+the next takes from the full grid those that stay: the others are copies, so that nothing is lost on the way.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ class RectanglePatch(EncoderPatch):
         stage, costs = self.stage, self.site.macs
         assert stage is not None and stage.grid is not None and isinstance(costs, WindowMACs)
         made = super().report(several)
-        grid, patches = stage.grid[0], made.before[0] if made.before else 0
+        grid = stage.grid[0]
         few = self.few(grid)
         grids = [few if stage.total is not None and i >= self.method.layer else grid for i in range(stage.layer)]  # type: ignore[attr-defined]
         notes = [made.notes] if made.notes else []
         notes += [f"{grid[0]}x{grid[1]} -> {few[0]}x{few[1]} rows and columns"] if few != grid else []
         return replace(
             made,
-            macs_before=stage.batch * costs.on([grid] * stage.layer, patches),
-            macs_after=stage.batch * costs.on(grids, patches),
+            before=(stage.entry,) * stage.batch,
+            macs_before=stage.batch * costs.on([grid] * stage.layer, stage.entry),
+            macs_after=stage.batch * costs.on(grids, stage.entry),
             notes="; ".join(notes),
         )
 
