@@ -23,10 +23,10 @@ BALANCES = "--balances 0 0.25 0.75 1"
 ALL = "--methods all"
 # Elsewhere without what the large runs ask in any case: positions of merged tokens, and frames of the three methods
 # for which every question needs a reading of its picture of its own, five times the work.
-MERGING = [name for name, kind in METHODS.items() if kind.merges]
+MERGING = [name for name, kind in METHODS.items() if kind.merges and not kind.rectangle]
 FRAMES_OF = ("idpruner", "zoo_prune", "divprune", "scope", "vispruner", "hiprune", "norm")
 PLUS = (*(f"{name}+proportional" for name in MERGING), *(f"{name}+frame" for name in FRAMES_OF), "idpruner+scorer")
-MOST = "--methods " + " ".join((*METHODS, *PLUS))
+MOST = "--methods " + " ".join((*(name for name, kind in METHODS.items() if not kind.rectangle), *PLUS))
 
 # On the validation split: which share of a frame, which kind
 FRAMED = ("divprune", "idpruner", "zoo_prune", "norm")

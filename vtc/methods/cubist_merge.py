@@ -1,4 +1,4 @@
-"""CubistMerge: token merging that keeps a rectangle, 2025, https://arxiv.org/abs/2509.21764."""
+"""CubistMerge: Spatial-Preserving Token Merging, Gong and Lis, 2025, https://arxiv.org/abs/2509.21764."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Runs a method in front of one block of an encoder that needs a rectangle of tokens.
 
-Every block gives its tokens at full length, as whoever reads them may expect (a neck, a pyramid of features, hooks), and
+Every block gives its tokens at full length, as whoever reads them may expect (a neck, a pyramid of features, hooks);
 the next takes from the full grid those that stay: the others are copies, so that nothing is lost on the way.
 """
 
