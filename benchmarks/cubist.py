@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Is a SAM-sized encoder faster with CubistMerge on one CPU core? `python benchmarks/cubist.py > FILE`.
 
-timm's samvit_base_patch16 (width 768, windows of 14, decomposed relative positions) with random weights and fewer layers,
-dense and compressed in turns. Times are of the process's own CPU, so that neighbours on the machine count little.
+timm's samvit_base_patch16 (width 768, windows of 14, decomposed relative positions) with random weights and fewer
+layers, dense and compressed in turns. Times are of the process's own CPU, so that neighbours on the machine count
+little.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def measure(side: int, depth: int, whole: list[int], ways: list[dict[str, Any]],
         x, method = torch.randn(1, grid[0] * grid[1], 768), vtc.CubistMerge(**ways[-1])
         alone = [timed(lambda: method.decide(Tokens(x, grid=(grid,)), 0).largest(x)) for _ in range(5)]
     print(
-        f"{side} pixels, {grid[0]}x{grid[1]} tokens, {depth} layers, global {whole}: dense {statistics.median(dense):.2f} "
-        f"s; deciding and merging {1e3 * statistics.median(alone):.0f} ms"
+        f"{side} pixels, {grid[0]}x{grid[1]} tokens, {depth} layers, global {whole}: "
+        f"dense {statistics.median(dense):.2f} s; deciding and merging {1e3 * statistics.median(alone):.0f} ms"
     )
     for number, way in enumerate(ways):
         faster = [a / b for a, b in zip(dense, seconds[number], strict=True)]

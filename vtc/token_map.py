@@ -160,17 +160,21 @@ class TokenMap:
             return ops.merge(x, self.group, self.slots, weights)
         return ops.merge(x, self.group, self.slots, self.weight, self.size if self.complete else None)
 
-    def largest(self, x: Tensor) -> Tensor:
+    def largest(self, x: Tensor, members: int | None = None) -> Tensor:
         """[B, N, C] -> [B, M, C]: in every channel, of each slot's members the value with the largest magnitude. Of
         equal ones the anchor's, then the one with the lowest index. A map that was composed goes step by step.
-        Differentiable in x; padding slots are 0."""
+        Differentiable in x; padding slots are 0.
+
+        members: how many a slot has at most, in each step; None = counted, which a compiled graph cannot."""
         if self._parts is not None:
             first, later = self._parts
-            return later.largest(first.largest(x))
+            return later.largest(first.largest(x, members), members)
         place = self._places([self._aside()])
         index = torch.arange(self.group.shape[1], device=x.device).expand_as(place)
         out = self.gather(x)
-        for k in range(1, int(place.max()) + 1 if place.numel() else 0):  # the k-th member besides the anchor
+        if members is None:
+            members = int(place.max()) + 1 if place.numel() else 0
+        for k in range(1, members):
             spare = torch.where(place == k, self.group, self.slots)
             member = index.new_full((len(index), self.slots + 1), -1).scatter(1, spare, index)[:, : self.slots]
             other = ops.rows(x, member)

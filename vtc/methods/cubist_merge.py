@@ -19,6 +19,7 @@ from vtc.token_map import TokenMap
 from vtc.tokens import Tokens
 
 _SAME = 1.0 - 1e-6  # copies have cosine 1 except for rounding, which would order them at random
+_MEMBERS = 3  # of a slot after one pass: a target and the places on both its sides
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,10 @@ class CubistMerge(Method):
         height, width = self.coarse(grid)
         return cubist_map(tokens.features, grid, grid[0] - height, grid[1] - width)
 
+    def merged(self, x: Tensor, token_map: TokenMap) -> Tensor:
+        """What the tokens of a map hold that was decided here: [B, N, C] -> [B, M, C]."""
+        return token_map.largest(x, _MEMBERS)
+
 
 def cubist_map(x: Tensor, grid: Grid, rows: int, columns: int) -> TokenMap:
     """The decision on [B, h w, D], row by row: first in the rows, then in the columns, on the values that the first
@@ -118,7 +123,7 @@ def cubist_map(x: Tensor, grid: Grid, rows: int, columns: int) -> TokenMap:
         group = group.view(batch, height, width) + at * few
         anchor = anchor.view(batch, height, few) + at * width
         first = _step(group.flatten(1), anchor.flatten(1), None)
-        x = first.largest(x)
+        x = first.largest(x, _MEMBERS)
     short = height - min(rows, height // 2)
     if short == height:
         return TokenMap.identity(batch, height * width, x.device) if first is None else first

@@ -95,7 +95,8 @@ class RectanglePatch(EncoderPatch):
         wide = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
         with torch.no_grad(), wide:
             token_map = self.method.decide(tokens, int(stage.plan[patch.index]))
-        return token_map.largest(x), stage.changed(total=token_map, maps=(token_map,), wide=False)
+        x = self.method.merged(x, token_map)  # type: ignore[attr-defined]
+        return x, stage.changed(total=token_map, maps=(token_map,), wide=False)
 
     def begin(self, now: Running, x: Tensor, args: tuple, kwargs: dict) -> CallState:
         if now.grid is not None and any(rows * columns != x.shape[1] for rows, columns in now.grid):
