@@ -71,7 +71,7 @@ def value(option: str) -> st.SearchStrategy:
 @st.composite
 def asked(draw, llm):
     """A method's name, a budget and up to two more options; now and then one that makes no sense."""
-    name = draw(st.sampled_from([name for name, cls in METHODS.items() if llm or cls.encoder]))
+    name = draw(st.sampled_from([name for name, cls in METHODS.items() if (llm and not cls.rectangle) or cls.encoder]))
     budget = draw(st.sampled_from(["keep"] if llm else ["keep", "keep", "flops", "r"]))
     left_out = {"keep", "flops", "r"} if llm else {"keep", "flops", "r", "where", "pooled", "cascade", "proportional"}
     own = [option for option in OPTIONS[name] if option not in left_out]
@@ -123,6 +123,7 @@ def test_functional(name, data):
         "size": st.sampled_from([None, torch.ones(batch, tokens), torch.ones(batch, tokens + 1)]),
         "grid": st.sampled_from([(1, tokens - prefix), (2, (tokens - prefix) // 2), (-1, prefix - tokens)]),
         "margin": st.just(0.5),
+        **dict.fromkeys(("rows", "columns"), st.integers(0, 9)),
         "neighbors": st.integers(1, 40),
         "step": st.integers(1, 40),
         "seed": st.integers(0, 9),
@@ -131,8 +132,8 @@ def test_functional(name, data):
     needed = [key for key, parameter in taken.items() if parameter.default is parameter.empty and key != "features"]
     more = data.draw(st.lists(st.sampled_from(list(taken)[1:]), max_size=3))
     options = {}
-    for key in dict.fromkeys(["keep", *needed, *more]):
-        tensor = key in ("mask", "size") or key in needed and key not in ("keep", "grid", "margin")
+    for key in dict.fromkeys([*({"keep"} & set(taken)), *needed, *more]):
+        tensor = key in ("mask", "size") or key in needed and key not in ("keep", "grid", "margin", "rows", "columns")
         usual = likely.get(key, value(key))
         options[key] = data.draw(usual if tensor or data.draw(st.integers(0, 9)) else ODD)
     try:
@@ -366,7 +367,10 @@ def test_soak_see(small_encoder, tmp_path):
 def test_soak_ask(tmp_path, monkeypatch):
     ask = pytest.importorskip("vtc.demo.ask")
     monkeypatch.setattr(ask, "NEW_TOKENS", 2)
-    folder, methods = mllm_processor.save("qwen2_5_vl", tmp_path), [name for name in METHODS if name != "downsample"]
+    folder, methods = (
+        mllm_processor.save("qwen2_5_vl", tmp_path),
+        [n for n, cls in METHODS.items() if n != "downsample" and not cls.rectangle],
+    )
 
     def show(number):
         image, method = photograph(number), methods[number % len(methods)]

@@ -72,6 +72,7 @@ def test_a_wrong_setting_is_refused(text, says):
 REFUSED = {
     "fastv": "removes tokens between the decoder's layers, and vLLM's KV cache has one length for all of them",
     "dart": "between the decoder's layers",
+    "cubist_merge": "works in vision encoders with windows alone",
     "cdpruner": "reads the question, and vLLM caches what it made of an image for every question",
     "zoo_prune": "which vLLM does not give",
     "mmtok": "reads the question, and vLLM caches what it made of an image for every question",

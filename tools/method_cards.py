@@ -109,19 +109,24 @@ def facts(name: str) -> list[str]:
     whole = "frames" in cls(keep=0.5).needs
     shares = ", or by `shares=`" if goes(clips, shares="uniform") else ""
     video = "whole, over its frames" if whole else f"frame by frame (Qwen: pairs of frames){shares}"
+    encoder = layer if goes(vit) else "no"
+    once = "at most half of the tokens; below, several rounds" if cls.halves else "any number"
+    if cls.rectangle:
+        once = "at most half of the rows and half of the columns"
+        encoder = "before one layer, of encoders that need a rectangle of tokens (SAM, ViTDet): no others"
     rows = {
         "class": f"`vtc.{cls.__name__}`, `{name!r}`".replace("'", '"'),
         "paper": f"[arXiv {paper[1]}]({paper[0]})" if paper else "none: a baseline",
         "tokens are": "merged" if cls.merges else "dropped",
-        "in a vision encoder": layer if goes(vit) else "no",
+        "in a vision encoder": encoder,
         "in a multimodal LLM": "; ".join(places) if goes(llm) else "no",
         "reads, beside the tokens": reads(cls),
         "reads the prompt's words": text,
         "training": "none (the paper's importance is trained: `scorer=`)" if name == "idpruner" else "none",
-        "in one round": "at most half of the tokens; below, several rounds" if cls.halves else "any number",
+        "in one round": once,
         "batches": "every image alone, with a budget of its own" + pooled,
         "video": video if goes(clips) else "no",
-        "options for merged tokens": ", ".join(able) if cls.merges else "none: nothing merges",
+        "options for merged tokens": ", ".join(able) or "none" if cls.merges else "none: nothing merges",
     }
     lines = [
         f"**{name}** {cls.summary}.",
@@ -141,9 +146,12 @@ def overview() -> list[str]:
     parts = {
         "In vision encoders and in multimodal LLMs:": [c for c in METHODS.values() if c.encoder],
         "In multimodal LLMs, where the decoder takes its image tokens in:": [
-            c for c in METHODS.values() if not c.encoder and not c.in_decoder
+            c for c in METHODS.values() if not c.encoder and not c.in_decoder and not c.rectangle
         ],
         "And from a layer of the decoder on:": [c for c in METHODS.values() if c.in_decoder],
+        "In vision encoders that need a rectangle of tokens (SAM, ViTDet):": [
+            c for c in METHODS.values() if c.rectangle
+        ],
     }
     lines: list[str] = []
     for title, classes in parts.items():

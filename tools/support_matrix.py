@@ -134,7 +134,7 @@ def multimodal() -> list[dict[str, Any]]:
     import vtc
     from vtc.methods import METHODS
 
-    ways: dict[str, Any] = {name: (name, {"keep": 0.5}) for name in METHODS}
+    ways: dict[str, Any] = {name: (name, {"keep": 0.5}) for name, method in METHODS.items() if not method.rectangle}
     ways |= {f'{name}, where="tower"': (name, {"keep": 0.9, "where": "tower"}) for name in ("pitome", "tome")}
     ways |= {"PPE (`positions=`)": ("dpc_knn", {"keep": 0.5, "positions": "ppe"})}
     ways |= {"`cascade=`": ("dpc_knn", {"keep": 0.5, "cascade": {2: 0.5}})}

@@ -27,6 +27,7 @@ from vtc.decide import decide, in_rounds
 from vtc.errors import InputError, OptionError
 from vtc.methods import idpruner, zoo_prune
 from vtc.methods.base import Method
+from vtc.methods.cubist_merge import cubist_map
 from vtc.methods.downsample import coarse_grid, pool_map
 from vtc.methods.dpc_knn import dpc_knn_map
 from vtc.methods.evs import EVS
@@ -42,8 +43,8 @@ from vtc.token_map import TokenMap
 from vtc.tokens import Tokens
 
 __all__ = [
-    *("coverage", "downsample", "dpc_knn", "dpp", "evs", "flashvid", "holov", "max_min", "mmr", "mmtok", "pitome"),
-    *("random", "sads", "tome", "vidcom2"),
+    *("coverage", "cubist", "downsample", "dpc_knn", "dpp", "evs", "flashvid", "holov", "max_min", "mmr", "mmtok"),
+    *("pitome", "random", "sads", "tome", "vidcom2"),
     "ppe_positions",
     "zeroth_order_sensitivity",
 ]
@@ -114,17 +115,36 @@ def downsample(
 ) -> TokenMap:
     """Average pooling of the `grid` (rows, columns) of patches behind the prefix to at most `keep` cells."""
     check(features, prefix, None, size)
-    _check_grid(grid)
-    if prefix + grid[0] * grid[1] != features.shape[1]:
-        raise InputError(
-            f"grid {grid[0]}x{grid[1]} with prefix={prefix} is {prefix + grid[0] * grid[1]} tokens, "
-            f"but features hold {features.shape[1]}"
-        )
+    _check_grid(grid, features, prefix)
     removed = goes_by_rounds(features, keep, None, prefix, None)
     assert isinstance(removed, int)
     coarse = coarse_grid(grid, grid[0] * grid[1] - removed)
     batch, tokens, _ = features.shape
     return pool_map(tokens, (grid,) * batch, [coarse] * batch, prefix, size=size, device=features.device)
+
+
+def cubist(features: Tensor, grid: tuple[int, int], *, rows: int, columns: int) -> TokenMap:
+    """CubistMerge's merging of neighbours (arXiv 2509.21764): of the `grid` (rows, columns) of all tokens, `columns`
+    tokens go from every row, then `rows` from every column of what is left, at most half of each.
+
+    The M slots are the smaller rectangle, row by row: `map.largest(features)`, in every channel the member's value of
+    the largest magnitude, is what the paper merges to, and `map.unmerge` restores the grid."""
+    check(features)
+    _check_grid(grid, features)
+    check_number("rows", rows, 0, whole=True)
+    check_number("columns", columns, 0, whole=True)
+    with torch.no_grad():
+        return cubist_map(features, (grid[0], grid[1]), rows, columns)
+
+
+def _check_grid(grid: Any, features: Tensor | None = None, prefix: int = 0) -> None:
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or any(type(n) is not int or n < 1 for n in grid):
+        raise InputError(f"grid={grid!r}: it takes (rows, columns), whole numbers >= 1")
+    if features is not None and prefix + grid[0] * grid[1] != features.shape[1]:
+        raise InputError(
+            f"grid {grid[0]}x{grid[1]} with prefix={prefix} is {prefix + grid[0] * grid[1]} tokens, "
+            f"but features hold {features.shape[1]}"
+        )
 
 
 def mmr(
@@ -331,11 +351,6 @@ def _video(method: Method, features: Tensor, frames: Frames, mask: Tensor | None
     removed = gone[0] if mask is None and len(set(gone)) == 1 else torch.tensor(gone, device=features.device)
     with torch.no_grad():
         return decide(method, Tokens(features, mask=mask, frames=tuple(map(tuple, frames)), **given), removed)
-
-
-def _check_grid(grid: Any) -> None:
-    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or any(type(n) is not int or n < 1 for n in grid):
-        raise InputError(f"grid={grid!r}: it takes (rows, columns), whole numbers >= 1")
 
 
 def _check_not_negative(name: str, scores: Tensor, mask: Tensor | None, why: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtc.adapters.encoders.patch import EncoderPatch
+from vtc.adapters.encoders.rectangle_patch import RectanglePatch
 from vtc.adapters.encoders.site import EncoderSite
 from vtc.adapters.multimodal.patch import MultimodalPatch
 from vtc.adapters.multimodal.token_batch import CallRecord
@@ -32,7 +33,7 @@ def install(model: nn.Module, method: str | Method, **options: Any) -> Handle:
     try:
         for site in plan._sites:
             if isinstance(site, EncoderSite):
-                patches.append(EncoderPatch(site, chosen))
+                patches.append((RectanglePatch if site.rectangle else EncoderPatch)(site, chosen))
             else:
                 patches.append(MultimodalPatch.at(site, chosen))
             patches[-1].install(model)

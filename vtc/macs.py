@@ -60,6 +60,27 @@ class EncoderMACs:
         return self.total(attended, fed, patches)
 
 
+@dataclass(frozen=True)
+class WindowMACs(EncoderMACs):
+    """The same for blocks that attend in windows of `windows[l]` x `windows[l]` tokens, 0 = in none. Rows and columns
+    are padded to whole windows, and padding is attended."""
+
+    windows: tuple[int, ...] = ()
+
+    def on(self, grids: Sequence[tuple[int, int]], patches: int) -> int:
+        """MACs of one image whose layers see these rows and columns."""
+        count = 0
+        for a, w, p, side, (rows, columns) in zip(
+            self.attention, self.width, self.mlp, self.windows, grids, strict=False
+        ):
+            tokens = rows * columns
+            padded = -(-rows // side) * -(-columns // side) * side * side if side else tokens
+            seen = side * side if side else tokens
+            count += padded * a + 2 * w * padded * seen + p * tokens
+        done = len(grids) == len(self.attention)
+        return count + patches * self.patch + (patches * self.tail[0] + self.tail[1] if done else 0)
+
+
 def linear_weights(module: nn.Module | None) -> int:
     """How many weights of `module` multiply a token: those of its Linear layers and fused attention projections.
     Counted from the layers' declared shapes, since the weights may be packed (quantized)."""

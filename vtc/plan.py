@@ -10,6 +10,7 @@ from torch import nn
 
 from vtc.adapters.encoders.find import ADAPTERS
 from vtc.adapters.encoders.find import find as find_encoders
+from vtc.adapters.encoders.rectangle import of_rectangles
 from vtc.adapters.encoders.site import EncoderSite, Refusal
 from vtc.adapters.encoders.support import reduced, refusal
 from vtc.adapters.multimodal.families import FAMILIES
@@ -30,12 +31,12 @@ def explain(model: nn.Module, method: str | Method | None = None, **options: Any
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"model is a {type(model).__name__}: explain takes a torch.nn.Module")
-    if isinstance(method, str) and not {"keep", "r", "flops"} & set(options):
+    if isinstance(method, str) and not {"keep", "r", "flops", "rows", "columns"} & set(options):
         options["keep"] = 1.0
     chosen = None if method is None else make(method, **options)
     sites: list[EncoderSite | MultimodalSite] = []
     found: list[Encoder] = []
-    for adapter, item in _find(model):
+    for adapter, item in _find(model, chosen):
         if isinstance(item, MultimodalSite) and chosen is not None and chosen.where == "tower" and item.family.copied:
             item = encoder_site(item)
         if isinstance(item, Refusal):
@@ -56,12 +57,12 @@ def explain(model: nn.Module, method: str | Method | None = None, **options: Any
     return Explanation(type(model).__name__, name, tuple(found), tuple(sites))
 
 
-def _find(model: nn.Module) -> Iterator[tuple[str, EncoderSite | MultimodalSite | Refusal]]:
+def _find(model: nn.Module, method: Method | None) -> Iterator[tuple[str, EncoderSite | MultimodalSite | Refusal]]:
     """Everything that can be reduced, or why not. The tower of a multimodal LLM belongs to the LLM."""
     llms = list(find_llms(model))
     for llm in llms:
         yield (llm.family.name if isinstance(llm, MultimodalSite) else "multimodal"), llm
-    for adapter, item in find_encoders(model):
+    for adapter, item in of_rectangles(model, list(find_encoders(model)), method):
         if llms and not item.path:
             continue  # a model that contains an LLM is judged as that LLM
         if not any(f"{item.path}.".startswith(f"{llm.path}." if llm.path else "") for llm in llms):

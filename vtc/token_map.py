@@ -19,7 +19,8 @@ class TokenMap:
 
     Attributes:
         group: [B, N] long, the slot of each input token; -1 = dropped or padding.
-        anchor: [B, M] long, ascending, the input token that represents each slot; -1 = padding of a ragged batch.
+        anchor: [B, M] long, ascending, the input token that represents each slot; -1 = padding of a ragged batch. Where
+            the slots are a smaller rectangle (`vtc.functional.cubist`), row by row in that one instead.
         size: [B, M] float32, how many tokens every slot stands for; merges preserve the total; 0 on padding.
         order: [B, K] long, the order in which a selector picked its tokens, -1-padded; None for merges.
         weight: [B, N] float32, the sizes of the input tokens; None = all 1.
@@ -159,6 +160,27 @@ class TokenMap:
             return ops.merge(x, self.group, self.slots, weights)
         return ops.merge(x, self.group, self.slots, self.weight, self.size if self.complete else None)
 
+    def largest(self, x: Tensor, members: int | None = None) -> Tensor:
+        """[B, N, C] -> [B, M, C]: in every channel, of each slot's members the value with the largest magnitude. Of
+        equal ones the anchor's, then the one with the lowest index. A map that was composed goes step by step.
+        Differentiable in x; padding slots are 0.
+
+        members: how many a slot has at most, in each step; None = counted, which a compiled graph cannot."""
+        if self._parts is not None:
+            first, later = self._parts
+            return later.largest(first.largest(x, members), members)
+        place = self._places([self._aside()])
+        index = torch.arange(self.group.shape[1], device=x.device).expand_as(place)
+        out = self.gather(x)
+        if members is None:
+            members = int(place.max()) + 1 if place.numel() else 0
+        for k in range(1, members):
+            spare = torch.where(place == k, self.group, self.slots)
+            member = index.new_full((len(index), self.slots + 1), -1).scatter(1, spare, index)[:, : self.slots]
+            other = ops.rows(x, member)
+            out = torch.where(other.abs() > out.abs(), other, out)
+        return out
+
     def gather(self, x: Tensor) -> Tensor:
         """[B, N, ...] -> [B, M, ...]: the anchors' rows; padding slots are 0."""
         return ops.rows(x, self.anchor, self.complete)
@@ -231,10 +253,17 @@ class TokenMap:
             keys = [child, first.rank]
         else:
             closeness = torch.zeros_like(self.group) if self.closeness is None else -self.closeness
-            is_anchor = torch.zeros_like(self.group, dtype=torch.bool)
-            is_anchor = torch.nn.functional.pad(is_anchor, (0, 1))
-            spare = torch.where(self.anchor < 0, self.group.shape[1], self.anchor)
-            keys = [closeness, ~is_anchor.scatter(1, spare, True)[:, :-1]]
+            keys = [closeness, self._aside()]
+        return self._places(keys)
+
+    def _aside(self) -> Tensor:
+        """[B, N] bool: which tokens are no anchor."""
+        every = torch.ones_like(self.group, dtype=torch.bool)
+        spare = torch.where(self.anchor < 0, self.group.shape[1], self.anchor)
+        return torch.nn.functional.pad(every, (0, 1)).scatter(1, spare, False)[:, :-1]
+
+    def _places(self, keys: list[Tensor]) -> Tensor:
+        """[B, N] long: each token's place inside its slot by `keys`, the most significant last, and then by index."""
         # Stable sorts, least significant key first, leave the tokens slot by slot, in rank order.
         order = torch.arange(self.group.shape[1], device=self.group.device).expand_as(self.group)
         for key in [*keys, self.group]:

@@ -133,6 +133,7 @@ def _bytes(count: int) -> str:
 def build(gpu: Callable[..., Any]) -> None:
     """Put the tab on the page."""
     first, about = scenes.scene("test", 0), look.summaries()
+    offered = [name for name in about if not METHODS[name].rectangle]
     image, truth = gr.State(first.image, time_to_live=3600), gr.State(_truth(first), time_to_live=3600)
     number = gr.State(0)
     with gr.Row(equal_height=False):
@@ -154,7 +155,7 @@ def build(gpu: Callable[..., Any]) -> None:
                 _questions(first), label="Questions about this scene", elem_id="ask-ready", elem_classes="vtc-chips"
             )
             prompt = gr.Textbox(_questions(first)[0], label="Question", max_length=LONGEST, elem_id="ask-question")
-            method = gr.Dropdown(list(about), value="tome", label="Method", info=about["tome"], elem_id="ask-method")
+            method = gr.Dropdown(offered, value="tome", label="Method", info=about["tome"], elem_id="ask-method")
             keep = gr.Slider(0.02, 1.0, 0.25, step=0.01, label="Image tokens that stay", elem_id="ask-keep")
             positions = gr.Radio(
                 [("their anchor's", "original"), ("their members' (PPE)", "ppe")],

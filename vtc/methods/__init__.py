@@ -9,6 +9,7 @@ from typing import Any
 from vtc.errors import OptionError
 from vtc.methods.base import Method as Method
 from vtc.methods.cdpruner import CDPruner
+from vtc.methods.cubist_merge import CubistMerge
 from vtc.methods.dart import DART
 from vtc.methods.divprune import DivPrune
 from vtc.methods.downsample import Downsample
@@ -36,10 +37,11 @@ _MATCHING = (PiToMe, ToMe)
 _AT_THE_INPUT = (IDPruner, ZOOPrune, DivPrune, CDPruner, SCOPE, MMTok, VisPruner, HiPrune, HoloV, VisionZip, DPCKNN)
 _OVER_VIDEOS = (FlashVID, VidCom2, EVS)
 _IN_THE_DECODER = (FastV, DART)
+_IN_WINDOWS = (CubistMerge,)
 _BASELINES = (Norm, Random, Downsample)
 
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (*_MATCHING, *_AT_THE_INPUT, *_OVER_VIDEOS, *_IN_THE_DECODER, *_BASELINES)
+    cls.name: cls for cls in (*_MATCHING, *_AT_THE_INPUT, *_OVER_VIDEOS, *_IN_THE_DECODER, *_IN_WINDOWS, *_BASELINES)
 }
 
 # What may follow a name and a +: options of methods that merge, one of methods that select, one for videos.
@@ -109,6 +111,7 @@ __all__ = [
     "EVS",
     "SCOPE",
     "CDPruner",
+    "CubistMerge",
     "DivPrune",
     "Downsample",
     "FastV",

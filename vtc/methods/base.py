@@ -59,6 +59,7 @@ class Method:
     one_shot: ClassVar[bool] = False  # inside a ViT: removes all at the first layer instead of some at every layer
     in_decoder: ClassVar[bool] = False  # drops tokens after a layer of the decoder
     encoder: ClassVar[bool] = True  # works inside a vision encoder; False: only in a multimodal LLM
+    rectangle: ClassVar[bool] = False  # or only in an encoder that needs a rectangle of tokens, and leaves it one
     turned: ClassVar[bool] = False  # reads `Tokens.rotary`
     resizes: ClassVar[bool] = False  # shrinks the image itself; a property if it depends on options, like the next
     each_head: ClassVar[bool] = False  # takes `Tokens.layer_keys` of every head

@@ -57,14 +57,15 @@ class Downsample(Method):
         return height * width
 
 
-def coarse_grid(grid: tuple[int, int], budget: int) -> tuple[int, int]:
+def coarse_grid(grid: tuple[int, int], budget: int, least: tuple[int, int] = (1, 1)) -> tuple[int, int]:
     """The best grid of at most `budget` cells within `grid`: many cells, and an aspect ratio close to that of `grid`.
+    Not smaller than `least`, which the budget must allow.
 
     It maximises cells x agreement of the aspect ratios (their quotient, at most 1); fewer rows win ties.
     """
     rows, columns = grid
-    best, score = (1, 1), -1.0
-    for height in range(1, min(rows, budget) + 1):
+    best, score = least, -1.0
+    for height in range(least[0], min(rows, budget // least[1]) + 1):
         width = min(columns, budget // height)
         stretch = (height * columns) / (width * rows)
         agreement = height * width * min(stretch, 1 / stretch)

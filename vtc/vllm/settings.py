@@ -59,6 +59,8 @@ class Settings:
 
 def refusal(method: Method) -> str:
     """Why vLLM cannot run the method; "" = it can."""
+    if method.rectangle:
+        return f"{method.name} works in vision encoders with windows alone (SAM, ViTDet)"
     if method.in_decoder or method.cascade:
         what = method.name if method.in_decoder else "cascade="
         return f"{what} removes tokens between the decoder's layers, and vLLM's KV cache has one length for all of them"

@@ -83,6 +83,8 @@ class EncoderSite:
         no_bias: why the attention cannot take a size bias, if it cannot.
         encoder, probe: the module whose call runs the blocks, and a function that calls it, or a copy of it on the meta
             device, with one image; None = the number of tokens at the first block is only known during a call.
+        rectangle: the blocks run whole, on a rectangle of tokens [B, h, w, C] ("last": where the channels are) or
+            [B, C, h, w] ("first"), which must stay one; "" = on rows of tokens.
         rotary: makes a rotary table, (table [rows x columns, C], (rows, columns), tables side by side); or why merged
             tokens cannot carry several of its rows.
     """
@@ -102,6 +104,7 @@ class EncoderSite:
     shuffled: bool = False
     watched: tuple[nn.Module, ...] = ()
     no_bias: str = ""
+    rectangle: str = ""
     rotary: Callable[[], tuple[Tensor, tuple[int, int], int]] | str = NOT_ROTARY
     encoder: nn.Module | None = None
     probe: Callable[[Any], Any] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from vtc.adapters.encoders import rectangle
 from vtc.adapters.encoders.block_patch import patch_on
 from vtc.adapters.encoders.rotary import column_slots
 from vtc.adapters.encoders.site import EncoderSite
@@ -13,6 +14,13 @@ from vtc.methods import Method
 
 
 def refusal(site: EncoderSite, method: Method | None) -> str:
+    if site.rectangle:
+        return rectangle.refusal(site, method)
+    if method is not None and method.rectangle:
+        return (
+            f"{method.name} is for encoders that need a rectangle of tokens (SAM, ViTDet), and this one takes any "
+            "number of them: use tome or pitome"
+        )
     if method is not None:
         given = {"pooled=": method.pooled, "cascade=": method.cascade, "proportional=": method.proportional}
         given["shares="] = method.shares is not None
@@ -61,6 +69,8 @@ def refusal(site: EncoderSite, method: Method | None) -> str:
 def reduced(site: EncoderSite, method: Method | None) -> str:
     if method is None:
         return ""
+    if site.rectangle:
+        return f"layer {getattr(method, 'layer', 0)}, in rows and columns before its attention"
     if method.resizes:
         return "the image, before the first layer"
     where = "layer 0" if method.one_shot else f"layers 0-{len(site.blocks) - 1}, between attention and MLP"

@@ -71,23 +71,10 @@ def check_entry(site: EncoderSite) -> str:
     """Run the encoder up to its last block on the meta device, with blocks that do nothing."""
     if site.encoder is None or site.probe is None:
         return ""
-    calls: list = []
     patches: list = []
-    last = len(site.blocks) - 1
-    try:
-        _probe(site, calls, patches)
-    except _Passed:
-        pass
-    except Exception as error:  # a foreign encoder may raise anything
-        where = f"after block {len(calls) - 1}" if calls else "before the first"
-        what = "it asks for the numbers in a tensor" if "meta tensor" in str(error) else first_line(error)
-        raise _Unreached(
-            f"it does not run its blocks one after the other on one image, as vtc expects: {where}, {what}"
-        ) from error
-    else:
-        raise _Unreached(f"its call with one image runs {len(calls)} of its {last + 1} blocks")
-    if [index for index, *_ in calls] != list(range(last + 1)):
-        return f"it runs its blocks in the order {', '.join(str(index) for index, *_ in calls)}"
+    calls = _calls(site, patches)
+    if isinstance(calls, str):
+        return calls
     names = list(inspect.signature(type(site.blocks[0]).forward).parameters)[1:]
     _, args, kwargs = calls[0]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -119,6 +106,52 @@ def check_entry(site: EncoderSite) -> str:
             f"token{'s' * (site.prefix != 1)}: the others would be taken for patches"
         )
     return ""
+
+
+def check_passage(site: EncoderSite) -> str:
+    """The same for blocks that run on a rectangle: do the patches of the image reach all of them, and nothing else?"""
+    patches: list = []
+    try:
+        calls = _calls(site, patches)
+    except _Unreached as error:
+        return str(error)
+    if isinstance(calls, str):
+        return calls
+    grid = patches[0].shape[2:] if len(patches) == 1 and patches[0].ndim == 4 else (0, 0)
+    (_, args, kwargs), *later = calls
+    given = [*args, *kwargs.values()]
+    x = given.pop(0)
+    rows = slice(1, 3) if site.rectangle == "last" else slice(2, 4)
+    if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[rows] != grid:
+        return f"its blocks take {_form(x)}, and {grid[0]}x{grid[1]} patches come out of the image"
+    if any(map(_holds_tensor, given)):
+        return "its blocks are given more tensors than their tokens, which vtc does not know how to shorten"
+    for index, args, kwargs in later:
+        if (args[0] if args else next(iter(kwargs.values()))) is not x:
+            return f"it changes its tokens between block {index - 1} and block {index}, in a way vtc does not know"
+    return ""
+
+
+def _calls(site: EncoderSite, patches: list) -> list | str:
+    """What every block of a copy is given, (index, args, kwargs), and in `patches` what the image was cut into; or why
+    the blocks do not run in order. Raises _Unreached."""
+    calls: list = []
+    last = len(site.blocks) - 1
+    try:
+        _probe(site, calls, patches)
+    except _Passed:
+        pass
+    except Exception as error:  # a foreign encoder may raise anything
+        where = f"after block {len(calls) - 1}" if calls else "before the first"
+        what = "it asks for the numbers in a tensor" if "meta tensor" in str(error) else first_line(error)
+        raise _Unreached(
+            f"it does not run its blocks one after the other on one image, as vtc expects: {where}, {what}"
+        ) from error
+    else:
+        raise _Unreached(f"its call with one image runs {len(calls)} of its {last + 1} blocks")
+    if [index for index, *_ in calls] != list(range(last + 1)):
+        return f"it runs its blocks in the order {', '.join(str(index) for index, *_ in calls)}"
+    return calls
 
 
 def _probe(site: EncoderSite, calls: list, patches: list) -> None:
@@ -195,7 +228,7 @@ def check_blocks(site: EncoderSite) -> str:
 
 def _exact(site: EncoderSite, block: nn.Module, seed: int) -> str:
     x, args, kwargs = _example(site, block, seed)
-    with _evaluating(block), torch.autocast(x.device.type, enabled=False):
+    with evaluating(block), torch.autocast(x.device.type, enabled=False):
         own: Any = block.forward(x, *args, **kwargs)
         if site.block.wrapped and isinstance(own, tuple):
             own = own[0]
@@ -219,7 +252,7 @@ def _sizes(site: EncoderSite, copied: nn.Module, block: nn.Module) -> str:
             if not _here(block) or next(floats(block)).device.type == "cpu":
                 raise
     device = next(floats(block)).device.type
-    with _evaluating(block), torch.autocast(device, enabled=False):
+    with evaluating(block), torch.autocast(device, enabled=False):
         return _sizes_of(site, block, _LOOSE)
 
 
@@ -309,7 +342,7 @@ def _here(block: nn.Module) -> bool:
 
 
 @contextmanager
-def _evaluating(block: nn.Module) -> Iterator[None]:
+def evaluating(block: nn.Module) -> Iterator[None]:
     """In this context dropout is off in `block`."""
     modes = {module: module.training for module in block.modules()}
     block.eval()

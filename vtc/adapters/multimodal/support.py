@@ -56,6 +56,11 @@ def explained(site: MultimodalSite, method: Method | None) -> Encoder:
 
 
 def _refusal(site: MultimodalSite, method: Method | None) -> str:
+    if method is not None and method.rectangle:
+        return (
+            f"{method.name} works in vision encoders with windows alone (SAM, ViTDet), where it leaves a rectangle of "
+            "tokens; this is a multimodal LLM: use tome, pitome or downsample"
+        )
     decoder = getattr(site.inner, site.family.decoder)
     if getattr(decoder, "rotary_emb", None) is None:
         kind = type(decoder).__name__
