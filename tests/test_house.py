@@ -12,7 +12,7 @@ ORDER = [  # a part imports from its own line and the lines above it, also insid
     {"errors", "macs", "layout", "version"},
     {"checks", "ops", "checkpoints", "tokens"},
     {"budget", "scores", "token_map"},
-    {"positions"},
+    {"positions", "frames"},
     {"methods", "viz"},
     {"decide"},  # the waist: from units of tokens and a budget to a TokenMap
     {"functional", "adapters", "retrieval", "vllm"},

@@ -14,37 +14,24 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
-from importlib.resources import files
+from functools import cached_property
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from vtc.errors import OptionError
+from vtc.eval.drawing import COLOURS, DIGITS, SIDE, Size, background, draw
 
-COLOURS = {
-    "red": (220, 30, 30),
-    "green": (30, 170, 50),
-    "blue": (35, 60, 220),
-    "yellow": (245, 220, 40),
-    "cyan": (60, 215, 225),
-    "magenta": (215, 50, 200),
-    "white": (250, 250, 250),
-    "black": (10, 10, 10),
-}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 PLURAL = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPES}
-DIGITS = tuple("0123456789")
 PLACES = tuple(" ".join(filter(None, (v, h))) or "middle" for v in ("top", "", "bottom") for h in ("left", "", "right"))
 TIMES = ("first", "second", "third", "last")
 KINDS = ("colour", "shape", "position", "count", "digit", "relation")
 EVERY = (*KINDS, "reading", "when")  # also for scenes with numbers, and for clips
 SPLITS = {"train": range(8), "validation": range(8, 9), "test": range(9, 10)}
 BACKGROUNDS = ("plain", "texture", "photo")
-SIDE = 256  # pixels
 NARROW = 0.8  # width of a digit relative to its height
 PARTS = {2: 2, 3: 3, 4: 4, 5: 4, 6: 3, 7: 4, 8: 4, 16: 4, 32: 4}  # parts of a clip, by its number of frames
-Size = tuple[int, int]  # width and height in pixels
 
 
 @dataclass(frozen=True)
@@ -124,7 +111,7 @@ class Scene:
     @cached_property
     def image(self) -> Image.Image:
         rng = np.random.default_rng(self.seed)
-        picture = draw(self.things, _background(self.background, rng, self.size))
+        picture = draw(self.things, background(self.background, rng, self.size))
         if self.canvas is None:
             return picture
         shown = Image.new("RGB", self.canvas, (self.seed % 3 * 127,) * 3)  # black, grey, white
@@ -294,7 +281,7 @@ def clip(split: str, number: int, frames: int = 8, level: Level | None = None, s
     things = tuple({(t.colour, t.noun): t for t in still.things}.values())  # of things that look alike, only the last
     count = PARTS[frames]
     parts = tuple(None if i and rng.random() < 0.25 else int(rng.integers(count)) for i in range(len(things)))
-    back = _background(still.background, np.random.default_rng(still.seed), size)
+    back = background(still.background, np.random.default_rng(still.seed), size)
     looks = [draw([t for t, p in zip(things, parts, strict=True) if p in (None, now)], back) for now in range(count)]
     times = (*TIMES[: count - 1], TIMES[-1])
     asked = [
@@ -339,76 +326,3 @@ def album(split: str, number: int, sizes: Sequence[Size], level: Level | None = 
     if not 2 <= count <= 9:
         raise OptionError(f"sizes={sizes}: an album has 2 to 9 pictures")
     return Album(tuple(scene(split, count * number + i, level, size) for i, size in enumerate(sizes)))
-
-
-# -- drawing --------------------------------------------------------------------------------------------------------
-
-
-def draw(things: Sequence[Thing], background: Image.Image) -> Image.Image:
-    """Draw the things on a background, with smooth edges."""
-    width, height = background.size
-    large = background.resize((2 * width, 2 * height), Image.Resampling.BILINEAR)
-    pen = ImageDraw.Draw(large)
-    for t in things:
-        x, y, r = 2 * width * t.x, 2 * height * t.y, 2 * min(width, height) * (t.side / 2)
-        _shape(pen, t.name, x, y, r, COLOURS[t.colour])
-    return large.resize((width, height), Image.Resampling.BOX)
-
-
-def _shape(pen: ImageDraw.ImageDraw, name: str, x: float, y: float, r: float, colour: tuple[int, int, int]) -> None:
-    def polygon(corners: int, radii: Sequence[float], turn: float = -math.pi / 2) -> None:
-        angles = [turn + 2 * math.pi * i / corners for i in range(corners)]
-        ends = [radii[i % len(radii)] * r for i in range(corners)]
-        pen.polygon([(x + e * math.cos(a), y + e * math.sin(a)) for a, e in zip(angles, ends, strict=True)], colour)
-
-    if name in DIGITS:
-        pen.text((x, y), name, colour, _font(round(2.4 * r)), anchor="mm")
-    elif name.isdigit():
-        pen.text((x, y), name, colour, _font(round(2 * r / (0.556 * len(name)))), anchor="mm")
-    elif name == "circle":
-        pen.ellipse((x - r, y - r, x + r, y + r), colour)
-    elif name == "ring":
-        pen.ellipse((x - r, y - r, x + r, y + r), None, colour, max(2, round(0.45 * r)))
-    elif name == "square":
-        pen.rectangle((x - 0.9 * r, y - 0.9 * r, x + 0.9 * r, y + 0.9 * r), colour)
-    elif name == "triangle":
-        polygon(3, (1.15,))
-    elif name == "star":
-        polygon(10, (1.1, 0.45))
-    else:
-        for across, along in ((r, r / 3), (r / 3, r)):
-            pen.rectangle((x - across, y - along, x + across, y + along), colour)
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
-@cache
-def _photo() -> Image.Image:
-    with (files("vtc") / "assets" / "photo.jpg").open("rb") as file:
-        return Image.open(file).convert("RGB")
-
-
-def _background(kind: str, rng: np.random.Generator, size: Size = (SIDE, SIDE)) -> Image.Image:
-    """A background of medium brightness, so that every colour stands out; never perfectly uniform."""
-    base = rng.uniform(90, 165) + rng.uniform(-12, 12, 3)
-    if kind == "photo":
-        photo, longer = _photo(), max(size)
-        side = int(rng.integers(SIDE // 2, min(photo.size)))
-        part = [max(1, side * n // longer) for n in size]
-        left, top = (int(rng.integers(0, whole - n + 1)) for whole, n in zip(photo.size, part, strict=True))
-        crop = photo.crop((left, top, left + part[0], top + part[1])).resize(size, Image.Resampling.BILINEAR)
-        values = np.asarray(crop, dtype=np.float64)
-        values = base + 0.35 * (values - values.mean((0, 1)))
-    else:
-        across, down = (np.linspace(-1, 1, n) for n in size)
-        waves = np.zeros((size[1], size[0]))
-        for _ in range(3 if kind == "texture" else 0):
-            u, v = rng.uniform(-30, 30, 2)
-            waves += np.sin(u * down[:, None] + v * across + rng.uniform(0, 6.3))
-        slope = rng.uniform(-12, 12, 2)
-        plane = slope[0] * down[:, None] + slope[1] * across + rng.uniform(4, 9) * waves
-        values = base + plane[..., None] + rng.normal(0, 2, (size[1], size[0], 1))
-    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
