@@ -24,10 +24,12 @@ from vtc.budget import goes_by_rounds, stays_at_once
 from vtc.checks import check, check_finite, check_number, check_seed
 from vtc.decide import in_rounds
 from vtc.errors import InputError, OptionError
+from vtc.layout import Grid
 from vtc.methods import idpruner, zoo_prune
 from vtc.methods.downsample import coarse_grid, pool_map
 from vtc.methods.dpc_knn import dpc_knn_map
 from vtc.methods.pitome import check_pitome, pitome_round
+from vtc.methods.pixels import SCANS, check_rule, kept_cells
 from vtc.methods.random import random_round
 from vtc.methods.tome import tome_round
 from vtc.positions import ppe_positions
@@ -35,7 +37,8 @@ from vtc.token_map import TokenMap
 from vtc.tokens import Tokens
 
 __all__ = [
-    *("coverage", "downsample", "dpc_knn", "dpp", "max_min", "mmr", "pitome", "random", "sads", "tome"),
+    *("coverage", "downsample", "dpc_knn", "dpp", "max_min", "mmr", "pitome", "pixelprune", "random", "sads"),
+    "tome",
     "ppe_positions",
     "zeroth_order_sensitivity",
 ]
@@ -76,6 +79,43 @@ def pitome(
     return _rounds(step, features, keep, r, prefix, mask, size)
 
 
+def pixelprune(
+    cells: Tensor,
+    grid: Grid,
+    *,
+    tolerance: float = 0.0,
+    metric: str = "max",
+    anchored: bool = True,
+    scan: str = "predict",
+) -> TokenMap:
+    """PixelPrune's selection (arXiv 2604.00886): a cell stays unless its pixels are those that its neighbours predict.
+
+    Args:
+        cells: [B, h*w, c] pixel values in [0, 1] of each cell, in raster order.
+        grid: (h, w).
+        tolerance, metric, anchored: as in `vtc.PixelPrune`. There is no keep: the pixels decide how many stay.
+        scan: "predict", that method's rule; "raster" or "serpentine": a cell stays unless it resembles the last one
+            that stayed, along the rows, or there and back.
+
+    Raises:
+        OptionError: an option out of range. InputError: cells that are no such pixels, or not h*w of them.
+    """
+    check(cells, 0, None)
+    _check_grid(grid)
+    check_rule(tolerance, metric, anchored)
+    if scan not in SCANS:
+        raise OptionError(f"scan={scan!r} is unknown; choose one of {', '.join(SCANS)}")
+    if grid[0] * grid[1] != cells.shape[1]:
+        raise InputError(f"grid {grid[0]}x{grid[1]} is {grid[0] * grid[1]} cells, but there are {cells.shape[1]}")
+    if tolerance and bool(((cells < -0.1) | (cells > 1.1)).any()):  # noise may lead a little beyond
+        raise InputError(
+            f"tolerance={tolerance} is for pixel values in [0, 1], and the cells' go from {float(cells.min()):.3g} to "
+            f"{float(cells.max()):.3g}: divide by 255, or undo the processor's normalisation"
+        )
+    with torch.no_grad():
+        return TokenMap.from_kept(kept_cells(cells, (grid[0], grid[1]), tolerance, metric, anchored, scan))
+
+
 def random(
     features: Tensor,
     *,
@@ -104,8 +144,7 @@ def downsample(
 ) -> TokenMap:
     """Average pooling of the `grid` (rows, columns) of patches behind the prefix to at most `keep` cells."""
     check(features, prefix, None, size)
-    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or any(type(n) is not int or n < 1 for n in grid):
-        raise InputError(f"grid={grid!r}: it takes (rows, columns), whole numbers >= 1")
+    _check_grid(grid)
     if prefix + grid[0] * grid[1] != features.shape[1]:
         raise InputError(
             f"grid {grid[0]}x{grid[1]} with prefix={prefix} is {prefix + grid[0] * grid[1]} tokens, "
@@ -204,6 +243,11 @@ def zeroth_order_sensitivity(
     """ZOO-Prune's sensitivity [B, N] of `projector` (arXiv 2509.24837) at its inputs `features` [B, N, V], or
     [B, N, P, V] with P patches to a token: see `vtc.scores.sensitivity`, which also takes a seed and a mask."""
     return scores.sensitivity(projector, features, probes=probes, step=step, exact=exact, generator=generator)
+
+
+def _check_grid(grid: Any) -> None:
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or any(type(n) is not int or n < 1 for n in grid):
+        raise InputError(f"grid={grid!r}: it takes (rows, columns), whole numbers >= 1")
 
 
 def _select(

@@ -36,6 +36,8 @@ class Method:
         cascade: in a multimodal LLM: merge again before decoder layers, {layer: fraction of the tokens there that
             stays}; keep= applies at the decoder's input, 1.0 = no merging there.
         proportional: in a multimodal LLM: merged tokens are weighted by their size in attention, as in ToMe.
+        before: in a multimodal LLM: vtc.PixelPrune(), which takes patches out before the vision tower; the budget is
+            then of the tokens that are left.
     """
 
     keep: float | int | None = None
@@ -46,6 +48,7 @@ class Method:
     positions: Positions = "original"
     cascade: tuple[tuple[int, float], ...] = ()
     proportional: bool = False
+    before: Method | None = None
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
@@ -77,6 +80,7 @@ class Method:
         object.__setattr__(self, "positions", read(self.positions))
         object.__setattr__(self, "cascade", _read_cascade(self.cascade))
         self._check_merging()
+        self._check_where()
 
     def _check_merging(self) -> None:
         """Raise OptionError if an option for methods that merge, in a decoder, does not fit this method."""
@@ -91,6 +95,30 @@ class Method:
         missing = self.lacks("decoder") if self.cascade else ""
         if missing:
             raise OptionError(f"cascade: {missing}: use dpc_knn, tome or pitome")
+
+    def _check_where(self) -> None:
+        """Raise OptionError if something else is to work before the tower, and does not go with this method."""
+        if self.before is None:
+            return
+        from vtc.methods.pixelprune import read as read_before  # a method itself
+
+        object.__setattr__(self, "before", read_before(self.before))
+        reason = "works inside the tower" if self.where == "tower" else ""
+        if self.in_decoder or self.cascade or self.proportional:
+            reason = "works between the decoder's layers"
+        if self.groups_frames:
+            reason = "merges the frames of videos, which pixelprune leaves whole"
+        if "grid" in self.needs - self.optional:
+            reason = "reads the rows and columns of an image, and what pixelprune leaves fills no rectangle"
+        if reason:
+            raise OptionError(
+                f"before= (pixelprune): {self.name} as given {reason}: use it alone, or divprune+pixelprune"
+            )
+
+    @property
+    def entrance(self) -> Any:
+        """The method that takes patches out before the vision tower; None = none."""
+        return self.before
 
     @property
     def budget(self) -> Budget:
@@ -110,7 +138,9 @@ class Method:
     @property
     def label(self) -> str:
         """The name with the options that `vtc.methods.make` takes after a +."""
-        return self.name + ("+ppe" if self.ppe else "") + ("+proportional" if self.proportional else "")
+        plus = ("+ppe" if self.ppe else "") + ("+proportional" if self.proportional else "")
+        given = getattr(self.before, "tolerance", 0)
+        return self.name + plus + (f"+pixelprune{f'={given}' if given else ''}" if self.before else "")
 
     def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
         """Remove `r` tokens behind the prefix: an int, or [B] when there is a mask (a ragged batch)."""

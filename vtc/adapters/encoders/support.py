@@ -15,7 +15,11 @@ from vtc.methods import Method
 def refusal(site: EncoderSite, method: Method | None) -> str:
     if method is not None:
         given = {"pooled=": method.pooled, "cascade=": method.cascade, "proportional=": method.proportional}
-        given |= {"where=": method.where == "llm", method.name: not method.encoder}
+        given |= {
+            "where=": method.where == "llm",
+            method.name: not method.encoder,
+            "before=": method.before is not None,
+        }
         if any(given.values()):
             what = next(name for name, is_given in given.items() if is_given)
             return (
