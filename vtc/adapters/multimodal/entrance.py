@@ -59,7 +59,7 @@ class Entrance(Patch):
         with torch.no_grad():
             check_finite(pixels, "pixels")
             for cells, grid, alone in self.family.cells(self.inner, pixels, modality, call):
-                if modality is IMAGE and alone:
+                if modality == IMAGE and alone:
                     kept.append(self.method.stay(self.scaled(cells)[None], grid)[0])
                 else:
                     kept.append(torch.ones(len(cells), dtype=torch.bool, device=cells.device))
@@ -101,7 +101,7 @@ class Entrance(Patch):
 
 def said(name: str, items: Sequence[Any]) -> str:
     """What a report should say about the encoded items (`PlacedTokens`) of a call."""
-    images = [item.encoded.left.kept for item in items if item.modality is IMAGE and item.encoded.left is not None]
+    images = [item.encoded.left.kept for item in items if item.modality == IMAGE and item.encoded.left is not None]
     whole = "" if len(images) == len(items) else "; videos stay whole"
     if not images:
         return name + whole

@@ -87,7 +87,8 @@ def _macs(tower: Any, frames: list[int], windows: list[int]) -> int:
     mergers = [tower.merger, *getattr(tower, "deepstack_merger_list", ())]
     tokens = sum(frames) // tower.spatial_merge_size**2
     ends = sum(frames) * tower.patch_embed.proj.weight.numel() + tokens * sum(map(linear_weights, mergers))
-    return ends + packed_macs(tower.blocks, lengths)
+    attention = tower.blocks[0].attn
+    return ends + packed_macs(tower.blocks, attention.num_heads * attention.head_dim, lengths)
 
 
 def _edges(lengths: list[int]) -> Tensor:
