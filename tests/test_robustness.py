@@ -49,6 +49,7 @@ RIGHT = {  # values that an option may well have
     "exact": [True, False],
     "layer": [1, 2],
     "events": [0.5],
+    "before": [vtc.PixelPrune(), vtc.PixelPrune(tolerance=0.1)],
 }
 NUMBERS = [0, 1, 0.5, 2]  # what the others take
 ODD = st.one_of(
@@ -71,9 +72,13 @@ def value(option: str) -> st.SearchStrategy:
 @st.composite
 def asked(draw, llm):
     """A method's name, a budget and up to two more options; now and then one that makes no sense."""
-    name = draw(st.sampled_from([name for name, cls in METHODS.items() if llm or cls.encoder]))
+    name = draw(st.sampled_from([name for name, cls in METHODS.items() if cls.budgeted and (llm or cls.encoder)]))
     budget = draw(st.sampled_from(["keep"] if llm else ["keep", "keep", "flops", "r"]))
-    left_out = {"keep", "flops", "r"} if llm else {"keep", "flops", "r", "where", "pooled", "cascade", "proportional"}
+    left_out = (
+        {"keep", "flops", "r"}
+        if llm
+        else {"keep", "flops", "r", "where", "pooled", "cascade", "proportional", "before"}
+    )
     own = [option for option in OPTIONS[name] if option not in left_out]
     options = {option: draw(value(option)) for option in (budget, *draw(st.lists(st.sampled_from(own), max_size=2)))}
     if draw(st.integers(0, 9)) == 7:
@@ -88,7 +93,7 @@ def test_one_senseless_option(name, data):
     """An error that names it and its value; or a method that a file keeps."""
     option = data.draw(st.sampled_from(OPTIONS[name]))
     given = data.draw(ODD)
-    budget = {} if option in ("keep", "r", "flops") else {"keep": 0.7}
+    budget = {} if option in ("keep", "r", "flops") or not METHODS[name].budgeted else {"keep": 0.7}
     try:
         method = vtc.methods.make(name, **budget, **{option: given})
     except vtc.OptionError as error:

@@ -74,6 +74,7 @@ REFUSED = {
     "dart": "between the decoder's layers",
     "cdpruner": "reads the question, and vLLM caches what it made of an image for every question",
     "zoo_prune": "which vLLM does not give",
+    "pixelprune": "vLLM runs it on whole images",
 }
 
 
@@ -81,7 +82,7 @@ REFUSED = {
 def test_every_method_is_served_or_refused_with_the_reason(name):
     if name in REFUSED:
         with pytest.raises(OptionError, match=REFUSED[name]):
-            Settings(make(name, keep=0.5))
+            Settings(make(name, keep=0.5 if METHODS[name].budgeted else 1.0))
     else:
         assert Settings(make(name, keep=0.5)).method.keep == 0.5
 

@@ -323,7 +323,7 @@ def write(root: Path) -> None:
     common.put(docs / "answers.md", "places", places())
     common.put(docs / "frame.md", "shares", frames())
     common.put(root / "README.md", "answers", short({name: found[name] for name in MODELS}, best))
-    for method in METHODS:
+    for method in (name for name, kind in METHODS.items() if kind.budgeted):
         common.put(docs / "methods" / f"{method}.md", "answers", card(found, method))
 
 

@@ -26,7 +26,7 @@ ALL = "--methods all"
 MERGING = [name for name, kind in METHODS.items() if kind.merges]
 FRAMES_OF = ("idpruner", "zoo_prune", "divprune", "scope", "vispruner", "hiprune", "norm")
 PLUS = (*(f"{name}+proportional" for name in MERGING), *(f"{name}+frame" for name in FRAMES_OF), "idpruner+scorer")
-MOST = "--methods " + " ".join((*METHODS, *PLUS))
+MOST = "--methods " + " ".join((*(name for name, kind in METHODS.items() if kind.budgeted), *PLUS))
 
 # On the validation split: which share of a frame, which kind
 FRAMED = ("divprune", "idpruner", "zoo_prune", "norm")

@@ -80,10 +80,11 @@ def facts(name: str) -> list[str]:
     from vtc.methods.ranked import Ranked
 
     cls = METHODS[name]
+    budget: Any = {"keep": 0.5 if cls.budgeted else 1.0}
 
     def goes(net: Any, **more: Any) -> bool:
         try:
-            return vtc.explain(net, name, **({"keep": 0.5} | more)).ok
+            return vtc.explain(net, name, **(budget | more)).ok
         except vtc.OptionError:
             return False
 
@@ -101,11 +102,11 @@ def facts(name: str) -> list[str]:
     able = [label for label, more in merging.items() if goes(llm, **more)]
     able += ["`events=`"] if goes(clips, events=0.5) else []
     asks = {"text", "prompt_attention", "decoder_text"}  # what tells of the prompt
-    text = "yes" if asks & cls(keep=0.5).needs else "no"
+    text = "yes" if asks & cls(**budget).needs else "no"
     if text == "no" and issubclass(cls, Ranked):
         text = 'no (`importance="relevance"`: yes)'
     # one budget for several images makes one row of them, which fills no grid
-    pooled = "; or `pooled=`" if "grid" not in cls(keep=0.5).needs and goes(llm, pooled=True) else ""
+    pooled = "; or `pooled=`" if "grid" not in cls(**budget).needs and goes(llm, pooled=True) else ""
     rows = {
         "class": f"`vtc.{cls.__name__}`, `{name!r}`".replace("'", '"'),
         "paper": f"[arXiv {paper[1]}]({paper[0]})" if paper else "none: a baseline",

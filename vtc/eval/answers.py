@@ -152,7 +152,8 @@ def _chosen(
     trained = (("scorer", scorer),)
     scored = {"idpruner+scorer": ("idpruner", trained), "idpruner+scorer 1": ("idpruner", (*trained, ("balance", 1.0)))}
     scored = scored if scorer else {}
-    every = [name + plus for plus in ("", *(f"+{each}" for each in PLUS)) for name in METHODS]
+    after = ("", *(f"+{each}" for each in PLUS if each != "pixelprune"))  # with that, when it is named
+    every = [name + plus for plus in after for name, kind in METHODS.items() if kind.budgeted]
     out: list[tuple[str, str, tuple]] = []
     for label in dict.fromkeys([*ALWAYS, *([*every, *scored] if "all" in names else names)]):
         if "+scorer" in label and label not in scored:

@@ -60,6 +60,7 @@ class Method:
     turned: ClassVar[bool] = False  # reads `Tokens.rotary`
     resizes: ClassVar[bool] = False  # shrinks the image itself; a property if it depends on options, like the next
     each_head: ClassVar[bool] = False  # takes `Tokens.layer_keys` of every head
+    budgeted: ClassVar[bool] = True  # False: the image decides how many tokens stay, and keep= takes 1.0 alone
     groups_frames: ClassVar[bool] = False  # merges similar frames of a video once more: `events_of`
     # Fields of Tokens, beyond the features, that `decide` reads. A property if it depends on options.
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -100,9 +101,10 @@ class Method:
         """Raise OptionError if something else is to work before the tower, and does not go with this method."""
         if self.before is None:
             return
-        from vtc.methods.pixelprune import read as read_before  # a method itself
-
-        object.__setattr__(self, "before", read_before(self.before))
+        if not isinstance(self.before, Method) or self.before.entrance is not self.before:
+            raise OptionError(
+                f"before={self.before!r}: it takes vtc.PixelPrune(), the one method that works before the tower"
+            )
         reason = "works inside the tower" if self.where == "tower" else ""
         if self.in_decoder or self.cascade or self.proportional:
             reason = "works between the decoder's layers"

@@ -45,6 +45,7 @@ class PixelPrune(Method):
     halves: ClassVar[bool] = False
     one_shot: ClassVar[bool] = True
     encoder: ClassVar[bool] = False
+    budgeted: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         given: dict[str, Any] = {"keep": None if self.keep == 1.0 and isinstance(self.keep, float) else self.keep}
@@ -63,8 +64,8 @@ class PixelPrune(Method):
             object.__setattr__(self, "std", _read_std(self.std))
 
     def _check_where(self) -> None:
-        for option in ("pooled", "before"):
-            if getattr(self, option):
+        for option, unset in (("pooled", False), ("before", None)):
+            if getattr(self, option) != unset:
                 raise OptionError(f"{option}={getattr(self, option)!r}: pixelprune works before the tower, on pixels")
 
     @property
@@ -74,18 +75,6 @@ class PixelPrune(Method):
     def stay(self, cells: Tensor, grid: Grid) -> Tensor:
         """[B, h*w] bool, which cells stay; cells as for `kept_cells`, differences between them in [0, 1]."""
         return kept_cells(cells, grid, self.tolerance, self.metric, self.anchored)
-
-
-def read(before: Any) -> PixelPrune | None:
-    """The option `before`: None, a PixelPrune, or its options as read from a file. Raises OptionError."""
-    if isinstance(before, dict):
-        try:
-            before = PixelPrune(**before)
-        except TypeError:
-            pass
-    if before is not None and not isinstance(before, PixelPrune):
-        raise OptionError(f"before={before!r}: it takes vtc.PixelPrune(), the one method that works before the tower")
-    return before
 
 
 def _read_std(std: Any) -> tuple[float, float, float]:
