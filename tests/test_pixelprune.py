@@ -173,6 +173,7 @@ def test_bad_input():
         ({"metric": "cosine"}, "max, mean, rms"),
         ({"anchored": 1}, "anchored=1"),
         ({"scan": "zigzag"}, "serpentine"),
+        ({"keep": 0.5}, "keep=0.5: pixelprune has no budget"),
     ):
         with pytest.raises(vtc.OptionError, match=why):
             pixelprune(x, (2, 3), **options)

@@ -133,7 +133,11 @@ def test_functional(name, data):
         "seed": st.integers(0, 9),
         **{score: st.just(x.abs().sum(-1)) for score in ("importance", "sensitivity", "relevance", "saliency")},
     }
-    needed = [key for key, parameter in taken.items() if parameter.default is parameter.empty and key != "features"]
+    needed = [
+        key
+        for key, parameter in taken.items()
+        if parameter.default is parameter.empty and key not in ("features", "cells")
+    ]
     more = data.draw(st.lists(st.sampled_from(list(taken)[1:]), max_size=3))
     options = {}
     for key in dict.fromkeys(["keep", *needed, *more]):

@@ -87,19 +87,26 @@ def pixelprune(
     metric: str = "max",
     anchored: bool = True,
     scan: str = "predict",
+    keep: None = None,
 ) -> TokenMap:
     """PixelPrune's selection (arXiv 2604.00886): a cell stays unless its pixels are those that its neighbours predict.
 
     Args:
         cells: [B, h*w, c] pixel values in [0, 1] of each cell, in raster order.
         grid: (h, w).
-        tolerance, metric, anchored: as in `vtc.PixelPrune`. There is no keep: the pixels decide how many stay.
+        tolerance, metric, anchored: as in `vtc.PixelPrune`.
+        keep: refused, for the pixels decide how many stay.
         scan: "predict", that method's rule; "raster" or "serpentine": a cell stays unless it resembles the last one
             that stayed, along the rows, or there and back.
 
     Raises:
         OptionError: an option out of range. InputError: cells that are no such pixels, or not h*w of them.
     """
+    if keep is not None:
+        raise OptionError(
+            f"keep={keep!r}: pixelprune has no budget, the pixels decide how many cells stay: leave it out, or raise "
+            "tolerance="
+        )
     check(cells, 0, None)
     _check_grid(grid)
     check_rule(tolerance, metric, anchored)
