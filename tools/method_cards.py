@@ -65,7 +65,9 @@ def options(cls: type, base: type | None = None) -> list[str]:
 
 def reads(cls: Any) -> str:
     """What the method, with the options it has by itself, reads beside the tokens."""
-    method = cls(keep=0.5)
+    method = cls(keep=0.5 if cls.budgeted else 1.0)
+    if method.entrance is method:
+        return "the image's pixels, and no tokens"
     named = [FIELDS[field] for field in FIELDS if field in method.needs]
     if_there = " (if there)" if method.optional & method.needs and not cls.encoder else ""
     return (", ".join(named) or "nothing") + if_there
@@ -89,9 +91,12 @@ def facts(name: str) -> list[str]:
             return False
 
     vit, llm, clips = zoo.model("timm-vit"), mllm_zoo.build("llava"), mllm_zoo.build("qwen2_5_vl")
+    before = cls(**budget).entrance is not None  # works before a tower, which is not vtc's to do in every family
+    llm = clips if before else llm
     module = inspect.getdoc(inspect.getmodule(cls)) or ""
     paper = re.search(r"https://arxiv\.org/abs/(\d+\.\d+)", module)
     places = ["behind a layer of the decoder" if cls.in_decoder else "where the decoder takes its image tokens in"]
+    places = ["before the tower of Qwen2-VL, Qwen2.5-VL and Qwen3-VL"] if before else places
     places += ['the layers of the tower (`where="tower"`)'] if goes(llm, keep=0.9, where="tower") else []
     layer = "once, at the first layer" if cls.one_shot else "between attention and MLP of every layer"
     merging: dict[str, dict[str, Any]] = {
@@ -116,9 +121,11 @@ def facts(name: str) -> list[str]:
         "reads, beside the tokens": reads(cls),
         "reads the prompt's words": text,
         "training": "none (the paper's importance is trained: `scorer=`)" if name == "idpruner" else "none",
-        "in one round": "at most half of the tokens; below, several rounds" if cls.halves else "any number",
-        "batches": "every image alone, with a budget of its own" + pooled,
-        "video": "frame by frame (Qwen: pairs of frames)" if goes(clips) else "no",
+        "in one round": "as many as the pixels say; there is no budget"
+        if not cls.budgeted
+        else "at most half of the tokens; below, several rounds" if cls.halves else "any number",
+        "batches": "every image alone" + (", with a budget of its own" if cls.budgeted else "") + pooled,
+        "video": "left whole" if before else "frame by frame (Qwen: pairs of frames)" if goes(clips) else "no",
         "options for merged tokens": ", ".join(able) if cls.merges else "none: nothing merges",
     }
     lines = [
@@ -139,7 +146,10 @@ def overview() -> list[str]:
     parts = {
         "In vision encoders and in multimodal LLMs:": [c for c in METHODS.values() if c.encoder],
         "In multimodal LLMs, where the decoder takes its image tokens in:": [
-            c for c in METHODS.values() if not c.encoder and not c.in_decoder
+            c for c in METHODS.values() if not c.encoder and not c.in_decoder and c.budgeted
+        ],
+        "Before the tower of some multimodal LLMs, alone or with one of these behind it:": [
+            c for c in METHODS.values() if not c.budgeted
         ],
         "And from a layer of the decoder on:": [c for c in METHODS.values() if c.in_decoder],
     }
