@@ -26,6 +26,7 @@ ORDER = [  # a part imports from its own line and the lines above it, also insid
 ]
 REASONS: dict[str, str] = {  # files of more than 400 lines
     "cli/command.py": "one function per command, and nothing else",
+    "functional.py": "one function per decision, and nothing else",
     "ops/cupy.py": "one function per operator, and how they are launched",
 }
 

@@ -49,6 +49,7 @@ RIGHT = {  # values that an option may well have
     "exact": [True, False],
     "layer": [1, 2],
     "events": [0.5],
+    "before": [vtc.PixelPrune(), vtc.PixelPrune(tolerance=0.1)],
 }
 NUMBERS = [0, 1, 0.5, 2]  # what the others take
 ODD = st.one_of(
@@ -71,9 +72,14 @@ def value(option: str) -> st.SearchStrategy:
 @st.composite
 def asked(draw, llm):
     """A method's name, a budget and up to two more options; now and then one that makes no sense."""
-    name = draw(st.sampled_from([name for name, cls in METHODS.items() if (llm and not cls.rectangle) or cls.encoder]))
+    fit = [n for n, cls in METHODS.items() if cls.budgeted and (cls.encoder or (llm and not cls.rectangle))]
+    name = draw(st.sampled_from(fit))
     budget = draw(st.sampled_from(["keep"] if llm else ["keep", "keep", "flops", "r"]))
-    left_out = {"keep", "flops", "r"} if llm else {"keep", "flops", "r", "where", "pooled", "cascade", "proportional"}
+    left_out = (
+        {"keep", "flops", "r"}
+        if llm
+        else {"keep", "flops", "r", "where", "pooled", "cascade", "proportional", "before"}
+    )
     own = [option for option in OPTIONS[name] if option not in left_out]
     options = {option: draw(value(option)) for option in (budget, *draw(st.lists(st.sampled_from(own), max_size=2)))}
     if draw(st.integers(0, 9)) == 7:
@@ -88,7 +94,7 @@ def test_one_senseless_option(name, data):
     """An error that names it and its value; or a method that a file keeps."""
     option = data.draw(st.sampled_from(OPTIONS[name]))
     given = data.draw(ODD)
-    budget = {} if option in ("keep", "r", "flops") else {"keep": 0.7}
+    budget = {} if option in ("keep", "r", "flops") or not METHODS[name].budgeted else {"keep": 0.7}
     try:
         method = vtc.methods.make(name, **budget, **{option: given})
     except vtc.OptionError as error:
@@ -129,7 +135,11 @@ def test_functional(name, data):
         "seed": st.integers(0, 9),
         **{score: st.just(x.abs().sum(-1)) for score in ("importance", "sensitivity", "relevance", "saliency")},
     }
-    needed = [key for key, parameter in taken.items() if parameter.default is parameter.empty and key != "features"]
+    needed = [
+        key
+        for key, parameter in taken.items()
+        if parameter.default is parameter.empty and key not in ("features", "cells")
+    ]
     more = data.draw(st.lists(st.sampled_from(list(taken)[1:]), max_size=3))
     options = {}
     for key in dict.fromkeys([*({"keep"} & set(taken)), *needed, *more]):

@@ -464,7 +464,7 @@ def evidence(n, batch=2, seed=0, width=16):
     )
 
 
-NEW = [name for name, cls in METHODS.items() if not cls.encoder and not cls.rectangle]
+NEW = [name for name, cls in METHODS.items() if not cls.encoder and not cls.rectangle and cls.budgeted]
 VARIANTS = [(name, {}) for name in NEW]
 RANKED = [name for name in NEW if issubclass(METHODS[name], Ranked)]  # each of them by each score
 VARIANTS += [

@@ -76,6 +76,7 @@ REFUSED = {
     "cdpruner": "reads the question, and vLLM caches what it made of an image for every question",
     "zoo_prune": "which vLLM does not give",
     "mmtok": "reads the question, and vLLM caches what it made of an image for every question",
+    "pixelprune": "vLLM runs it on whole images",
 }
 
 
@@ -83,7 +84,7 @@ REFUSED = {
 def test_every_method_is_served_or_refused_with_the_reason(name):
     if name in REFUSED:
         with pytest.raises(OptionError, match=REFUSED[name]):
-            Settings(make(name, keep=0.5))
+            Settings(make(name, keep=0.5 if METHODS[name].budgeted else 1.0))
     else:
         assert Settings(make(name, keep=0.5)).method.keep == 0.5
 

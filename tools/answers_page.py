@@ -346,7 +346,8 @@ def write(root: Path) -> None:
         about = (KEPT / f"answers-{name}.txt").read_text(encoding="utf-8")
         common.put(docs / "video.md", name, f"{about}\n{videos(read(name))}")
     common.put(root / "README.md", "answers", short({name: found[name] for name in MODELS}, best))
-    for method in (name for name, cls in METHODS.items() if not cls.rectangle):  # in no multimodal LLM
+    asked = (name for name, cls in METHODS.items() if cls.budgeted and not cls.rectangle)
+    for method in asked:
         common.put(docs / "methods" / f"{method}.md", "answers", card(found | clips, method))
 
 

@@ -23,8 +23,9 @@ BALANCES = "--balances 0 0.25 0.75 1"
 ALL = "--methods all"
 # Elsewhere without what the large runs ask in any case: positions of merged tokens, and frames of the three methods
 # for which every question needs a reading of its picture of its own, five times the work.
-# But for those that compare frames, and one that works in no multimodal LLM
-STILLS = [name for name, kind in METHODS.items() if not kind.rectangle and "frames" not in kind(keep=0.5).needs]
+# But for those that compare frames, that have no budget, and that work in no multimodal LLM
+BUDGETED = [name for name, kind in METHODS.items() if kind.budgeted and not kind.rectangle]
+STILLS = [name for name in BUDGETED if "frames" not in METHODS[name](keep=0.5).needs]
 MERGING = [name for name in STILLS if METHODS[name].merges]
 FRAMES_OF = ("idpruner", "zoo_prune", "divprune", "scope", "vispruner", "hiprune", "norm")
 PLUS = (*(f"{name}+proportional" for name in MERGING), *(f"{name}+frame" for name in FRAMES_OF), "idpruner+scorer")

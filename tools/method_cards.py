@@ -65,7 +65,9 @@ def options(cls: type, base: type | None = None) -> list[str]:
 
 def reads(cls: Any) -> str:
     """What the method, with the options it has by itself, reads beside the tokens."""
-    method = cls(keep=0.5)
+    method = cls(keep=0.5 if cls.budgeted else 1.0)
+    if method.entrance is method:
+        return "the image's pixels, and no tokens"
     named = [FIELDS[field] for field in FIELDS if field in method.needs]
     if_there = " (if there)" if method.optional & method.needs and not cls.encoder else ""
     return (", ".join(named) or "nothing") + if_there
@@ -80,17 +82,21 @@ def facts(name: str) -> list[str]:
     from vtc.methods.ranked import Ranked
 
     cls = METHODS[name]
+    budget: Any = {"keep": 0.5 if cls.budgeted else 1.0}
 
     def goes(net: Any, **more: Any) -> bool:
         try:
-            return vtc.explain(net, name, **({"keep": 0.5} | more)).ok
+            return vtc.explain(net, name, **(budget | more)).ok
         except vtc.OptionError:
             return False
 
     vit, llm, clips = zoo.model("timm-vit"), mllm_zoo.build("llava"), mllm_zoo.build("qwen2_5_vl")
+    before = cls(**budget).entrance is not None  # works before a tower, which is not vtc's to do in every family
+    llm = clips if before else llm
     module = inspect.getdoc(inspect.getmodule(cls)) or ""
     paper = re.search(r"https://arxiv\.org/abs/(\d+\.\d+)", module)
     places = ["behind a layer of the decoder" if cls.in_decoder else "where the decoder takes its image tokens in"]
+    places = ["before the tower of Qwen2-VL, Qwen2.5-VL and Qwen3-VL"] if before else places
     places += ['the layers of the tower (`where="tower"`)'] if goes(llm, keep=0.9, where="tower") else []
     layer = "once, at the first layer" if cls.one_shot else "between attention and MLP of every layer"
     merging: dict[str, dict[str, Any]] = {
@@ -101,16 +107,18 @@ def facts(name: str) -> list[str]:
     able = [label for label, more in merging.items() if goes(llm, **more)]
     able += ["`events=`"] if goes(clips, events=0.5) else []
     asks = {"text", "prompt_attention", "decoder_text"}  # what tells of the prompt
-    text = "yes" if asks & cls(keep=0.5).needs else "no"
+    text = "yes" if asks & cls(**budget).needs else "no"
     if text == "no" and issubclass(cls, Ranked):
         text = 'no (`importance="relevance"`: yes)'
     # one budget for several images makes one row of them, which fills no grid
-    pooled = "; or `pooled=`" if "grid" not in cls(keep=0.5).needs and goes(llm, pooled=True) else ""
-    whole = "frames" in cls(keep=0.5).needs
+    pooled = "; or `pooled=`" if "grid" not in cls(**budget).needs and goes(llm, pooled=True) else ""
+    whole = "frames" in cls(**budget).needs
     shares = ", or by `shares=`" if goes(clips, shares="uniform") else ""
     video = "whole, over its frames" if whole else f"frame by frame (Qwen: pairs of frames){shares}"
+    video = "left whole" if before else video
     encoder = layer if goes(vit) else "no"
     once = "at most half of the tokens; below, several rounds" if cls.halves else "any number"
+    once = once if cls.budgeted else "as many as the pixels say; there is no budget"
     if cls.rectangle:
         once = "at most half of the rows and half of the columns"
         encoder = "before one layer, of encoders that need a rectangle of tokens (SAM, ViTDet): no others"
@@ -124,7 +132,7 @@ def facts(name: str) -> list[str]:
         "reads the prompt's words": text,
         "training": "none (the paper's importance is trained: `scorer=`)" if name == "idpruner" else "none",
         "in one round": once,
-        "batches": "every image alone, with a budget of its own" + pooled,
+        "batches": "every image alone" + (", with a budget of its own" if cls.budgeted else "") + pooled,
         "video": video if goes(clips) else "no",
         "options for merged tokens": ", ".join(able) or "none" if cls.merges else "none: nothing merges",
     }
@@ -146,7 +154,10 @@ def overview() -> list[str]:
     parts = {
         "In vision encoders and in multimodal LLMs:": [c for c in METHODS.values() if c.encoder],
         "In multimodal LLMs, where the decoder takes its image tokens in:": [
-            c for c in METHODS.values() if not c.encoder and not c.in_decoder and not c.rectangle
+            c for c in METHODS.values() if not c.encoder and not c.in_decoder and not c.rectangle and c.budgeted
+        ],
+        "Before the tower of some multimodal LLMs, alone or with one of these behind it:": [
+            c for c in METHODS.values() if not c.budgeted
         ],
         "And from a layer of the decoder on:": [c for c in METHODS.values() if c.in_decoder],
         "In vision encoders that need a rectangle of tokens (SAM, ViTDet):": [

@@ -134,7 +134,9 @@ def multimodal() -> list[dict[str, Any]]:
     import vtc
     from vtc.methods import METHODS
 
-    ways: dict[str, Any] = {name: (name, {"keep": 0.5}) for name, method in METHODS.items() if not method.rectangle}
+    ways: dict[str, Any] = {
+        name: (name, {"keep": 0.5 if cls.budgeted else 1.0}) for name, cls in METHODS.items() if not cls.rectangle
+    }
     ways |= {f'{name}, where="tower"': (name, {"keep": 0.9, "where": "tower"}) for name in ("pitome", "tome")}
     ways |= {"PPE (`positions=`)": ("dpc_knn", {"keep": 0.5, "positions": "ppe"})}
     ways |= {"`cascade=`": ("dpc_knn", {"keep": 0.5, "cascade": {2: 0.5}})}

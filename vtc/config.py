@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtc.errors import OptionError
-from vtc.methods import METHODS, Method, make
+from vtc.methods import METHODS, Method, PixelPrune, make
 from vtc.version import __version__
 
 if TYPE_CHECKING:
@@ -43,10 +43,17 @@ def load_config(path: str | Path) -> Method:
     if data["vtc_config"] > FORMAT:
         raise OptionError(f"{path} was written by vtc {data.get('vtc_version')}, in a newer format: update vtc")
     name = str(data.get("method"))
-    known = {f.name for f in fields(METHODS[name])} if name in METHODS else set()
+    before = data["options"].get("before")
+    if isinstance(before, dict):  # a method's own options, all of them
+        data["options"]["before"] = make("pixelprune", **{k: v for k, v in before.items() if k in _names(PixelPrune)})
+    known = _names(METHODS[name]) if name in METHODS else set()
     for option in sorted(set(data["options"]) - known) if known else ():
         _logger.warning("%s: option %r of %s is unknown to this version and was dropped", path, option, name)
     return make(name, **{k: v for k, v in data["options"].items() if k in known or not known})
+
+
+def _names(cls: type[Method]) -> set[str]:
+    return {f.name for f in fields(cls)}
 
 
 def _read(path: Path) -> dict:

@@ -25,6 +25,7 @@ from vtc.budget import goes_by_rounds, lengths, stays_at_once
 from vtc.checks import check, check_finite, check_mask, check_number, check_seed
 from vtc.decide import decide, in_rounds
 from vtc.errors import InputError, OptionError
+from vtc.layout import Grid
 from vtc.methods import idpruner, zoo_prune
 from vtc.methods.base import Method
 from vtc.methods.cubist_merge import cubist_map
@@ -35,6 +36,7 @@ from vtc.methods.flashvid import FlashVID
 from vtc.methods.holov import HoloV
 from vtc.methods.mmtok import MMTok
 from vtc.methods.pitome import check_pitome, pitome_round
+from vtc.methods.pixels import SCANS, check_rule, kept_cells
 from vtc.methods.random import random_round
 from vtc.methods.tome import tome_round
 from vtc.methods.vidcom2 import VidCom2
@@ -44,7 +46,7 @@ from vtc.tokens import Tokens
 
 __all__ = [
     *("coverage", "cubist", "downsample", "dpc_knn", "dpp", "evs", "flashvid", "holov", "max_min", "mmr", "mmtok"),
-    *("pitome", "random", "sads", "tome", "vidcom2"),
+    *("pitome", "pixelprune", "random", "sads", "tome", "vidcom2"),
     "ppe_positions",
     "zeroth_order_sensitivity",
 ]
@@ -85,6 +87,50 @@ def pitome(
         raise OptionError(f"protect={protect!r}: it takes True or False")
     step = partial(pitome_round, margin=margin, alpha=alpha, form=energy, split=split, protect=protect)
     return _rounds(step, features, keep, r, prefix, mask, size)
+
+
+def pixelprune(
+    cells: Tensor,
+    grid: Grid,
+    *,
+    tolerance: float = 0.0,
+    metric: str = "max",
+    anchored: bool = True,
+    scan: str = "predict",
+    keep: None = None,
+) -> TokenMap:
+    """PixelPrune's selection (arXiv 2604.00886): a cell stays unless its pixels are those that its neighbours predict.
+
+    Args:
+        cells: [B, h*w, c] pixel values in [0, 1] of each cell, in raster order.
+        grid: (h, w).
+        tolerance, metric, anchored: as in `vtc.PixelPrune`.
+        keep: refused, for the pixels decide how many stay.
+        scan: "predict", that method's rule; "raster" or "serpentine": a cell stays unless it resembles the last one
+            that stayed, along the rows, or there and back.
+
+    Raises:
+        OptionError: an option out of range. InputError: cells that are no such pixels, or not h*w of them.
+    """
+    if keep is not None:
+        raise OptionError(
+            f"keep={keep!r}: pixelprune has no budget, the pixels decide how many cells stay: leave it out, or raise "
+            "tolerance="
+        )
+    check(cells, 0, None)
+    _check_grid(grid)
+    check_rule(tolerance, metric, anchored)
+    if scan not in SCANS:
+        raise OptionError(f"scan={scan!r} is unknown; choose one of {', '.join(SCANS)}")
+    if grid[0] * grid[1] != cells.shape[1]:
+        raise InputError(f"grid {grid[0]}x{grid[1]} is {grid[0] * grid[1]} cells, but there are {cells.shape[1]}")
+    if tolerance and bool(((cells < -0.1) | (cells > 1.1)).any()):  # noise may lead a little beyond
+        raise InputError(
+            f"tolerance={tolerance} is for pixel values in [0, 1], and the cells' go from {float(cells.min()):.3g} to "
+            f"{float(cells.max()):.3g}: divide by 255, or undo the processor's normalisation"
+        )
+    with torch.no_grad():
+        return TokenMap.from_kept(kept_cells(cells, (grid[0], grid[1]), tolerance, metric, anchored, scan))
 
 
 def random(

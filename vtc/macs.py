@@ -97,6 +97,16 @@ def linear_weights(module: nn.Module | None) -> int:
     return count
 
 
+def packed_macs(blocks: Any, width: int, lengths: Sequence[Sequence[int]]) -> int:
+    """Multiply-adds of a tower's `blocks` on a row of packed patches, of which each block lets runs of `lengths[block]`
+    patches attend to each other: every linear weight once per patch, and `2 width N^2` for each run. width: heads x
+    head width."""
+    total = 0
+    for block, runs in zip(blocks, lengths, strict=True):
+        total += sum(runs) * linear_weights(block) + 2 * width * sum(n * n for n in runs)
+    return total
+
+
 def decoder_macs(decoder: Any, tokens: int | Sequence[int]) -> int:
     """Multiply-adds of a decoder's layers on a prompt of `tokens`, one number or one per layer. Computed from the
     weights alone: every linear weight once per token (of stacked experts, as many as a token is sent to), and

@@ -134,6 +134,15 @@ class TokenMap:
         return cls._later(order=order, weight=weight, closeness=None, _picked=tokens)
 
     @classmethod
+    def from_kept(cls, kept: Tensor) -> TokenMap:
+        """The map that keeps the tokens where `kept` [B, N] bool is True, picked in their own order, and drops the
+        others."""
+        tokens = kept.shape[1]
+        index = torch.arange(tokens, device=kept.device).expand_as(kept)
+        first = torch.where(kept, index, tokens).sort(1).values[:, : int(kept.sum(1).max()) if len(kept) else 0]
+        return cls.from_order(first.masked_fill(first == tokens, -1), tokens)
+
+    @classmethod
     def _later(cls, **known: Any) -> TokenMap:
         """A map with fields that are computed when they are asked for; inside a compiled graph, which leaves out by
         itself what nobody asks for, at once."""

@@ -37,7 +37,7 @@ class Report:
         tokens: per layer (tokens into attention, tokens into the MLP), prefix included; per image if the images differ.
         before, after: image tokens at the encoder's entry and end, one per image.
         macs_before, macs_after: multiply-adds of the encoder for the whole call; in a multimodal LLM those of the
-            decoder's prefill, without the language head.
+            decoder's prefill, without the language head, and of the tower if tokens leave before or inside it.
         notes: what the method chose by itself; which call or encoder this describes, if that is not obvious.
         prompts: in a multimodal LLM, the original length of every prompt, without padding; `tokens` has the reduced
             lengths.

@@ -37,12 +37,13 @@ def model(name: str) -> tuple[Any, Any]:
 
 def budget(name: str, keep: float, positions: str = "original", sized: bool = False) -> Method:
     """A method from the values of the controls. For methods that merge: `positions`, and whether tokens are weighted by
-    size.
+    size. A method without a budget has no use for `keep`.
 
     Raises:
         OptionError: an unknown method, or a value out of range.
     """
     merges = name in METHODS and METHODS[name].merges
+    keep = keep if name not in METHODS or METHODS[name].budgeted else 1.0
     return make(name, keep=float(keep), **({"positions": positions, "proportional": sized} if merges else {}))
 
 

@@ -155,8 +155,9 @@ def _chosen(
     trained = (("scorer", scorer),)
     scored = {"idpruner+scorer": ("idpruner", trained), "idpruner+scorer 1": ("idpruner", (*trained, ("balance", 1.0)))}
     scored = scored if scorer else {}
-    stills = [name for name, kind in METHODS.items() if "frames" not in kind(keep=0.5).needs]
-    every = [name + plus for plus in ("", *(f"+{each}" for each in PLUS if each != "shares")) for name in stills]
+    plain = [n for n, kind in METHODS.items() if kind.budgeted and "frames" not in kind(keep=0.5).needs]
+    after = ("", *(f"+{each}" for each in PLUS if each not in ("pixelprune", "shares")))  # with those, when named
+    every = [name + plus for plus in after for name in plain]
     out: list[tuple[str, str, tuple]] = []
     for label in dict.fromkeys([*ALWAYS, *([*every, *scored] if "all" in names else names)]):
         if "+scorer" in label and label not in scored:

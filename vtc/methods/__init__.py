@@ -24,6 +24,7 @@ from vtc.methods.idpruner import IDPruner
 from vtc.methods.mmtok import MMTok
 from vtc.methods.norm import Norm
 from vtc.methods.pitome import PiToMe
+from vtc.methods.pixelprune import PixelPrune
 from vtc.methods.random import Random
 from vtc.methods.scope import SCOPE
 from vtc.methods.tome import ToMe
@@ -36,21 +37,26 @@ from vtc.tokens import Tokens as Tokens
 _MATCHING = (PiToMe, ToMe)
 _AT_THE_INPUT = (IDPruner, ZOOPrune, DivPrune, CDPruner, SCOPE, MMTok, VisPruner, HiPrune, HoloV, VisionZip, DPCKNN)
 _OVER_VIDEOS = (FlashVID, VidCom2, EVS)
+_BEFORE_THE_TOWER = (PixelPrune,)
 _IN_THE_DECODER = (FastV, DART)
 _IN_WINDOWS = (CubistMerge,)
 _BASELINES = (Norm, Random, Downsample)
 
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (*_MATCHING, *_AT_THE_INPUT, *_OVER_VIDEOS, *_IN_THE_DECODER, *_IN_WINDOWS, *_BASELINES)
+    cls.name: cls
+    for group in (_MATCHING, _AT_THE_INPUT, _OVER_VIDEOS, _BEFORE_THE_TOWER, _IN_THE_DECODER, _IN_WINDOWS, _BASELINES)
+    for cls in group
 }
 
-# What may follow a name and a +: options of methods that merge, one of methods that select, one for videos.
+# What may follow a name and a +: options of methods that merge, of methods that select, for videos, of both.
 PLUS: dict[str, dict[str, Any]] = {
     "ppe": {"positions": "ppe"},
     "proportional": {"proportional": True},
     "frame": {"frame": USUAL},
     "shares": {"shares": "uniqueness"},
+    "pixelprune": {"before": PixelPrune()},
 }
+_WITH_A_VALUE = ("frame", "shares", "pixelprune")  # the share, the score, the tolerance
 
 # Option names of other libraries that mean the opposite, or something else.
 _ALIASES = ("ratio", "compression_ratio", "pruning_ratio", "prune_ratio", "rate", "keep_ratio", "reduction")
@@ -58,9 +64,9 @@ _ALIASES = ("ratio", "compression_ratio", "pruning_ratio", "prune_ratio", "rate"
 
 def make(method: str | Method, **options: Any) -> Method:
     """A method from its name and options; a ready one is returned as it is. "tome+ppe" is "tome" with positions="ppe",
-    "tome+proportional" with proportional=True, "divprune+frame=0.25" with frame=0.25,
-    "divprune+shares=change" with shares="change". Raises OptionError, with a
-    message that says what to do."""
+    "tome+proportional" with proportional=True, "divprune+frame=0.25" with frame=0.25, "divprune+shares=change" with
+    shares="change", "divprune+pixelprune" with before=PixelPrune(). Raises OptionError, with a message that says what
+    to do."""
     if isinstance(method, Method):
         if options:
             raise OptionError(
@@ -82,14 +88,17 @@ def make(method: str | Method, **options: Any) -> Method:
         raise OptionError(f"unknown method {method!r}: {hint}choose one of {', '.join(METHODS)}")
     for each in plus:
         option, equals, value = each.partition("=")
-        if option not in PLUS or (equals and option not in ("frame", "shares")):
+        if option not in PLUS or (equals and option not in _WITH_A_VALUE):
             raise OptionError(
                 f"{method}+{each}: after a + comes one of {', '.join(PLUS)}, or frame=0.25, shares=change and the like"
             )
         if PLUS[option].keys() & options:
             there = ", ".join(PLUS[option])
             raise OptionError(f"{method}+{each}: {there}= is given beside it, leave one of the two out")
-        options |= {option: _number(value)} if equals else PLUS[option]
+        if equals and option == "pixelprune":
+            options["before"] = PixelPrune(tolerance=_number(value))  # type: ignore[arg-type]
+        else:
+            options |= {option: _number(value)} if equals else PLUS[option]
     known = [field.name for field in fields(METHODS[method])]
     for name in options:
         if name not in known:
@@ -122,6 +131,7 @@ __all__ = [
     "MMTok",
     "Norm",
     "PiToMe",
+    "PixelPrune",
     "Random",
     "ToMe",
     "VidCom2",

@@ -40,6 +40,8 @@ class Method:
         proportional: in a multimodal LLM: merged tokens are weighted by their size in attention, as in ToMe.
         shares: in a multimodal LLM, of a video's tokens: one budget for the video, shared out over its frames by a
             score, "uniform", "uniqueness" or "change", or as vtc.FrameShares(...) says; None = every frame has its own.
+        before: in a multimodal LLM: vtc.PixelPrune(), which takes patches out before the vision tower; the budget is
+            then of the tokens that are left.
     """
 
     keep: float | int | None = None
@@ -51,6 +53,7 @@ class Method:
     cascade: tuple[tuple[int, float], ...] = ()
     proportional: bool = False
     shares: FrameShares | None = None
+    before: Method | None = None
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
@@ -64,6 +67,7 @@ class Method:
     resizes: ClassVar[bool] = False  # shrinks the image itself; a property if it depends on options, like the next
     each_head: ClassVar[bool] = False  # takes `Tokens.layer_keys` of every head
     only_videos: ClassVar[bool] = False  # compares frames, and leaves pictures as they are
+    budgeted: ClassVar[bool] = True  # False: the image decides how many tokens stay, and keep= takes 1.0 alone
     groups_frames: ClassVar[bool] = False  # merges similar frames of a video once more: `events_of`
     # Fields of Tokens, beyond the features, that `decide` reads. A property if it depends on options.
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -86,6 +90,7 @@ class Method:
         object.__setattr__(self, "shares", read_shares(self.shares))
         self._check_merging()
         self._check_shares()
+        self._check_where()
 
     def _check_merging(self) -> None:
         """Raise OptionError if an option for methods that merge, in a decoder, does not fit this method."""
@@ -118,6 +123,31 @@ class Method:
         if why:
             raise OptionError(f"shares={self.shares!r}: {why}: leave one of the two out")
 
+    def _check_where(self) -> None:
+        """Raise OptionError if something else is to work before the tower, and does not go with this method."""
+        if self.before is None:
+            return
+        if not isinstance(self.before, Method) or self.before.entrance is not self.before:
+            raise OptionError(
+                f"before={self.before!r}: it takes vtc.PixelPrune(), the one method that works before the tower"
+            )
+        reason = "works inside the tower" if self.where == "tower" else ""
+        if self.in_decoder or self.cascade or self.proportional:
+            reason = "works between the decoder's layers"
+        if self.groups_frames or self.by_video:
+            reason = "is about the frames of videos, which pixelprune leaves whole"
+        if "grid" in self.needs - self.optional:
+            reason = "reads the rows and columns of an image, and what pixelprune leaves fills no rectangle"
+        if reason:
+            raise OptionError(
+                f"before= (pixelprune): {self.name} as given {reason}: use it alone, or divprune+pixelprune"
+            )
+
+    @property
+    def entrance(self) -> Any:
+        """The method that takes patches out before the vision tower; None = none."""
+        return self.before
+
     @property
     def budget(self) -> Budget:
         """What stays. Raises OptionError."""
@@ -136,8 +166,10 @@ class Method:
     @property
     def label(self) -> str:
         """The name with the options that `vtc.methods.make` takes after a +."""
-        shared = "" if self.shares is None else f"+shares={self.shares.by}"
-        return self.name + ("+ppe" if self.ppe else "") + ("+proportional" if self.proportional else "") + shared
+        plus = ("+ppe" if self.ppe else "") + ("+proportional" if self.proportional else "")
+        plus += "" if self.shares is None else f"+shares={self.shares.by}"
+        given = getattr(self.before, "tolerance", 0)
+        return self.name + plus + (f"+pixelprune{f'={given}' if given else ''}" if self.before else "")
 
     def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
         """Remove `r` tokens behind the prefix: an int, or [B] when there is a mask (a ragged batch)."""

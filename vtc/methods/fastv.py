@@ -39,7 +39,8 @@ class FastV(Ranked, Selector):
         check_number("layer", self.layer, 0, whole=True)
         if self.scorer is not None:
             raise OptionError(
-                "scorer= reads what a decoder takes in, and fastv ranks hidden states inside it: use norm"
+                f"scorer={self.scorer!r} reads what a decoder takes in, and fastv ranks hidden states inside it: use "
+                "norm"
             )
 
     def pick(self, tokens: Tokens, count: int | Tensor) -> Tensor:

@@ -136,6 +136,7 @@ def _lacks(method: Method) -> str:
     """What the method reads beyond the features, in words; "" = nothing."""
     missing = [FIELDS.get(field, field) for field in sorted(method.needs - method.optional)]
     missing += ["the decoder's rotary table"] if method.turned else []
+    missing += ["the image's pixels"] if method.entrance is not None else []
     return f"{' and '.join(missing)}, which embeddings alone do not give" if missing else ""
 
 

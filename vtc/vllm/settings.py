@@ -64,6 +64,8 @@ def refusal(method: Method) -> str:
     if method.in_decoder or method.cascade:
         what = method.name if method.in_decoder else "cascade="
         return f"{what} removes tokens between the decoder's layers, and vLLM's KV cache has one length for all of them"
+    if method.entrance is not None:
+        return "pixelprune takes patches out before the tower, and vLLM runs it on whole images"
     if method.proportional:
         return "proportional=True adds a bias to the logits of merged keys, and vLLM's attention takes none"
     if method.ppe:

@@ -23,7 +23,7 @@ def refusal(site: EncoderSite, method: Method | None) -> str:
         )
     if method is not None:
         given = {"pooled=": method.pooled, "cascade=": method.cascade, "proportional=": method.proportional}
-        given["shares="] = method.shares is not None
+        given |= {"shares=": method.shares is not None, "before=": method.before is not None}
         given |= {"where=": method.where == "llm", method.name: not method.encoder}
         if any(given.values()):
             what = next(name for name, is_given in given.items() if is_given)

@@ -78,11 +78,18 @@ class Capture:
         return heard
 
     def gather(
-        self, heard: dict[str, list], modality: Modality, layout: Layout, tokens: int, call: dict
+        self,
+        heard: dict[str, list],
+        modality: Modality,
+        layout: Layout,
+        tokens: int,
+        call: dict,
+        lengths: list[int] | None = None,
     ) -> dict[str, Tensor]:
-        """The evidence for each of the modality's tokens: [tokens, ...] by field name of `Tokens`."""
+        """The evidence for each of the modality's tokens: [tokens, ...] by field name of `Tokens`. lengths: of the
+        packed images or frames, if the tower did not run on all of their patches."""
         found: dict[str, Tensor] = {}
-        lengths = self.family.segments(self.inner, modality, call)
+        lengths = lengths or self.family.segments(self.inner, modality, call)
         members = None if lengths is None else self.family.members(self.inner, modality, call, sum(lengths))
         for name in self.needs & {"attention", "middle"}:
             query, key, mask, scale, prefix = self.states(heard[name], lengths, call)

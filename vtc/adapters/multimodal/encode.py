@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vtc.adapters.encoders.patch import EncoderPatch
 from vtc.adapters.multimodal.capture import Capture
+from vtc.adapters.multimodal.entrance import Entrance
 from vtc.adapters.multimodal.families.base import Family, Modality
 from vtc.adapters.multimodal.guard import Guard
 from vtc.adapters.multimodal.token_batch import EncodedFeatures, PlacedTokens
@@ -60,6 +61,7 @@ class Encoders:
 
     Attributes:
         tower: the patched tower if merging happens inside it. capture: records what the method reads.
+        entrance: what takes patches out before the tower.
         by: their patches by modality. latest: what was recorded last, by modality, with the first and the last row.
         running: whether one of them is running; it may call the other.
     """
@@ -69,6 +71,7 @@ class Encoders:
     guard: Guard
     tower: EncoderPatch | None = None
     capture: Capture | None = None
+    entrance: Entrance | None = None
     by: dict[str, Encode] = field(init=False)
     latest: dict[str, tuple[EncodedFeatures, Tensor]] = field(default_factory=dict)
     running: bool = False
@@ -89,11 +92,16 @@ class Encoders:
         self.guard.enter(encode)
         if self.capture is not None:
             self.capture.start()
-        self.running = True
+        self.running, left = True, None
         try:
+            if self.entrance is not None:
+                self.entrance.begin(encode.modality, arguments(encode, args, kwargs))
             output = encode.original(*args, **kwargs)
+            left = None if self.entrance is None else self.entrance.end()
         finally:
             self.running = False
+            if self.entrance is not None:
+                self.entrance.left = None
             self.guard.leave(encode)
             heard = {} if self.capture is None else self.capture.stop()
         pooled = self.family.pooled(output)
@@ -110,10 +118,15 @@ class Encoders:
         found: dict[str, Tensor] = {}
         if self.capture is not None:
             with torch.no_grad(), torch.autocast(pooled[0].device.type, enabled=False):
-                found = self.capture.gather(heard, encode.modality, layout, sum(lengths), call)
+                if left is None or left.all:
+                    found = self.capture.gather(heard, encode.modality, layout, sum(lengths), call)
+                else:
+                    seen, short = Layout((), left.shorter.source), left.shorter.lengths
+                    found = self.capture.gather(heard, encode.modality, seen, int(left.kept.sum()), call, short)
+                    found = {name: left.spread(x) for name, x in found.items()}
         stage = None if self.tower is None else self.tower.stage
         merged = None if stage is None or stage.total is None else stage.total.drop_prefix(stage.prefix)
-        output.vtc_encoded = EncodedFeatures(self, tuple(lengths), layout, found, merged)
+        output.vtc_encoded = EncodedFeatures(self, tuple(lengths), layout, found, merged, left)
         filled = [x.reshape(-1, x.shape[-1]) for x in pooled if x.numel()]  # a prompt without images has no rows
         if filled:
             ends = torch.stack([filled[0][0], filled[-1][-1]])

@@ -101,7 +101,7 @@ class Guard:
     def idle(self) -> bool:
         """Whether every image keeps all of its tokens."""
         method = self.parent.method
-        return isinstance(method.keep, float) and method.keep == 1.0 and not method.cascade
+        return isinstance(method.keep, float) and method.keep == 1.0 and not method.cascade and method.entrance is None
 
     def saw(self, images: bool, call: dict[str, Any]) -> None:
         """Record whether the patch found images in a call; raise if embeddings contain image tokens without pixels."""

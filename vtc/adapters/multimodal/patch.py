@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from vtc.adapters.multimodal.cache import Entries, Shortened, cache_name, goes_o
 from vtc.adapters.multimodal.capture import Capture, text
 from vtc.adapters.multimodal.columns import as_asked, check_arguments, check_asked
 from vtc.adapters.multimodal.encode import Encoders
+from vtc.adapters.multimodal.entrance import Entrance, said, tower_macs
 from vtc.adapters.multimodal.families.base import IMAGE, Family, prompt
 from vtc.adapters.multimodal.find import MultimodalSite
 from vtc.adapters.multimodal.forwards import (
@@ -43,6 +44,7 @@ from vtc.adapters.multimodal.owners import Owners
 from vtc.adapters.multimodal.retrievers import Retriever
 from vtc.adapters.multimodal.rotary import Positions
 from vtc.adapters.multimodal.short_prompt import shorten_call
+from vtc.adapters.multimodal.shrink import shrink
 from vtc.adapters.multimodal.support import in_tower, tower_site
 from vtc.adapters.multimodal.token_batch import CallRecord, PlacedTokens, TokenBatch, prefill_report
 from vtc.adapters.multimodal.trial import try_positions
@@ -158,6 +160,10 @@ class MultimodalPatch:
         if needs:
             self.encoders.capture = Capture(self.family, self.inner, needs)
             self.encoders.capture.install()
+        if self.method.entrance is not None:
+            self.encoders.entrance = Entrance(self.family, self.inner, self.method.entrance)
+            self.encoders.entrance.install()
+            self.patched.append(self.encoders.entrance)
         if self.tower is not None:
             self.tower.install(root)
 
@@ -236,71 +242,55 @@ class MultimodalPatch:
             if self.tower is not None:
                 token_map, notes = batch.from_tower(), ""
             else:
-                fields: dict[str, Any] = {}
-                batch, removed = batch.budgeted(method)
-                if "projector" in method.needs & self.family.evidence:
-                    fields["projector"] = self.family.projection(self.inner)
-                if "text" in method.needs:
-                    words = text(method.name, self.family, self.inner, call, batch.prompts)
-                    fields["text"], fields["text_mask"] = words
-                if placed is not None:
-                    fields["rotary"] = batch.of_columns(self.positions.means(placed))
-                tokens = batch.seen_by(method, said=[], **fields)
-                token_map, notes = decide(method, tokens, removed), ""
-                if bool(torch.as_tensor(removed).any()) or method.only_videos:
-                    own = self.encoders.capture.note if self.encoders.capture else ""
-                    said = dict.fromkeys(tokens.said or ())
-                    notes = "; ".join(filter(None, (method.notes(tokens), *said, own)))
-                    if method.ppe and self.positions.slots == 1:
-                        notes += "; " * bool(notes) + "PPE has no effect: the rotary sections have no common divisor"
-                if method.groups_frames:
-                    batch, token_map, events = in_events(batch, batch.videos(), token_map, method)
-                    notes = "; ".join(filter(None, (notes, events)))
+                inside, entered = batch.entered()
+                inside, token_map, notes = self.decided(inside, call, placed)
+                if entered is None:
+                    batch = inside
+                else:
+                    same = bool((token_map.mask().sum(1) == entered.mask().sum(1)).all())
+                    token_map = entered if same else entered.compose(token_map)
+                if method.entrance is not None:
+                    notes = "; ".join(filter(None, (said(method.entrance.name, items), notes)))
         stays, self.record = batch.answered(token_map, masks.padding(call.get("attention_mask")), notes)
+        self.record = replace(self.record, tower=tower_macs(items))
         self.inside = None if self.tower is None else self.tower.stage
         if bool(stays.all()):
             return None, batch
         self.carried = batch.carried(token_map, self.positions.slots)
         means = token_map if method.merges and self.tower is None else None
         for item, span in zip(items, batch.spans, strict=True):
-            self.shrink(item, batch, span, stays[span], means)
+            shrink(item, batch, span, stays[span], means, self.family.trailing(self.inner, item.modality) > 0)
         return self.record.columns, batch
+
+    def decided(
+        self, batch: TokenBatch, call: dict[str, Any], placed: Tensor | None
+    ) -> tuple[TokenBatch, TokenMap, str]:
+        """The method's decision: the tokens in the units of the map, the map, and notes."""
+        method, fields = self.method, dict[str, Any]()
+        batch, removed = batch.budgeted(method)
+        if "projector" in method.needs & self.family.evidence:
+            fields["projector"] = self.family.projection(self.inner)
+        if "text" in method.needs:
+            words = text(method.name, self.family, self.inner, call, batch.prompts)
+            fields["text"], fields["text_mask"] = words
+        if placed is not None:
+            fields["rotary"] = batch.of_columns(self.positions.means(placed))
+        tokens = batch.seen_by(method, said=[], **fields)
+        token_map, notes = decide(method, tokens, removed), ""
+        if bool(torch.as_tensor(removed).any()) or method.only_videos:
+            own = self.encoders.capture.note if self.encoders.capture else ""
+            told = dict.fromkeys(tokens.said or ())
+            notes = "; ".join(filter(None, (method.notes(tokens), *told, own)))
+            if method.ppe and self.positions.slots == 1:
+                notes += "; " * bool(notes) + "PPE has no effect: the rotary sections have no common divisor"
+        if method.groups_frames:
+            batch, token_map, events = in_events(batch, batch.videos(), token_map, method)
+            notes = "; ".join(filter(None, (notes, events)))
+        return batch, token_map, notes
 
     def token_batch(self, items: list[PlacedTokens], call: dict[str, Any]) -> TokenBatch:
         size, length = prompt(call).shape[:2]
         return TokenBatch(items, size, length, self.method.pooled)
-
-    def shrink(self, item: PlacedTokens, batch: TokenBatch, span: slice, stays: Tensor, means: TokenMap | None) -> None:
-        """Reduce an encoder's output to the rows that stay: unchanged, or as the means of their groups."""
-
-        def shorter(x: Tensor) -> Tensor:
-            if means is not None:
-                whole = x.new_zeros(len(batch.rows), x.shape[-1])
-                whole = torch.cat([whole[: span.start], x, whole[span.stop :]])
-                merged = means.merge(batch.packed(whole))[means.anchor >= 0]
-                at = batch.anchors(means)
-                inside = (at >= span.start) & (at < span.stop)
-                x = x.index_copy(0, at[inside] - span.start, merged[inside].to(x.dtype))
-            return x[stays]
-
-        def plane(level: Any) -> Any:
-            """Of DeepStack: one tensor of all items, one for each, or the layer and one for each."""
-            if isinstance(level, tuple) and isinstance(level[0], int):
-                return level[0], plane(level[1])
-            return shorter(level) if isinstance(level, Tensor) else (shorter(torch.cat(list(level))),)
-
-        output = item.output = copy.copy(item.output)
-        small = shorter(item.rows)
-        if getattr(output, "pooler_output", None) is None:  # then all features are planes
-            pass
-        elif not isinstance(output.pooler_output, Tensor):
-            output.pooler_output = (small,)
-        elif self.family.trailing(self.inner, item.modality):  # one row per item, for the model to add to
-            output.pooler_output = small.view(len(item.encoded.lengths), -1, small.shape[-1])
-        else:
-            output.pooler_output = small[:, None]
-        if getattr(output, "deepstack_features", None) is not None:
-            output.deepstack_features = [plane(level) for level in output.deepstack_features]
 
     # -- the shorter prompt -------------------------------------------------------------------------------------
 

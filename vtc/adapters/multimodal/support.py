@@ -45,6 +45,9 @@ def explained(site: MultimodalSite, method: Method | None) -> Encoder:
         where = f"the decoder's input and layers {', '.join(str(layer) for layer, _ in method.cascade)}"
     if method is not None and method.where == "tower":
         where = "the layers of its vision tower"
+    if method is not None and method.entrance is not None:
+        before = "the tower's input"
+        where = before if method.entrance is method else f"{before} and {where}"
     if method is not None and method.in_decoder:
         where = f"layer {getattr(method, 'layer', 0)} of the decoder"
     refusal = _refusal(site, method)
@@ -83,6 +86,9 @@ def _refusal(site: MultimodalSite, method: Method | None) -> str:
             slots_for(method.ppe, sections_of(decoder.rotary_emb))
         except OptionError as error:
             return str(error)
+    reason = "" if method.entrance is None else site.family.before_tower(site.inner)
+    if reason:
+        return f"{method.entrance.name}: {reason}"
     if method.resizes:
         return 'mode="resize": give the processor a smaller image instead; mode="pool" works'
     if method.where == "tower":

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vtc.adapters.multimodal.entrance import Left
 from vtc.adapters.multimodal.families.base import Modality
 from vtc.adapters.report import Report, plain
+from vtc.budget import kept_of_units
 from vtc.decide import Units, over_frames, regroup
 from vtc.errors import InputError
 from vtc.layout import Layout, Unit
@@ -29,6 +33,7 @@ class EncodedFeatures:
     layout: Layout
     evidence: dict[str, Tensor]
     merged: TokenMap | None = None
+    left: Left | None = None  # what left before the tower
 
     def repeated(self, placeholders: list[int], times: int) -> EncodedFeatures:
         """The same for prompts that were each repeated `times`, with their images, one after the other (beams)."""
@@ -52,7 +57,9 @@ class EncodedFeatures:
         source = self.layout.source
         layout = Layout(tuple(units), old if source is None else source[old])
         evidence = {name: x[old.to(x.device)] for name, x in self.evidence.items()}
-        return replace(self, lengths=tuple(self.lengths[i] for i in order), layout=layout, evidence=evidence)
+        left = None if self.left is None else self.left.repeated(old)
+        lengths = tuple(self.lengths[i] for i in order)
+        return replace(self, lengths=lengths, layout=layout, evidence=evidence, left=left)
 
 
 @dataclass
@@ -81,6 +88,7 @@ class CallRecord:
         earlier: the record of the previous reduction, at the decoder's input or before an earlier layer.
         grids: (rows, columns) of every unit, None if its tokens do not fill a rectangle.
         frames: of every video the tokens that stay of each frame.
+        tower: the tower's multiply-adds, if patches may leave before it: on all of them, and on those that stayed.
     """
 
     token_map: TokenMap
@@ -95,6 +103,7 @@ class CallRecord:
     earlier: CallRecord | None = None
     grids: tuple[tuple[int, int] | None, ...] = ()
     frames: tuple[tuple[int, ...], ...] = ()
+    tower: tuple[int, int] = (0, 0)
 
     def at(self, columns: Tensor) -> Tensor:
         """[B, K] long, the decoder's row of each of `columns` [B, K]; for a removed one, the last row before it."""
@@ -135,7 +144,10 @@ class TokenBatch(Units):
     Attributes:
         columns: [n], the rows' columns in the call; places: [U, N], their columns in their prompt, -1 = padding.
         prompts: the batch row of every unit.
+        whole: the units' lengths before patches left in front of the tower; None = none left.
     """
+
+    whole: tuple[int, ...] | None = None
 
     def __init__(self, items: list[PlacedTokens], size: int, length: int, pooled: bool) -> None:
         self.items, self.size, self.length = items, size, length
@@ -170,6 +182,30 @@ class TokenBatch(Units):
         out.prompts = [self.prompts[group[0]] for group in groups]
         out.places = out.placed()
         return out
+
+    def entered(self) -> tuple[TokenBatch, TokenMap | None]:
+        """The tokens whose patches entered the tower, and the map from all tokens to them; None = no patch left."""
+        lefts = [item.encoded.left for item in self.items]
+        if all(left is None or left.all for left in lefts):
+            return self, None
+        kept = torch.cat([left.kept for left in lefts if left is not None])
+        units = []
+        for unit in self.units:
+            rows = unit.rows[kept[unit.rows]]
+            units.append(Unit(rows, unit.item, unit.grid if len(rows) == len(unit.rows) else None))
+        out = copy.copy(self)
+        Units.__init__(out, self.rows, units)
+        out.whole = self.lengths
+        out.places = out.placed()
+        return out, TokenMap.from_kept(kept.to(self.index.device)[self.index.clamp(min=0)] & (self.index >= 0))
+
+    def removals(self, keep: float | int, left: Sequence[int] | None = None) -> int | Tensor:
+        """The same; a number of tokens is divided by the images as they were, and all that is left of one may stay."""
+        if self.whole is None or isinstance(keep, float):
+            return super().removals(keep, left)
+        kept = kept_of_units(keep, self.whole, [unit.item for unit in self.units])
+        gone = [max(0, n - k) for n, k in zip(self.lengths, kept, strict=True)]
+        return torch.tensor(gone, device=self.rows.device)
 
     def seen_by(self, method: Method, **fields: Any) -> Tokens:
         """What the method sees, with the evidence that the encoders' outputs carry."""
@@ -293,6 +329,7 @@ def prefill_report(
     macs = sum(decoder_macs(decoder, n) for n in zip(*prompts, strict=True))
     if inside is not None:
         dense_macs, macs = dense_macs + inside.macs_before, macs + inside.macs_after
+    dense_macs, macs = dense_macs + record.tower[0], macs + record.tower[1]
     said = [step.notes for step in reversed(steps)]
     if bare:
         said.append("the last prompt held no image: this is of the last one that did")

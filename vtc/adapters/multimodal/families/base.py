@@ -26,6 +26,24 @@ class Modality:
     encode: str
 
 
+@dataclass(frozen=True)
+class Shorter:
+    """What a tower of packed patches needs to run on some of them.
+
+    Attributes:
+        patches: [P] bool, which of all patches; given: arguments for the tower, the whole images' tables, cut.
+        lengths: how many patches of each image or frame there are.
+        source: [m] long, where the projector's input has each token, in their order; None = there.
+        macs: the tower's multiply-adds on all patches, and on these.
+    """
+
+    patches: Tensor
+    given: dict[str, Tensor]
+    lengths: list[int]
+    source: Tensor | None
+    macs: tuple[int, int]
+
+
 # Fields of `Tokens` that are read off a tower and its projector.
 CAPTURED = frozenset({"attention", "middle", "keys", "inputs", "projector"})
 READ = CAPTURED | {"pixels"}  # or off the call
@@ -210,6 +228,25 @@ class Family:
     def watched(self, inner: Any) -> nn.Module:
         """A module that runs when images are encoded, and at no other time."""
         return self.projector(inner)
+
+    def before_tower(self, inner: Any) -> str:
+        """Why patches cannot leave before the tower; "" = they can, and the three methods that follow say how."""
+        return f"vtc takes patches out before the towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, and this is {self.name}"
+
+    def image_std(self, inner: Any) -> tuple[float, float, float]:
+        """By what the family's processor divides each channel of the pixels."""
+        raise NotImplementedError
+
+    def cells(
+        self, inner: Any, pixels: Tensor, modality: Modality, call: dict[str, Any]
+    ) -> list[tuple[Tensor, Grid, bool]]:
+        """The pixels of every frame's tokens [n, 3, values], in raster order, the rows and columns of these, and
+        whether it is an item's only frame."""
+        raise NotImplementedError
+
+    def shorter(self, inner: Any, modality: Modality, call: dict[str, Any], kept: Tensor) -> Shorter:
+        """What the tower needs to run on the patches of the tokens `kept` [n] bool alone."""
+        raise NotImplementedError
 
     # -- the projector ------------------------------------------------------------------------------------------
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.adapters.multimodal.families.base import IMAGE, READ, VIDEO, Family, Modality, Projection, axes_of
-from vtc.layout import Layout, Unit
+from vtc.adapters.multimodal.families import qwen_patches
+from vtc.adapters.multimodal.families.base import IMAGE, READ, VIDEO, Family, Modality, Projection, Shorter, axes_of
+from vtc.layout import Grid, Layout, Unit
 
 
 def _merge(module: nn.Module, x: Tensor) -> Tensor:
@@ -83,6 +84,28 @@ class QwenVL(QwenTower):
         """As the processor has scaled them, of both frames of a pair."""
         count = sum(rows * columns * frames for frames, rows, columns in told(modality, call).tolist())
         return call[modality.pixels].reshape(count, -1)
+
+    def before_tower(self, inner: Any) -> str:
+        return qwen_patches.refuses(inner.visual)
+
+    def image_std(self, inner: Any) -> tuple[float, float, float]:
+        return qwen_patches.image_std(inner.visual)
+
+    def cells(
+        self, inner: Any, pixels: Tensor, modality: Modality, call: dict[str, Any]
+    ) -> list[tuple[Tensor, Grid, bool]]:
+        """A token's patches lie side by side, each with its channels, and of each channel the frames of a pair."""
+        edge, found, start = inner.visual.spatial_merge_size, [], 0
+        for frames, rows, columns in told(modality, call).tolist():
+            for _ in range(frames):
+                part = pixels[start : start + rows * columns]
+                part = part.view(-1, edge**2, 3, part.shape[-1] // 3).transpose(1, 2).flatten(2)
+                found.append((part, (rows // edge, columns // edge), frames == 1))
+                start += rows * columns
+        return found
+
+    def shorter(self, inner: Any, modality: Modality, call: dict[str, Any], kept: Tensor) -> Shorter:
+        return qwen_patches.shorter(inner.visual, told(modality, call), kept)
 
     def positions(self, inner: Any, call: dict[str, Any], past: int, embeds: Tensor) -> Tensor:
         found = axes_of(inner, call, embeds)
