@@ -1,24 +1,15 @@
 """CubistMerge's decision and its merge: the public vectors, and the loops of cubist_oracle.py."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+import video_vectors as vectors
 from cubist_oracle import cubist as oracle
 
 import vtc
 from vtc.functional import cubist
 from vtc.methods import Tokens
 from vtc.methods.downsample import coarse_grid
-
-CASES = json.loads((Path(__file__).parent / "cubist_vectors.json").read_text())["cases"]
-
-
-def token_formula(n, d, a, b, c, e):
-    i, j = np.arange(n, dtype=np.float64)[:, None], np.arange(d, dtype=np.float64)[None]
-    return np.sin(a * i * (j + 1) + b * j) + e * np.cos(c * i * i + j)
 
 
 def groups(token_map, b=0):
@@ -31,11 +22,11 @@ def groups(token_map, b=0):
     return made
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+@pytest.mark.parametrize("dtype", vectors.DTYPES, ids=str)
+@pytest.mark.parametrize("case", vectors.cases("cubist"), ids=lambda case: case["name"])
 def test_public_vectors(case, dtype):
-    (_, n, d, *constants), given, expected = case["inputs"][0], case["params"], case["expect"]
-    x = token_formula(n, d, *constants)
+    (x,), given, expected = vectors.inputs(case), case["params"], case["expect"]
+    x, d = x.numpy(), x.shape[1]
     grid, options = (given["h"], given["w"]), {"rows": given["rh"], "columns": given["rw"]}
     made = cubist(torch.tensor(x, dtype=dtype)[None], grid, **options)
     assert [sorted(group) for group in groups(made)] == expected["groups"]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import video_vectors as vectors
 
 import vtc
 from vtc import functional, ops
@@ -16,11 +15,7 @@ from vtc.methods import Tokens, holov, mmtok
 from vtc.methods.downsample import cells, coarse_grid
 
 CASES = 200
-VECTORS = [
-    case
-    for case in json.loads((Path(__file__).parent / "video_vectors.json").read_text())["cases"]
-    if case["method"] in ("holov", "mmtok") and case["stable_rel_1e_6"]
-]
+VECTORS = [case for case in vectors.cases("holov", "mmtok") if case["stable_rel_1e_6"]]
 BOTH = [torch.float32, torch.float64]
 
 
@@ -161,21 +156,10 @@ def tensor(x):
 
 
 # -- the reference vectors ---------------------------------------------------------------------------------------------
-def closed(name, n, *numbers):
-    """The closed forms that the file tells of."""
-    i = np.arange(n)
-    if name == "att1":
-        a, b = numbers
-        return (1.1 + np.sin(a * i + b * i * i)) / (1.1 + np.sin(a * i + b * i * i)).sum()
-    d, a, b, c, e = numbers
-    i, j = i[:, None], np.arange(d)[None]
-    return np.sin(a * i * (j + 1) + b * j) + e * np.cos(c * i * i + j)
-
-
 @pytest.mark.parametrize("dtype", BOTH)
 @pytest.mark.parametrize("case", VECTORS, ids=lambda case: case["name"])
 def test_vectors(case, dtype):
-    arrays, expected, p = [closed(*one) for one in case["inputs"]], case["expect"], case["params"]
+    arrays, expected, p = [x.numpy() for x in vectors.inputs(case)], case["expect"], case["params"]
     given = [torch.from_numpy(x)[None].to(dtype) for x in arrays]
     if case["method"] == "holov":
         upstream = p.get("upstream", True)

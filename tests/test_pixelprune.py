@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+import video_vectors as vectors
 
 import vtc
 from vtc.functional import pixelprune
@@ -80,21 +78,24 @@ def kept_by(x, rows, columns, **options):
     return kept
 
 
-def test_the_published_vectors():
-    found = json.loads((Path(__file__).parent / "pixelprune_vectors.json").read_text())
-    assert len(found) == 6
-    for case in found:
-        height, width, depth, u, v, m, *noise = case["cells"]
-        r, c, j = np.meshgrid(np.arange(height), np.arange(width), np.arange(depth), indexing="ij")
-        x = (((r // u * 5 + c // v * 3) % m) + 0.1 * (j % 3)) / (m + 1)
-        x = (x + (noise or [0])[0] * np.sin(1.7 * r + 0.9 * c + j)).reshape(height * width, depth)
-        for dtype in (np.float64, np.float32):
-            kept = kept_by(x.astype(dtype), height, width, **case["options"])
-            assert kept == case["kept"], case["name"]
-        if case["error"] is not None and case["options"].get("anchored", True):
-            options = {"tolerance": 0.0, "metric": "max", **case["options"]}
-            back = decoded(kept, x[kept], height, width, options["tolerance"], options["metric"])
-            assert abs(np.abs(back - x).max() - case["error"]) < 1e-6
+NAMED = {"mae": "mean", "rmse": "rms"}  # the metrics, as the reference calls them
+
+
+@pytest.mark.parametrize("dtype", vectors.DTYPES, ids=str)
+@pytest.mark.parametrize("case", vectors.cases("pixelprune", "pixelprune_scan"), ids=lambda case: case["name"])
+def test_the_published_vectors(case, dtype):
+    (x,), given, expect = vectors.inputs(case, dtype), case["params"], case["expect"]
+    x, height, width = x.numpy(), given["h"], given["w"]
+    options = {"tolerance": given.get("thr", 0.0)}
+    if case["method"] == "pixelprune_scan":
+        options["scan"] = "serpentine" if given.get("serpentine") else "raster"
+    else:
+        options |= {"metric": NAMED.get(given.get("metric"), "max"), "anchored": given.get("anchored", True)}
+    kept = kept_by(x, height, width, **options)
+    assert kept == expect["indices"]
+    if options.get("anchored"):
+        back = decoded(kept, x[kept], height, width, options["tolerance"], options["metric"])
+        assert abs(np.abs(back - x).max() - expect["max_recon_error"]) < 1e-6
 
 
 @pytest.mark.parametrize("anchored", [True, False])
