@@ -11,6 +11,7 @@ from vtc.adapters.encoders.patch import EncoderPatch
 from vtc.adapters.encoders.rectangle_patch import RectanglePatch
 from vtc.adapters.encoders.site import EncoderSite
 from vtc.adapters.multimodal.patch import MultimodalPatch
+from vtc.adapters.multimodal.stream import VideoStream
 from vtc.adapters.multimodal.token_batch import CallRecord
 from vtc.adapters.patch import strip
 from vtc.adapters.report import Report
@@ -113,6 +114,18 @@ class Handle:
         images; `fill` on padding. For code that compares logits with labels itself, such as label smoothing; in a
         batch, set the labels of the first column to -100, since padding may precede it."""
         return self._prompts("take").take(values, fill)
+
+    def stream(self, tokens: int) -> VideoStream:
+        """A long video in pieces of frames: `feed` them, then `generate`, with at most `tokens` of all frames so far.
+
+        Raises:
+            UnsupportedModelError: a family whose towers see more than a frame (or pair) at a time or whose prompts are
+                cut by timestamps; a method whose picks depend on their number, or on the question.
+        """
+        for patch in self.patches:
+            if isinstance(patch, MultimodalPatch):
+                return VideoStream(patch, self.model, tokens)
+        raise UnsupportedModelError(f"{type(self.model).__name__} is no multimodal LLM: there is nothing to ask")
 
     @property
     def report(self) -> Report:

@@ -66,6 +66,7 @@ class Method:
     turned: ClassVar[bool] = False  # reads `Tokens.rotary`
     resizes: ClassVar[bool] = False  # shrinks the image itself; a property if it depends on options, like the next
     each_head: ClassVar[bool] = False  # takes `Tokens.layer_keys` of every head
+    nested: ClassVar[bool] = False  # a selector whose first picks are the same for every number of picks
     only_videos: ClassVar[bool] = False  # compares frames, and leaves pictures as they are
     budgeted: ClassVar[bool] = True  # False: the image decides how many tokens stay, and keep= takes 1.0 alone
     groups_frames: ClassVar[bool] = False  # merges similar frames of a video once more: `events_of`

@@ -34,6 +34,7 @@ class CDPruner(Ranked, Selector):
 
     name: ClassVar[str] = "cdpruner"
     summary: ClassVar[str] = "keeps tokens that are relevant to the prompt, unlike each other (DPP)"
+    nested: ClassVar[bool] = True
 
     def pick(self, tokens: Tokens, count: int | Tensor) -> Tensor:
         weight = ops.minmax(self.weight(tokens), tokens.mask, eps=1e-6, floor=1e-6)

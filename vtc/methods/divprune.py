@@ -19,6 +19,7 @@ class DivPrune(Selector):
 
     name: ClassVar[str] = "divprune"
     summary: ClassVar[str] = "keeps tokens that are far from each other (max-min diversity)"
+    nested: ClassVar[bool] = True
 
     def pick(self, tokens: Tokens, count: int | Tensor) -> Tensor:
         return ops.greedy_select(ops.normalize(tokens.features), None, count, "max_min", mask=tokens.mask)

@@ -39,6 +39,7 @@ class IDPruner(Ranked, Selector):
 
     name: ClassVar[str] = "idpruner"
     summary: ClassVar[str] = "keeps tokens that are important and unlike each other (greedy MMR)"
+    nested: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

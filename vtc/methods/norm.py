@@ -26,6 +26,7 @@ class Norm(Ranked, Selector):
 
     name: ClassVar[str] = "norm"
     summary: ClassVar[str] = "keeps the longest tokens, by L2 norm (baseline)"
+    nested: ClassVar[bool] = True
 
     def pick(self, tokens: Tokens, count: int | Tensor) -> Tensor:
         return ops.top_select(self.weight(tokens), count, tokens.mask)

@@ -31,6 +31,7 @@ class SCOPE(Ranked, Selector):
 
     name: ClassVar[str] = "scope"
     summary: ClassVar[str] = "keeps salient tokens that together cover the others"
+    nested: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

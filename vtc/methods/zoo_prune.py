@@ -45,6 +45,7 @@ class ZOOPrune(Ranked, Selector):
 
     name: ClassVar[str] = "zoo_prune"
     summary: ClassVar[str] = "keeps tokens to which the projector is sensitive, unlike each other"
+    nested: ClassVar[bool] = True
     _how: ClassVar[frozenset[str]] = frozenset({"probes", "step", "exact", "seed"})
 
     def __post_init__(self) -> None:

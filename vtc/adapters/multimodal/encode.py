@@ -118,7 +118,7 @@ class Encoders:
         found: dict[str, Tensor] = {}
         if self.capture is not None:
             with torch.no_grad(), torch.autocast(pooled[0].device.type, enabled=False):
-                if left is None or left.all:
+                if left is None or left.all or left.shorter is None:
                     found = self.capture.gather(heard, encode.modality, layout, sum(lengths), call)
                 else:
                     seen, short = Layout((), left.shorter.source), left.shorter.lengths

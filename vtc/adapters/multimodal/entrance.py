@@ -20,11 +20,11 @@ class Left:
     """What left before the tower in one call of an encoder.
 
     Attributes:
-        kept: [n] bool, which of its tokens did not. shorter: what the tower ran on.
+        kept: [n] bool, which of its tokens did not. shorter: what the tower ran on; None = on all, in a stream.
     """
 
     kept: Tensor
-    shorter: Shorter
+    shorter: Shorter | None
 
     @property
     def all(self) -> bool:
@@ -83,7 +83,7 @@ class Entrance(Patch):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         left, self.ran = self.left, True
-        if left is None or left.all:
+        if left is None or left.all or left.shorter is None:
             return self.original(*args, **kwargs)
         given = left.shorter.given
         if set(given) & set(kwargs):
@@ -111,5 +111,6 @@ def said(name: str, items: Sequence[Any]) -> str:
 
 def tower_macs(items: Sequence[Any]) -> tuple[int, int]:
     """The tower's multiply-adds for a call's items, on all patches and on those that stayed; 0, if none could leave."""
-    macs = [item.encoded.left.shorter.macs for item in items if item.encoded.left is not None]
+    lefts = [item.encoded.left for item in items if item.encoded.left is not None]
+    macs = [left.shorter.macs for left in lefts if left.shorter is not None]
     return sum(dense for dense, _ in macs), sum(after for _, after in macs)

@@ -243,10 +243,13 @@ class MultimodalPatch:
                 token_map, notes = batch.from_tower(), ""
             else:
                 inside, entered = batch.entered()
-                inside, token_map, notes = self.decided(inside, call, placed)
-                if entered is None:
-                    batch = inside
+                if any(item.encoded.decided for item in items):
+                    units, most = batch.index.shape
+                    token_map, notes = entered or TokenMap.identity(units, most, device), "a stream"
+                elif entered is None:
+                    batch, token_map, notes = self.decided(batch, call, placed)
                 else:
+                    _, token_map, notes = self.decided(inside, call, placed)
                     same = bool((token_map.mask().sum(1) == entered.mask().sum(1)).all())
                     token_map = entered if same else entered.compose(token_map)
                 if method.entrance is not None:

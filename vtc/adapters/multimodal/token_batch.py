@@ -34,6 +34,7 @@ class EncodedFeatures:
     evidence: dict[str, Tensor]
     merged: TokenMap | None = None
     left: Left | None = None  # what left before the tower
+    decided: bool = False  # what is left is what stays: a stream
 
     def repeated(self, placeholders: list[int], times: int) -> EncodedFeatures:
         """The same for prompts that were each repeated `times`, with their images, one after the other (beams)."""

@@ -261,6 +261,11 @@ class Family:
         """The projector's input -> [rows, P, V], the patches of each of its output rows."""
         return seen.reshape(-1, 1, seen.shape[-1])
 
+    def streams(self, inner: Any) -> bool:
+        """Whether its tower sees the frames of a video one by one (or in pairs), and the prompt has one run of
+        placeholders for a video: then a video may come in pieces."""
+        return False
+
     def pixels(self, modality: Modality, call: dict[str, Any]) -> Tensor:
         """[tokens, V], the values of the pixels that each token covers; for a family with "pixels" in `evidence`."""
         raise NotImplementedError

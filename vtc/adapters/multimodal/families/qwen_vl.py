@@ -80,6 +80,9 @@ class QwenVL(QwenTower):
                 start += grid[0] * grid[1]
         return Layout(tuple(units), self.windows(inner, told(modality, call)))
 
+    def streams(self, inner: Any) -> bool:
+        return type(inner).__name__ != "Qwen3VLModel"  # there, times lie between the frames
+
     def pixels(self, modality: Modality, call: dict[str, Any]) -> Tensor:
         """As the processor has scaled them, of both frames of a pair."""
         count = sum(rows * columns * frames for frames, rows, columns in told(modality, call).tolist())

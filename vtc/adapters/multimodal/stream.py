@@ -1,0 +1,186 @@
+"""A long video that comes in pieces of frames, under one budget for all that has come so far."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.adapters.multimodal.entrance import Left
+from vtc.adapters.multimodal.families.base import VIDEO
+from vtc.adapters.multimodal.token_batch import EncodedFeatures
+from vtc.budget import share_out
+from vtc.checks import check_finite, check_number
+from vtc.decide import Units
+from vtc.errors import InputError, UnsupportedModelError
+from vtc.layout import Layout, Unit
+
+
+@dataclass
+class Frame:
+    """What is left of a frame (of a pair, with Qwen models): its tokens in the order in which the method picked them.
+
+    Attributes:
+        places: [k] long, where in the frame; rows: [k, C].
+    """
+
+    places: Tensor
+    rows: Tensor
+
+    def cut(self, count: int) -> None:
+        """Keep the first `count` picks; what goes is freed."""
+        if count < len(self.places):
+            self.places, self.rows = self.places[:count].clone(), self.rows[:count].clone()
+
+
+class VideoStream:
+    """A video fed in pieces: `feed` encodes some frames and keeps what the budget leaves of them, `generate` asks about
+    everything that has come. See `vtc.Handle.stream`.
+
+    Every frame has the same share of the budget, which becomes less with every piece; the tokens that a method picked
+    first stay. Of a method whose picks do not depend on their number that is what it keeps of the whole video at once,
+    with `shares="uniform"` and the budget as a number.
+
+    Attributes:
+        tokens: the budget. frames: what is left of every frame so far.
+    """
+
+    def __init__(self, patch: Any, model: Any, tokens: int) -> None:
+        check_number("tokens", tokens, 1, whole=True)
+        method, name = patch.method, type(patch.inner).__name__
+        if not patch.family.streams(patch.inner):
+            raise UnsupportedModelError(
+                f"{name}: a stream needs a tower that sees a frame (a pair of frames) alone and a prompt with one "
+                "placeholder for a video, as in Qwen2-VL and Qwen2.5-VL: give the video in one call"
+            )
+        fits = method.nested and method.where != "tower" and method.entrance is None and method.shares is None
+        if not fits or getattr(method, "frame", None):
+            raise UnsupportedModelError(
+                f"{method.name} as given cannot follow a stream, whose frames have even shares and give up what was "
+                "picked last: use divprune, idpruner, scope, zoo_prune or norm, without frame=, shares= and before="
+            )
+        if "text" in method.needs:
+            raise UnsupportedModelError(
+                f"{method.name} as given reads the question, which comes after the frames: use divprune or idpruner"
+            )
+        self.patch, self.model, self.tokens = patch, model, tokens
+        self.frames: list[Frame] = []
+        self.grid: tuple[int, int] | None = None  # rows and columns of a frame's patches
+        self.output: Any = None
+
+    @property
+    def seen(self) -> int:
+        """How many tokens all frames had."""
+        return 0 if self.grid is None else len(self.frames) * self._places
+
+    @property
+    def kept(self) -> int:
+        """How many of them are left."""
+        return sum(len(frame.places) for frame in self.frames)
+
+    def feed(self, pixel_values_videos: Tensor, video_grid_thw: Tensor) -> None:
+        """Encode a piece of the video, as its processor gives it.
+
+        Raises:
+            InputError: several videos at once; a piece whose frames have another size than those before; more frames
+                than there are tokens in the budget.
+        """
+        grid = torch.as_tensor(video_grid_thw)
+        if grid.shape != (1, 3):
+            raise InputError(f"video_grid_thw is {list(grid.shape)}: a stream takes the pieces of one video, [1, 3]")
+        time, *size = grid[0].tolist()
+        if self.grid not in (None, tuple(size)):
+            raise InputError(f"this piece has frames of {size[0]}x{size[1]} patches, those before {self.grid}: resize")
+        if len(self.frames) + time > self.tokens:
+            raise InputError(f"{len(self.frames) + time} frames are more than the budget of {self.tokens} tokens")
+        patch, encode = self.patch, self.patch.encoders.by[VIDEO.name]
+        with torch.no_grad():
+            output = encode(pixel_values_videos, video_grid_thw=grid, return_dict=True)
+            encoded = output.vtc_encoded
+            rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in patch.family.pooled(output)])
+            check_finite(rows, "image tokens")
+            units = Units(rows, encoded.layout.units)
+            fields = {name: units.packed(x) for name, x in encoded.evidence.items()}
+            if "projector" in patch.method.needs & patch.family.evidence:
+                fields["projector"] = patch.family.projection(patch.inner)
+            self.grid = (size[0], size[1])
+            shares = self._shares(len(self.frames) + time)
+            for frame, share in zip(self.frames, shares, strict=False):
+                frame.cut(share)
+            new = shares[len(self.frames) :]
+            order = patch.method.pick(units.tokens(patch.method, **fields), max(new))
+            for i, share in enumerate(new):
+                places = order[i][:share].clone()
+                self.frames.append(Frame(places, rows[units.index[i][places]]))
+        output = copy.copy(output)  # an empty one of the same kind, for `generate`
+        output.pooler_output = output.last_hidden_state = None
+        output.__dict__.pop("vtc_encoded", None)
+        self.output = output
+
+    @property
+    def _places(self) -> int:
+        """How many tokens a frame has."""
+        assert self.grid is not None
+        return self.grid[0] * self.grid[1] // self.patch.family.patches_per_token(self.patch.inner)
+
+    def _shares(self, frames: int) -> list[int]:
+        counts = [self._places] * frames
+        total = min(self.tokens, sum(counts))
+        return share_out(total, [total / frames] * frames, counts)
+
+    def generate(self, input_ids: Tensor, **more: Any) -> Tensor:
+        """The model's `generate` about the frames so far.
+
+        Args:
+            input_ids: [1, L], with the video's placeholder once. more: other arguments of `generate`, such as
+                second_per_grid_ts.
+
+        Returns:
+            As the model; the prompt in front holds the placeholder once for every token that the frames had.
+
+        Raises:
+            InputError: nothing has been fed; another number of placeholders.
+        """
+        if not self.frames:
+            raise InputError("no frame has been fed to this stream")
+        inner, device = self.patch.inner, input_ids.device
+        token = self.patch.family.token(inner, VIDEO, input_ids)
+        here = (input_ids == token).nonzero()
+        if len(input_ids) != 1 or len(here) != 1:
+            raise InputError(
+                f"the prompt holds {len(here)} video placeholders (id {token}) in {len(input_ids)} rows: a stream is "
+                "asked with one prompt, and one placeholder"
+            )
+        at = int(here[0, 1])
+        ids = torch.cat([input_ids[:, :at], input_ids[:, at : at + 1].expand(1, self.seen), input_ids[:, at + 1 :]], 1)
+        mask = more.pop("attention_mask", None)
+        if mask is not None and not bool(mask.all()):
+            raise InputError("attention_mask hides columns of a stream's prompt: leave it out")
+        grid = torch.tensor([[len(self.frames), *self.grid]], device=device)  # type: ignore[misc]
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "video_grid_thw": grid}
+        encode = self.patch.encoders.by[VIDEO.name]
+        encode.output = self._whole()
+        try:
+            return self.model.generate(**given, pixel_values_videos=torch.empty(1, 0, device=device), **more)
+        finally:
+            encode.output = None
+
+    def _whole(self) -> Any:
+        """An encoder's output for the whole video, 0 where a token is gone, which says what is left."""
+        index = torch.cat([frame.places.sort().values + i * self._places for i, frame in enumerate(self.frames)])
+        kept = torch.zeros(self.seen, dtype=torch.bool)
+        kept[index.cpu()] = True
+        left = Left(kept, None)
+
+        output = copy.copy(self.output)
+        rows = [frame.rows[frame.places.argsort()] for frame in self.frames]
+        output.pooler_output = (left.spread(torch.cat(rows)),)
+        edge = round(self.patch.family.patches_per_token(self.patch.inner) ** 0.5)
+        grid = (self.grid[0] // edge, self.grid[1] // edge)  # type: ignore[index]
+        units = [Unit(torch.arange(i * self._places, (i + 1) * self._places), 0, grid) for i in range(len(self.frames))]
+        layout = Layout(tuple(units))
+        output.vtc_encoded = EncodedFeatures(self.patch.encoders, (self.seen,), layout, {}, left=left, decided=True)
+        return output
