@@ -38,7 +38,7 @@ run: setup  ## compress a real ViT on a photograph; IMAGE=path METHOD=tome KEEP=
 	@$(BIN)/vtc run $(if $(IMAGE),--image $(call quote,$(IMAGE))) $(if $(METHOD),--method $(call quote,$(METHOD))) \
 		$(if $(KEEP),--keep $(call quote,$(KEEP)))
 
-demo: setup  ## see, ask and find in a browser; PORT=7860
+demo: setup  ## see, ask, watch and find in a browser; PORT=7860
 	@$(BIN)/vtc demo $(if $(PORT),--port $(call quote,$(PORT)))
 
 test: lint  ## lint, types and tests, but for the slow ones; ARGS='-k pitome' goes to pytest

@@ -11,6 +11,7 @@ from html import unescape
 from pathlib import Path
 
 import mllm_processor
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,11 +23,12 @@ from vtc.errors import OptionError, UnsupportedModelError, VTCError
 from vtc.eval import scenes
 from vtc.methods import METHODS
 from vtc.models.images import ImageError, example_photo, load_image
+from vtc.viz import film
 
 gr = pytest.importorskip("gradio")
 pytest.importorskip("onnx")
 
-from vtc.demo import LAUNCH, ask, create_demo, look, see  # noqa: E402
+from vtc.demo import LAUNCH, ask, create_demo, look, see, watch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -141,6 +143,54 @@ def test_scenes_bring_their_questions():
         assert {q.kind for q in scene.questions if q.text in asked} == {q.kind for q in scene.questions}
 
 
+# -- Watch ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["evs", "vidcom2", "flashvid", "divprune+shares=change", "random"])
+def test_watch(name):
+    """Answers, tokens by frame, and the strip, for maps with a row for the clip and with a row for each frame."""
+    text, question = next(iter(watch.questions(watch.clip(1)).items()))
+    found = watch.run(1, text, ask.budget(name, 0.3), 1)
+    (kept,) = found.report.frames
+    assert len(kept) == 4 and sum(kept) == found.less.visual and found.dense.visual == 4 * 144
+    assert abs(found.less.visual - 0.3 * 576) <= 2 and (name == "evs") == (kept[0] == 144)
+    shown = ask.answers(found, question.answer)
+    assert ">144, 144, 144, 144<" in shown and f">{', '.join(map(str, kept))}<" in shown
+    assert "As it is · right" in shown
+    strip, plain = watch.strip(1, found), film(watch.clip(1).frames[::2], vtc.TokenMap.identity(4, 144))
+    assert strip.size == plain.size
+    if not found.method.merges:  # what each frame lost is drawn otherwise, and nothing else is
+        apart = (np.asarray(strip) != np.asarray(plain)).any(-1)
+        for t, count in enumerate(kept):
+            left = 19 + t * (312 + 19)
+            cells = apart[19 : 19 + 312, left : left + 312].reshape(12, 26, 12, 26)
+            assert int(cells.any((1, 3)).sum()) == 144 - count
+
+
+def test_watch_without_compression():
+    found = watch.run(0, next(iter(watch.questions(watch.clip(0)))), ask.budget("divprune", 1.0), 1)
+    assert found.less.answer == found.dense.answer and found.report.frames == ((144,) * 4,)
+
+
+def test_watch_refuses():
+    other = next(q for q in watch.questions(watch.clip(1)) if q not in watch.questions(watch.clip(0)))
+    for prompt in (None, "", other):
+        with pytest.raises(OptionError, match="one of the questions about this clip"):
+            watch.run(0, prompt, ask.budget("evs", 0.5), 1)
+
+
+def test_watch_offers_what_is_there():
+    """Every method of the list, said what it does; every clip has questions, each of them with one answer."""
+    for name in watch.METHODS:
+        assert ask.budget(name, 0.5).label == name
+        assert watch.about(name).endswith(".") and ("Frames" in watch.about(name)) <= ("shares" in name)
+    for number in range(12):
+        clip = watch.clip(number)
+        asked = watch.questions(clip)
+        assert asked and len(asked) == len({*clip.questions, *clip.changes})
+    assert "data:image/webp;base64," in watch.moving(0) and "http" not in watch.moving(0)
+
+
 # -- files ----------------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +223,7 @@ def test_queue_and_privacy(demo):
     assert demo._queue.max_size == 16 and demo._queue.default_concurrency_limit == 1
     assert demo.analytics_enabled is False and demo.delete_cache == (600, 3600)
     models = [f for f in demo.fns.values() if f.concurrency_id == "model"]
-    assert len(models) == 5  # See by its button and on opening, Ask, Ask at other budgets, and Find
+    assert len(models) == 6  # See by its button and on opening, Ask, Ask at other budgets, Watch, and Find
     assert all(f.api_visibility == "private" for f in demo.fns.values())
     assert not LAUNCH["share"] and not LAUNCH["enable_monitoring"]
     assert "http" not in LAUNCH["css"] and not LAUNCH["theme"]._stylesheets
@@ -187,7 +237,7 @@ def test_space(monkeypatch):
     monkeypatch.setitem(sys.modules, "spaces", fake)
     space = ROOT / "demos" / "space"
     assert isinstance(runpy.run_path(str(space / "app.py"))["demo"], gr.Blocks)
-    assert len(lent) == 3
+    assert len(lent) == 4
     monkeypatch.setitem(sys.modules, "spaces", None)
     assert "demo" in runpy.run_path(str(space / "app.py"))
     front = dict(re.findall(r"^(\w+): (.+)$", (space / "README.md").read_text().split("---")[1], re.MULTILINE))

@@ -147,6 +147,28 @@ def test_ask(page, tmp_path):
     page.get_by_text("no such folder").wait_for()
 
 
+def test_watch(page):
+    """Another clip and its question, both answers, tokens of each frame, and the strip."""
+    page.get_by_role("tab", name="Watch").click()
+    page.locator("#watch-next").click()
+    page.locator("#watch-clip", has_text="Clip 1").wait_for()
+    wanted = scenes.clip("test", 1).questions[0].text
+    page.locator("#watch-ready label", has_text=wanted).click()
+    _choose(page, "#watch-method", "evs")
+    page.locator("#watch-method", has_text="Keeps what changed").wait_for()
+    page.locator("#watch-keep input[type=number]").fill("0.4")
+    page.locator("#watch-run").click()
+    page.wait_for_selector("#watch-film img")
+    cards = page.locator("#watch-answers .vtc-card")
+    assert cards.count() == 2 and "As it is · right" in cards.nth(0).inner_text()
+    frames = [int(count) for count in cards.nth(1).locator("dd").nth(1).inner_text().split(", ")]
+    assert frames[0] == 144 and sum(frames) == int(0.4 * 576)
+    size = "image => [image.naturalWidth, image.naturalHeight]"
+    assert page.locator("#watch-film img").evaluate(size) == [4 * 331 + 19, 416]
+    page.set_viewport_size({"width": 400, "height": 900})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400 and page.evaluate(WIDER) == []
+
+
 def test_find(page):
     """A page clicked on gives its words; they find it, before and after; fewer vectors, and words that are unknown."""
     page.get_by_role("tab", name="Find").click()
@@ -196,7 +218,7 @@ def test_nothing_overflows(page):
     for width, scheme in itertools.product((1280, 400), ("light", "dark")):
         page.set_viewport_size({"width": width, "height": 900})
         page.emulate_media(color_scheme=scheme)
-        for tab in ("See", "Ask", "Find"):
+        for tab in ("See", "Ask", "Watch", "Find"):
             page.get_by_role("tab", name=tab).click()
             page.locator(f"#{tab.lower()}-run").wait_for()
             assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -8,6 +8,7 @@ from PIL import Image, PngImagePlugin
 from vtc import TokenMap, functional, viz
 from vtc.errors import InputError, OptionError
 from vtc.positions import members
+from vtc.viz.figures import COLOURS
 from vtc.viz.tokens import infer_grid
 
 CELL = 16
@@ -153,3 +154,100 @@ def test_a_smaller_image_of_a_batch_is_drawn_without_its_padding():
     assert viz.overlay(image, groups, (2, 6), item=1).size == (360, 120)
     with pytest.raises(InputError, match="12 patches"):
         viz.overlay(image, groups, (2, 6), item=0)
+
+
+# -- films ----------------------------------------------------------------------------------------------------------
+
+SIDE, STEP = 320, 340  # pixels of a frame, and from one to the next
+BAR = 8
+
+
+def clip(count):
+    """Frames of 320 x 320, so that four patches a side are drawn as they are."""
+    pixels = np.random.default_rng(1).integers(60, 200, (count, SIDE, SIDE, 3), dtype=np.uint8)
+    return [Image.fromarray(each) for each in pixels]
+
+
+def cut(strip, t):
+    """Frame t of a strip, and how many pixels of its bar are filled."""
+    across = min(8, (strip.width - 20) // STEP)
+    height = strip.height // max(1, round(strip.height / 420))
+    left, top = 20 + t % across * STEP, 20 + t // across * height
+    pixels = np.asarray(strip)[top : top + height - 20, left : left + SIDE]
+    fill = tuple(int(COLOURS[0][i : i + 2], 16) for i in (1, 3, 5))
+    assert ((pixels[SIDE + 10 : -BAR - 10] < 80).all(-1)).any(), "no label"
+    return Image.fromarray(pixels[:SIDE]), int((pixels[-BAR // 2 - 20] == fill).all(-1).sum())
+
+
+def test_a_film_is_its_frames():
+    """A row for each frame: the pictures of `overlay`, but no two frames share a group; padding, an image before."""
+    frames = clip(3)
+    features = torch.randn(4, 16, 8, generator=torch.Generator().manual_seed(0))
+    features = torch.cat([features, torch.zeros(4, 5, 8)], 1)
+    mask = torch.arange(21).expand(4, 21) < 16
+    for made in (functional.dpc_knn(features, keep=5, mask=mask), functional.max_min(features, keep=5, mask=mask)):
+        strip = viz.film(frames, made, (4, 4), item=1)
+        assert strip.size == (20 + 3 * STEP, strip.height)
+        for t in range(3):
+            picture, filled = cut(strip, t)
+            assert filled == round(SIDE * 5 / 16)
+            alone = viz.overlay(frames[t], made, (4, 4), item=1 + t)
+            if t == 0 or made.order is not None:
+                assert np.array_equal(np.asarray(picture), np.asarray(alone))
+    merged = functional.dpc_knn(features[:1, :16].repeat(2, 1, 1), keep=5)
+    one, two = (np.asarray(cut(viz.film([frames[0]] * 2, merged), t)[0]) for t in range(2))
+    assert not np.array_equal(one, two)  # the same groups of two frames
+
+
+def test_a_film_of_one_row():
+    """Two frames in one row: a group over both has one colour, and counts where its anchor is."""
+    frames = [Image.new("RGB", (SIDE, SIDE), (120, 120, 120))] * 2
+    group = torch.tensor([[0, 0, 1, *[-1] * 13, 0, 1, 2, 3, *[-1] * 12, -1, -1]])  # two columns of padding
+    made = TokenMap(group, torch.tensor([[0, 2, 18, 19]]), torch.tensor([[3.0, 2, 1, 1]]))
+    strip = viz.film(frames, made, (4, 4))
+    (one, left), (two, right) = cut(strip, 0), cut(strip, 1)
+    assert left == right == SIDE // 8
+    middle = [[np.asarray(frame)[40, 40 + 80 * i].tolist() for i in range(4)] for frame in (one, two)]
+    assert middle[0][0] == middle[0][1] == middle[1][0] != middle[0][2] == middle[1][1]  # the two groups
+    assert middle[1][2] == middle[1][3] == [120] * 3  # alone
+    assert max(middle[0][3]) < 40  # dropped
+    exact = TokenMap(group[:, :32], made.anchor, made.size)
+    assert np.array_equal(np.asarray(viz.film(frames, exact)), np.asarray(strip))  # the grid follows from the pictures
+    dropped = TokenMap(torch.tensor([[0] + [-1] * 31]), torch.zeros(1, 1).long(), torch.ones(1, 1))
+    assert [cut(viz.film(frames, dropped), t)[1] for t in range(2)] == [SIDE // 16, 0]
+
+
+def test_a_long_film_has_rows_of_eight():
+    frames = clip(11)
+    strip = viz.film(frames, TokenMap.identity(1, 11 * 16))
+    assert strip.width == 20 + 8 * STEP
+    for t in (0, 7, 8, 10):
+        picture, filled = cut(strip, t)
+        assert filled == SIDE and np.array_equal(np.asarray(picture), np.asarray(frames[t]))
+
+
+def test_what_is_no_film():
+    frames = clip(4)
+    for some, made, grid, item, words in (
+        ([], TokenMap.identity(4, 16), None, 0, "at least one frame"),
+        ([*frames, Image.new("RGB", (8, 8))], TokenMap.identity(5, 16), None, 0, "2 sizes"),
+        (frames, TokenMap.identity(4, 16), None, 4, "item=4: the token map has 4 rows"),
+        (frames, TokenMap.identity(4, 16), (4, 4), 1, "4 frames of 4 x 4 = 16 patches do not fit .* 4 x 16 tokens"),
+        (clip(8), TokenMap.identity(1, 64), (4, 4), 0, "one picture for each temporal slice"),
+        (clip(3), TokenMap.identity(1, 64), None, 0, "3 frames of any patches"),
+        (frames, TokenMap.identity(4, 20), (4, 4), 0, "do not fit"),  # more tokens than patches
+        (frames[:3], TokenMap.identity(1, 64), (4, 4), 0, "do not fit"),
+        (frames, TokenMap.identity(4, 9), (4, 4), 0, "do not fit"),
+        (frames, TokenMap.identity(4, 17), None, 0, "pass grid="),
+    ):
+        with pytest.raises(InputError, match=words):
+            viz.film(some, made, grid, item=item)
+    # four rows as long as a video of four frames: those of four videos, unless only first frames are left
+    group = torch.full((4, 64), -1)
+    group[:, :3] = torch.arange(3)
+    first = TokenMap(group, torch.arange(3).repeat(4, 1), torch.ones(4, 3))
+    with pytest.raises(InputError, match="cut it to the rows of this video"):
+        viz.film(frames, first, (4, 4))
+    alone = TokenMap(group[:1], first.anchor[:1], first.size[:1])
+    assert [cut(viz.film(frames, alone, (4, 4)), t)[1] for t in range(4)] == [60, 0, 0, 0]
+    assert [cut(viz.film(frames, TokenMap.identity(5, 64), (4, 4), item=-1), t)[1] for t in range(4)] == [SIDE] * 4

@@ -254,7 +254,7 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.
 
     add = command(
         "demo",
-        "see and ask in a browser",
+        "see, ask, watch and find in a browser",
         "Serves a page, which needs no network: a photograph through a real encoder, layer by layer, and questions to\n"
         "a multimodal LLM, as it is and with fewer visual tokens.",
         "vtc demo --port 7860",

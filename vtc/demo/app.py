@@ -1,4 +1,4 @@
-"""The page around the three tabs, and how it is served."""
+"""The page around the four tabs, and how it is served."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from vtc.demo import ask, find, look, see
+from vtc.demo import ask, find, look, see, watch
 
 # The arguments of `launch`: the look, what may be uploaded, and that nothing is sent out. Larger files are refused
 # during the upload; the limit on pixels is in vtc.models.images.
@@ -43,6 +43,8 @@ def create_demo(gpu: Callable[..., Any] = lambda run: run) -> gr.Blocks:
             first = see.build(gpu)
         with gr.Tab("Ask", id="ask"):
             ask.build(gpu)
+        with gr.Tab("Watch", id="watch"):
+            watch.build(gpu)
         with gr.Tab("Find", id="find"):
             find.build()
         demo.load(**first)

@@ -74,6 +74,7 @@ def answers(found: answer.AnswerComparison, truth: str | None = None) -> str:
         first = look.milliseconds(side.first_seconds)
         facts = {
             "Image tokens": f"{side.visual:,}",
+            **_by_frame(found, side),
             "Prompt, in tokens": f"{side.prompt:,}",
             "Time to first token": first if side is found.dense else f"{first} ({found.faster:.2f} × as fast)",
             "KV cache": _bytes(side.kv_bytes),
@@ -121,6 +122,15 @@ def sweep_html(rows: Sequence[tuple[float, answer.AnswerComparison]]) -> tuple[s
         [(q, s.answer or "(nothing)", f"{s.visual:,}", _bytes(s.kv_bytes)) for q, s in (*lines, ("as it is", dense))],
     )
     return look.chart("Time to first token over keep", points, "keep", "ms", "by", labels), table
+
+
+def _by_frame(found: answer.AnswerComparison, side: answer.Side) -> dict[str, str]:
+    """Of a clip, the tokens of each frame."""
+    if not found.report.frames:
+        return {}
+    (frames,) = found.report.frames
+    kept = frames if side is found.less else (side.visual // len(frames),) * len(frames)
+    return {"Of each frame": ", ".join(f"{count:,}" for count in kept)}
 
 
 def _bytes(count: int) -> str:

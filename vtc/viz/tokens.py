@@ -15,7 +15,7 @@ from vtc.positions import members
 from vtc.token_map import TokenMap
 
 Grid = tuple[int, int]
-_CELL = 16  # minimum pixels per patch side, so that outlines are visible
+CELL = 16  # minimum pixels per patch side, so that outlines are visible
 _DARK = np.array([16.0, 16.0, 22.0])
 _INK = "#1d2129"
 
@@ -34,14 +34,7 @@ def overlay(
         tint: how strongly the colour covers the photograph, 0 to 1.
     """
     pixels, group, cell = _canvas(image, token_map, grid, item)
-    members = np.bincount(group[group >= 0], minlength=1)
-    merged = (group >= 0) & (members[np.maximum(group, 0)] > 1)
-    colour = _distinct(len(members))[np.maximum(group, 0)]
-    inside, shade = _spread(merged, cell)[..., None], _spread(colour, cell)
-    pixels = np.where(inside, (1 - tint) * pixels + tint * shade, pixels)
-    pixels = _darken(pixels, group, cell)
-    edge = _edges(group, cell) & inside[..., 0]
-    return _image(np.where(edge[..., None], shade, pixels))
+    return paint(pixels, group, cell, np.bincount(group[group >= 0], minlength=1), tint)
 
 
 def carried(
@@ -144,6 +137,24 @@ def infer_grid(tokens: int, size: tuple[int, int]) -> Grid:
     )
 
 
+def paint(pixels: np.ndarray, group: np.ndarray, cell: int, members: np.ndarray, tint: float = 0.34) -> Image.Image:
+    """What `overlay` makes of a photograph [H, W, 3], `cell` pixels a patch. group: each patch's slot [rows, columns];
+    members: how many tokens each slot has, those that are not in this photograph counted too."""
+    slot = np.maximum(group, 0)
+    merged, colour = (group >= 0) & (members[slot] > 1), _distinct(len(members))[slot]
+    inside, shade = _spread(merged, cell)[..., None], _spread(colour, cell)
+    pixels = np.where(inside, (1 - tint) * pixels + tint * shade, pixels)
+    pixels = _darken(pixels, group, cell)
+    edge = _edges(group, cell) & inside[..., 0]
+    return _image(np.where(edge[..., None], shade, pixels))
+
+
+def fit(image: Image.Image, grid: Grid, cell: int) -> np.ndarray:
+    """[H, W, 3], the photograph with `cell` pixels per patch."""
+    size = (grid[1] * cell, grid[0] * cell)
+    return np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), dtype=np.float64)
+
+
 def _canvas(
     image: Image.Image, token_map: TokenMap, grid: Grid | None, item: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
@@ -158,10 +169,8 @@ def _canvas(
             f"grid=({rows}, {columns}) has {rows * columns} patches, but the token map has {tokens} tokens: "
             "pass the map of the image's tokens only (handle.token_map, or token_map.drop_prefix(n))"
         )
-    cell = max(_CELL, round(max(image.width / columns, image.height / rows)))
-    fitted = image.convert("RGB").resize((columns * cell, rows * cell), Image.Resampling.LANCZOS)
-    group = places[: rows * columns].reshape(rows, columns)
-    return np.asarray(fitted, dtype=np.float64), group, cell
+    cell = max(CELL, round(max(image.width / columns, image.height / rows)))
+    return fit(image, (rows, columns), cell), places[: rows * columns].reshape(rows, columns), cell
 
 
 def _spread(values: np.ndarray, cell: int) -> np.ndarray:
