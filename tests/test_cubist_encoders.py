@@ -396,6 +396,14 @@ def test_one_encoder_inside_another_model_is_found_once():
         assert model(IMAGES).shape == (2, 16, 12, 12) and handle.report.after == (100, 100)
 
 
+def test_a_budget_that_is_measured(models):
+    """keep="auto" goes by shares of the tokens, since its multiply-adds are no budget here."""
+    for method in ("cubist_merge", vtc.CubistMerge(rows=1, layer=2)):
+        choice = vtc.choose(models["sam"], IMAGES, method, fidelity=0.01, repeats=1)
+        assert [row.method.keep for row in choice.rows[1:]] == [0.75, 0.5, 0.3]
+    assert {row.method.layer for row in choice.rows[1:]} == {2}
+
+
 @torch.no_grad()
 def test_calls_past_the_blocks_and_without_images(models):
     model = models["timm"]

@@ -86,9 +86,11 @@ def choose(
         budgets = [{"flops": f} for f in (0.8, 0.65, 0.5)]
     tried = []
     for each in wanted:
-        for budget in budgets:
+        one_layer = (each if isinstance(each, Method) else make(each, keep=1.0, **options)).rectangle
+        for budget in [{"keep": k} for k in (0.75, 0.5, 0.3)] if one_layer and tokens is None else budgets:
             if isinstance(each, Method):
-                tried.append(replace(each, **({"keep": None, "r": None, "flops": None} | budget)))
+                lines = {"rows": None, "columns": None} if one_layer else {}
+                tried.append(replace(each, **({"keep": None, "r": None, "flops": None} | lines | budget)))
             else:
                 tried.append(make(each, **budget, **options))
     rows = check(model, inputs, tried, repeats, call=call)
