@@ -123,7 +123,9 @@ def facts(name: str) -> list[str]:
         "training": "none (the paper's importance is trained: `scorer=`)" if name == "idpruner" else "none",
         "in one round": "as many as the pixels say; there is no budget"
         if not cls.budgeted
-        else "at most half of the tokens; below, several rounds" if cls.halves else "any number",
+        else "at most half of the tokens; below, several rounds"
+        if cls.halves
+        else "any number",
         "batches": "every image alone" + (", with a budget of its own" if cls.budgeted else "") + pooled,
         "video": "left whole" if before else "frame by frame (Qwen: pairs of frames)" if goes(clips) else "no",
         "options for merged tokens": ", ".join(able) if cls.merges else "none: nothing merges",
