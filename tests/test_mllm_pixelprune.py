@@ -245,7 +245,7 @@ def alone(inputs, row):
 @pytest.mark.parametrize("name", QWEN)
 def test_what_methods_read_is_of_the_shorter_tower(name):
     """Attention, keys and the projector's input, as the tower that does not see the patches that left has them."""
-    model, inputs = zoo.build(name), flat(name, "pair")
+    model, inputs = zoo.build(name), flat(name, "ragged")  # where Qwen2.5-VL's order of windows is not its own inverse
     _, _, layers = masked_tower(name, model, inputs, by_hand(inputs))
     kept = torch.cat(by_hand(inputs))
     read = frozenset({"attention", "middle", "keys", "projector"})
