@@ -122,7 +122,7 @@ def adts(unit: Tensor, gain: Tensor, counts: Sequence[int]) -> Tensor:
 
     unit: [F, N, C] unit vectors; gain: [F, N], attention times relevance. Returns [F, N] bool.
     """
-    apart = (1 - unit @ unit.mT) * (1e6 * gain.float())[:, None]  # [F, i, j]
+    apart = (unit @ unit.mT).neg_().add_(1).mul_((1e6 * gain.float())[:, None])  # [F, i, j]
     apart.diagonal(0, 1, 2).zero_()
     chosen = torch.zeros(gain.shape, dtype=torch.bool, device=gain.device)
     frame, wanted = torch.arange(len(unit), device=gain.device), torch.tensor(counts, device=gain.device)
