@@ -35,6 +35,7 @@ def seen(grids, seed=0, width=6):
         keys=rand(4),
         mask=None if bool(mask.all()) else mask,
         grid=tuple(grids),
+        frames=tuple((n,) for n in lengths),
         attention=rand(),
         middle=rand(),
         inputs=rand(1, 5),
@@ -54,7 +55,8 @@ def alone(tokens, row):
         for name, value in vars(tokens).items()
         if isinstance(value, torch.Tensor) and name != "mask"
     }
-    return Tokens(**fields, grid=tokens.grid[row : row + 1], projector=tokens.projector)
+    told = {"grid": tokens.grid[row : row + 1], "frames": tokens.frames[row : row + 1]}
+    return Tokens(**fields, **told, projector=tokens.projector)
 
 
 def picked(method, tokens, counts):

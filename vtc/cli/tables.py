@@ -158,12 +158,12 @@ def show_models(found: Mapping[str, Any]) -> None:
 
 
 def _working(answers: Mapping[str, str]) -> str:
-    """Which methods work, in few words."""
+    """Which methods work, or which do not: whichever are fewer."""
     from vtc.methods import METHODS
 
     works = [name for name in METHODS if answers.get(name) == ""]
     not_these = [name for name in METHODS if answers.get(name)]
-    if len(not_these) > 3:
+    if len(not_these) > len(works):
         return ", ".join(works)
     return "all" + (f" but {', '.join(not_these)}" if not_these else "")
 

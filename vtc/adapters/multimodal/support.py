@@ -119,7 +119,7 @@ def _refusal(site: MultimodalSite, method: Method | None) -> str:
         if VIDEO not in site.family.modalities:
             return f"{what} is about the frames of videos, and vtc knows this family with images only"
         if isinstance(site.family, Generic) and site.family.name not in _FRAMED:
-            return f"{what} is about the frames of videos, and {site.family.name} does not tell which tokens are one"
+            return f"{what} is about frames, and vtc does not know which tokens of {site.family.name} are one"
     method.check(decoder.config.hidden_size)
     missing = method.lacks("input")
     if missing:
