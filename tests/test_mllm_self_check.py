@@ -23,14 +23,14 @@ UNTRIED = {"hunyuan_vl", "hy_v4_vl", "ovis2"}
 
 def check(name):
     """(what is wrong, why it could not be tried), asked anew."""
-    site = next(item for item in vtc.plan._find(classes.build(name)))[1]
+    site = next(item for item in vtc.plan._find(classes.build(name), None))[1]
     return self_check._check(site)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in UNTRIED | OWN])
 def test_every_proven_class_is_tried_and_right(name):
     model = classes.build(name)
-    site = next(item for item in vtc.plan._find(model))[1]
+    site = next(item for item in vtc.plan._find(model, None))[1]
     before, weights = fingerprint(model), {n: p.data_ptr() for n, p in model.named_parameters()}
     rehearsal = self_check.Rehearsal(site.family, site.inner)
     assert self_check._check(site) == ("", "")
@@ -43,7 +43,7 @@ def test_every_proven_class_is_tried_and_right(name):
 @pytest.mark.parametrize("name", ["qwen3_5", "qwen4_exp", "gemma4", "molmo2", "kimi_k25", "mistral3_ministral3"])
 def test_in_bfloat16(name, attn):
     model = copy.deepcopy(classes.build(name, attn)).to(torch.bfloat16)
-    site = next(item for item in vtc.plan._find(model))[1]
+    site = next(item for item in vtc.plan._find(model, None))[1]
     assert self_check._check(site) == ("", "")
 
 
@@ -51,7 +51,7 @@ def test_in_bfloat16(name, attn):
 def test_a_model_that_was_used_before_is_tried_as_a_new_one():
     model = classes.build("minicpmv4_7", fresh=True)
     model(**classes.inputs("minicpmv4_7", "ragged"))  # leaves what it knew of three rows
-    site = next(item for item in vtc.plan._find(model))[1]
+    site = next(item for item in vtc.plan._find(model, None))[1]
     assert self_check._check(site) == ("", "")
 
 
@@ -71,15 +71,15 @@ def one_axis(monkeypatch):
 
 
 def next_place(monkeypatch):
-    own = patch.MultimodalPatch.shrink
+    own = patch.shrink
 
-    def shrink(self, item, *more):
-        own(self, item, *more)
+    def shrink(item, *more):
+        own(item, *more)
         pooled = item.output.pooler_output
         moved = [x.roll(1, 0) for x in (pooled if isinstance(pooled, tuple) else [pooled])]
         item.output.pooler_output = tuple(moved) if isinstance(pooled, tuple) else moved[0]
 
-    monkeypatch.setattr(patch.MultimodalPatch, "shrink", shrink)
+    monkeypatch.setattr(patch, "shrink", shrink)
 
 
 def no_gaps_in_the_cache(monkeypatch):
@@ -175,4 +175,4 @@ def test_what_is_refused_by_name_would_be_refused_by_trial(name, monkeypatch):
 def test_the_verdict_is_the_same_without_weights(name):
     with torch.device("meta"):
         model = type(classes.build(name))(copy.deepcopy(classes.build(name).config))
-    assert check(name) == ("", "") and self_check._check(next(vtc.plan._find(model))[1]) == ("", "")
+    assert check(name) == ("", "") and self_check._check(next(vtc.plan._find(model, None))[1]) == ("", "")

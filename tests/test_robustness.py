@@ -133,7 +133,13 @@ def test_functional(name, data):
         "neighbors": st.integers(1, 40),
         "step": st.integers(1, 40),
         "seed": st.integers(0, 9),
-        **{score: st.just(x.abs().sum(-1)) for score in ("importance", "sensitivity", "relevance", "saliency")},
+        **dict.fromkeys(("importance", "sensitivity", "relevance", "saliency", "attention"), st.just(x.abs().sum(-1))),
+        "text": st.sampled_from([x[:, :0], x[:, :2], x[..., :5]]),
+        "text_mask": st.sampled_from([None, mask[:, :2], mask]),
+        **dict.fromkeys(("tower", "pixels"), st.sampled_from([None, x[..., :2], x[:, 1:]])),
+        "frames": st.sampled_from(
+            [1, 2, 5, [(tokens,)] * batch, [(1, tokens - 1)] * batch, [(0,)] * batch, 0, "x", [3]]
+        ),
     }
     needed = [
         key
@@ -143,7 +149,11 @@ def test_functional(name, data):
     more = data.draw(st.lists(st.sampled_from(list(taken)[1:]), max_size=3))
     options = {}
     for key in dict.fromkeys([*({"keep"} & set(taken)), *needed, *more]):
-        tensor = key in ("mask", "size") or key in needed and key not in ("keep", "grid", "margin", "rows", "columns")
+        tensor = (
+            key in ("mask", "size", "text_mask", "tower", "pixels")
+            or key in needed
+            and key not in ("keep", "grid", "margin", "rows", "columns")
+        )
         usual = likely.get(key, value(key))
         options[key] = data.draw(usual if tensor or data.draw(st.integers(0, 9)) else ODD)
     try:

@@ -77,6 +77,7 @@ REFUSED = {
     "zoo_prune": "which vLLM does not give",
     "mmtok": "reads the question, and vLLM caches what it made of an image for every question",
     "pixelprune": "vLLM runs it on whole images",
+    **dict.fromkeys(("evs", "flashvid", "vidcom2"), "the frames of each video, which vLLM does not give"),
 }
 
 

@@ -90,7 +90,7 @@ def stays_at_once(features: Tensor, keep: float | int, mask: Tensor | None) -> i
     """How many tokens of a batch stay if a method reduces once: an int, or [B] if there is a mask."""
     Budget(keep)
     kept = [kept_at_once(keep, n) for n in lengths(features, 0, mask)]
-    return kept[0] if mask is None else torch.tensor(kept, device=features.device)
+    return kept[0] if mask is None else torch.tensor(kept, dtype=torch.long, device=features.device)
 
 
 def goes_by_rounds(
@@ -101,7 +101,7 @@ def goes_by_rounds(
     if r is not None and not isinstance(r, int):
         raise OptionError(f"r={r!r}: it takes one whole number; a list is for the layers of an encoder")
     gone = [removed_by_rounds(keep, r, n) for n in lengths(features, prefix, mask)]
-    return gone[0] if mask is None else torch.tensor(gone, device=features.device)
+    return gone[0] if mask is None else torch.tensor(gone, dtype=torch.long, device=features.device)
 
 
 # -- units that share a budget --------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vtc import ops, scores
 from vtc.budget import goes_by_rounds, lengths, stays_at_once
-from vtc.checks import check, check_finite, check_mask, check_number, check_seed
+from vtc.checks import check, check_finite, check_mask, check_number, check_seed, is_int
 from vtc.decide import decide, in_rounds
 from vtc.errors import InputError, OptionError
 from vtc.layout import Grid
@@ -387,16 +387,24 @@ def _video(method: Method, features: Tensor, frames: Frames, mask: Tensor | None
         if x is not None and x.shape[:2] != features.shape[:2]:
             raise InputError(f"{name} must begin with {tuple(features.shape[:2])}, not {tuple(x.shape)}")
     counts = lengths(features, 0, mask) * (len(features) if mask is None else 1)
-    if isinstance(frames, int):
-        if frames < 1 or any(n % frames for n in counts):
+    sizes: Any = frames
+    if is_int(frames):
+        if sizes < 1 or any(n % sizes or not n for n in counts):
             raise InputError(f"frames={frames}: {sorted(set(counts))} tokens are not that many frames of one size")
-        frames = [(n // frames,) * frames for n in counts]
-    if [sum(each) for each in frames] != counts:
+        sizes = [(n // sizes,) * sizes for n in counts]
+    told = isinstance(sizes, (tuple, list)) and all(isinstance(each, (tuple, list)) for each in sizes)
+    if not told or not all(is_int(n) and n > 0 for each in sizes for n in each):
+        raise InputError(f"frames={frames!r}: it takes a number of frames, or of every video the sizes of its frames")
+    if [sum(each) for each in sizes] != counts:
         raise InputError(f"frames={frames!r}: the videos have {counts} tokens")
-    gone = [n - method.kept_of_video(tuple(each)) for n, each in zip(counts, frames, strict=True)]
-    removed = gone[0] if mask is None and len(set(gone)) == 1 else torch.tensor(gone, device=features.device)
+    gone = [n - method.kept_of_video(tuple(each)) for n, each in zip(counts, sizes, strict=True)]
+    removed = (
+        gone[0]
+        if mask is None and len(set(gone)) == 1
+        else torch.tensor(gone, dtype=torch.long, device=features.device)
+    )
     with torch.no_grad():
-        return decide(method, Tokens(features, mask=mask, frames=tuple(map(tuple, frames)), **given), removed)
+        return decide(method, Tokens(features, mask=mask, frames=tuple(map(tuple, sizes)), **given), removed)
 
 
 def _check_not_negative(name: str, scores: Tensor, mask: Tensor | None, why: str) -> None:

@@ -48,5 +48,5 @@ def tome_round(
 def _packed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Indices of the chosen tokens, ascending, at the front of every row, and which entries are real."""
     order = (~chosen).long().argsort(dim=1, stable=True)
-    most = max(1, int(chosen.sum(1).max()))
+    most = max(1, int(chosen.sum(1).max()) if chosen.numel() else 0)
     return order[:, :most], chosen.gather(1, order)[:, :most]
