@@ -100,7 +100,9 @@ def test_the_selecting_example_by_its_definition(methods):
         methods["Farthest"](keep=0.5, p=0.5)
 
 
-RANKING = [n for n, c in METHODS.items() if issubclass(c, Ranked) and not c.in_decoder and "frames" not in c.reads]
+RANKING = [
+    n for n, c in METHODS.items() if issubclass(c, Ranked) and not c.in_decoder and "frames" not in c(keep=0.5).needs
+]
 
 
 @pytest.mark.parametrize("method", RANKING)
