@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import vtc
@@ -87,6 +87,10 @@ def check_map(token_map, tokens, slots, merges):
 def test_pages_that_share_a_padded_bucket_give_the_same(name, lengths, factor, seed):
     """As on a GPU, but here, where sums have one order."""
     pages = [page(n, seed=seed + i) for i, n in enumerate(lengths)]
+    for x in pages:  # where two partners are as near, a batch's rounding may decide for the other
+        unit = torch.nn.functional.normalize(x, dim=-1)
+        best = (unit @ unit.mT).fill_diagonal_(-1).sort(1, descending=True).values[:, :3]
+        assume(bool((best.diff(dim=1).abs() > 1e-6).all()))
     alone = [pool([x], factor, method=name)[0] for x in pages]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pooling, "buckets", lambda lengths, which, on_cpu: [which] if which else [])
