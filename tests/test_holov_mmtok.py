@@ -340,7 +340,7 @@ def test_a_batch_beyond_a_tile_goes_in_parts(monkeypatch):
     method, counts = vtc.MMTok(keep=0.5), torch.tensor(case.counts)
     whole = method.pick(case.tokens(), counts)
     for tile in (1, 2 * case.mask.shape[1] * (case.mask.shape[1] + case.text.shape[1])):
-        monkeypatch.setattr(mmtok, "_TILE", tile)
+        monkeypatch.setattr(mmtok, "TILE", tile)
         assert torch.equal(method.pick(case.tokens(), counts), whole)
 
 

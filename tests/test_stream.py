@@ -142,6 +142,9 @@ def test_what_is_refused():
             stream.feed(pixels, torch.tensor([[2, WIDE, HIGH]]))
         with pytest.raises(InputError, match="more than the budget"):
             stream.feed(pixels, grid)
+        with pytest.raises(InputError, match="NaN"):
+            stream.feed(torch.full_like(pixels[: HIGH * WIDE], float("nan")), torch.tensor([[1, HIGH, WIDE]]))
+        assert [len(frame.places) for frame in stream.frames] == [2, 1]  # as they were
         with pytest.raises(InputError, match="0 video placeholders"):
             stream.generate(torch.tensor([[5, 6]]))
         with pytest.raises(InputError, match="attention_mask"):

@@ -27,6 +27,11 @@ def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise OptionError(f"{name}={value!r}: it takes True or False")
+
+
 def check_seed(seed: Any) -> None:
     check_number("seed", seed, 0, 2**62, whole=True)  # generators hold 64 bits, and the layer's number is added
 

@@ -135,10 +135,15 @@ def change(x: Tensor, frames: Sequence[int]) -> Tensor:
     unit = by_place(normalize(x), frames)
     if len(unit) == 1:
         return unit.new_ones(1)
-    apart = (1 - (unit[1:] * unit[:-1]).sum(-1)).clamp(min=0).mean(1)
+    apart = (1 - to_the_last(unit)).clamp(min=0).mean(1)
     if not bool((apart > 1e-6).any()):  # cosines of copies are off by rounding
         return unit.new_ones(len(unit))
     return torch.cat([apart.max()[None], apart])
+
+
+def to_the_last(unit: Tensor) -> Tensor:
+    """The cosine of each of the unit vectors [T, ..., C] but the first to the one before it: [T - 1, ...]."""
+    return (unit[1:] * unit[:-1]).sum(-1)
 
 
 def by_place(x: Tensor, frames: Sequence[int]) -> Tensor:
@@ -153,7 +158,7 @@ def segments(mean: Tensor, threshold: float = 0.9, least: int = 8) -> list[int]:
     mean tokens is below `threshold`; if these are fewer than `least` segments, also at the lowest of the other cosines,
     the earliest first among equals. mean: [T, C]."""
     unit = normalize(mean)
-    alike = (unit[1:] * unit[:-1]).sum(-1)
+    alike = to_the_last(unit)
     cut = alike < threshold
     missing = min(least, len(mean)) - 1 - int(cut.sum())
     if missing > 0:

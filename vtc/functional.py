@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vtc import ops, scores
 from vtc.budget import goes_by_rounds, lengths, stays_at_once
-from vtc.checks import check, check_finite, check_mask, check_number, check_seed, is_int
+from vtc.checks import check, check_finite, check_flag, check_mask, check_number, check_seed, is_int
 from vtc.decide import decide, in_rounds
 from vtc.errors import InputError, OptionError
 from vtc.layout import Grid
@@ -83,8 +83,7 @@ def pitome(
 ) -> TokenMap:
     """PiToMe's energy-ordered matching (arXiv 2405.16148, Eq. 4 and Algorithm 1)."""
     check_pitome(margin, alpha, energy, split)
-    if not isinstance(protect, bool):
-        raise OptionError(f"protect={protect!r}: it takes True or False")
+    check_flag("protect", protect)
     step = partial(pitome_round, margin=margin, alpha=alpha, form=energy, split=split, protect=protect)
     return _rounds(step, features, keep, r, prefix, mask, size)
 
@@ -398,11 +397,7 @@ def _video(method: Method, features: Tensor, frames: Frames, mask: Tensor | None
     if [sum(each) for each in sizes] != counts:
         raise InputError(f"frames={frames!r}: the videos have {counts} tokens")
     gone = [n - method.kept_of_video(tuple(each)) for n, each in zip(counts, sizes, strict=True)]
-    removed = (
-        gone[0]
-        if mask is None and len(set(gone)) == 1
-        else torch.tensor(gone, dtype=torch.long, device=features.device)
-    )
+    removed = torch.tensor(gone, dtype=torch.long, device=features.device)
     with torch.no_grad():
         return decide(method, Tokens(features, mask=mask, frames=tuple(map(tuple, sizes)), **given), removed)
 

@@ -14,7 +14,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from PIL import Image
@@ -200,18 +200,27 @@ def _things(rng: np.random.Generator, level: Level) -> tuple[Thing, ...]:
     return tuple(made)
 
 
+def _only(things: Sequence[Thing], **what: str) -> bool:
+    """Whether one of the things alone is so."""
+    return sum(all(getattr(t, k) == v for k, v in what.items()) for t in things) == 1
+
+
+def _looks(t: Thing, things: Sequence[Thing]) -> list[Question]:
+    """The questions about how one of the things looks that have exactly one answer."""
+    found = []
+    if _only(things, noun=t.noun):
+        found.append(Question("colour", f"What colour is the {t.noun}?", t.colour))
+    if _only(things, colour=t.colour) and not t.digit and not t.number:
+        found.append(Question("shape", f"What shape is the {t.colour} thing?", t.name))
+    return found
+
+
 def ask(things: Sequence[Thing], rng: np.random.Generator) -> list[Question]:
     """Every question with exactly one answer, in random order."""
     found = []
-
-    def only(**what: str) -> bool:
-        return sum(all(getattr(t, k) == v for k, v in what.items()) for t in things) == 1
-
+    only = partial(_only, things)
     for t in things:
-        if only(noun=t.noun):
-            found.append(Question("colour", f"What colour is the {t.noun}?", t.colour))
-        if only(colour=t.colour) and not t.digit and not t.number:
-            found.append(Question("shape", f"What shape is the {t.colour} thing?", t.name))
+        found += _looks(t, things)
         if only(colour=t.colour, noun=t.noun):
             found.append(Question("position", f"Where is the {t.colour} {t.noun}?", t.place))
             if t.digit:
@@ -251,14 +260,8 @@ class Clip:
     @property
     def changes(self) -> tuple[Question, ...]:
         """Questions about the colours and shapes of what is there in one part only."""
-        found = []
-        for t, p in zip(self.things, self.parts, strict=True):
-            if p is not None and sum(o.noun == t.noun for o in self.things) == 1:
-                found.append(Question("colour", f"What colour is the {t.noun}?", t.colour))
-            alone = sum(o.colour == t.colour for o in self.things) == 1
-            if p is not None and alone and not t.digit and not t.number:
-                found.append(Question("shape", f"What shape is the {t.colour} thing?", t.name))
-        return tuple(found)
+        passing = (t for t, p in zip(self.things, self.parts, strict=True) if p is not None)
+        return tuple(q for t in passing for q in _looks(t, self.things))
 
     def thinned(self, keep: float) -> Clip:
         """The same with evenly spaced frames, that share of them: an even number, at least two, as some models pair

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vtc.budget import Budget, kept_at_once
-from vtc.checks import check_fraction, is_int
+from vtc.checks import check_flag, check_fraction, is_int
 from vtc.errors import OptionError
 from vtc.frames import FrameShares
 from vtc.frames import read as read_shares
@@ -79,8 +79,7 @@ class Method:
             object.__setattr__(self, "r", tuple(self.r))
         _ = self.budget  # accessing it checks the options
         for name in ("pooled", "proportional"):
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(f"{name}={getattr(self, name)!r}: it takes True or False")
+            check_flag(name, getattr(self, name))
         if self.where not in (None, "llm", "tower"):
             raise OptionError(f'where={self.where!r} is unknown; choose "llm" or "tower"')
         if self.where == "tower" and (self.pooled or not self.encoder):

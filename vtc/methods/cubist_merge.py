@@ -18,7 +18,6 @@ from vtc.methods.downsample import coarse_grid
 from vtc.token_map import TokenMap
 from vtc.tokens import Tokens
 
-_SAME = 1.0 - 1e-6  # copies have cosine 1 except for rounding, which would order them at random
 _MEMBERS = 3  # of a slot after one pass: a target and the places on both its sides
 
 
@@ -148,8 +147,7 @@ def _along(x: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """
     count = x.shape[1]
     unit = ops.normalize(x)
-    near = (unit[:, 1:] * unit[:, :-1]).sum(-1)
-    near = near.masked_fill(near > _SAME, 1.0)
+    near = ops.exact((unit[:, 1:] * unit[:, :-1]).sum(-1))
     left, right = near[:, ::2], near[:, 1::2]
     right = torch.nn.functional.pad(right, (0, left.shape[1] - right.shape[1]), value=-2.0)
     source = torch.maximum(left, right).argsort(dim=1, descending=True, stable=True)[:, :r]

@@ -13,7 +13,7 @@ from torch import Tensor
 from vtc import ops
 from vtc.budget import kept_at_once
 from vtc.errors import OptionError
-from vtc.frames import by_place
+from vtc.frames import by_place, to_the_last
 from vtc.methods.ranked import require
 from vtc.methods.selector import Selector, by_unit
 from vtc.tokens import Tokens
@@ -93,7 +93,5 @@ def differences(x: Tensor, frames: Sequence[int], on: str = "features") -> Tenso
         InputError: the frames differ in their numbers of tokens.
     """
     x = by_place(ops.normalize(x) if on == "features" else x.float(), frames)
-    moved = 1 - (x[1:] * x[:-1]).sum(-1) if on == "features" else (x[1:] - x[:-1]).abs().sum(-1)
-    if on == "features":  # a cosine of copies is off by rounding
-        moved = torch.where(moved < 1e-6, 0.0, moved)
+    moved = 1 - ops.exact(to_the_last(x)) if on == "features" else (x[1:] - x[:-1]).abs().sum(-1)
     return torch.cat([moved.new_full((1, x.shape[1]), float("inf")), moved]).flatten()

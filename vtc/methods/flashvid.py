@@ -12,8 +12,7 @@ from torch import Tensor
 
 from vtc import ops
 from vtc.budget import share_out
-from vtc.checks import check_fraction, check_number
-from vtc.errors import OptionError
+from vtc.checks import check_flag, check_fraction, check_number
 from vtc.frames import by_place, segments
 from vtc.methods.ranked import Ranked, require
 from vtc.methods.selector import each, stays
@@ -69,9 +68,8 @@ class FlashVID(Ranked):
         check_number("link", self.link, -1)
         check_number("cut", self.cut, -1)
         check_number("segments", self.segments, 1, whole=True)
-        for option in ("relevance", "exact"):
-            if not isinstance(getattr(self, option), bool):
-                raise OptionError(f"{option}={getattr(self, option)!r}: it takes True or False")
+        check_flag("relevance", self.relevance)
+        check_flag("exact", self.exact)
 
     def decide(self, tokens: Tokens, r: int | Tensor) -> TokenMap:
         weight, frames = self.weight(tokens), require(tokens, "frames", self.name)
@@ -180,11 +178,7 @@ def clusters(x: Tensor, chosen: Tensor, root: Tensor, count: int, exact: bool = 
 
 def _peaks(x: Tensor, count: int) -> Tensor:
     """The centre that every one of x [n, C] joins [n] long, of `count` < n density peaks."""
-    x = x.double()  # where the product has digits enough for near neighbours
-    total = x.square().sum(-1)
-    total = total[:, None] + total
-    squared = torch.addmm(total, x, x.mT, alpha=-2.0)
-    apart = (squared.where(squared > 1e-12 * total, 0.0) / x.shape[1]).sqrt()
+    apart = ops.euclidean(x[None], x[None])[0]
     # with less than two others, near tokens tie
     near = apart.topk(min(max(count, 3), _NEIGHBORS, len(x)), largest=False).values
     density = -near.square().mean(1)  # log rho

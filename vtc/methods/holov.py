@@ -127,9 +127,7 @@ def scores(unit: Tensor, attention: Tensor, there: Tensor) -> tuple[Tensor, Tens
 
 def quotas(share: list[float], size: list[int], count: int) -> list[int]:
     """How many of `count` tokens every crop keeps, by its share w and the number of its tokens."""
-    heaviest = (
-        torch.tensor(share).argsort(descending=True, stable=True).tolist()
-    )  # in float32, so that equal shares tie
+    heaviest = torch.tensor(share).argsort(descending=True, stable=True).tolist()  # in float32: equal shares tie
     quota = [math.floor(w * count) for w in share]
     for c in heaviest[: count - sum(quota)]:
         quota[c] += 1

@@ -13,10 +13,8 @@ from vtc.checks import check_finite, check_number
 from vtc.errors import OptionError
 from vtc.methods.ranked import checked, require
 from vtc.methods.selector import Selector
+from vtc.scores.simple import TILE
 from vtc.tokens import Tokens
-
-# Values of the table that are in memory at a time, unless one image needs more (64 MiB).
-_TILE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class MMTok(Selector):
         if tokens.said is not None and not bool(words.any(1).all()):
             tokens.said.append("a prompt holds no text: there, the image alone decides")
         counts = torch.as_tensor(count, device=device).expand(len(real))
-        step = max(1, _TILE // max(1, real.shape[1] * (words.shape[1] + real.shape[1])))
+        step = max(1, TILE // max(1, real.shape[1] * (words.shape[1] + real.shape[1])))
         parts = (x.split(step) for x in (features, text, tower, real, words, counts))
         orders = [
             ops.cover_select(self.cover(z, q, v, there, said), k, there, torch.cat([said, there], 1))

@@ -177,10 +177,7 @@ def _ragged_sets(
     sets = []
     for side in (first, ~first):
         chosen = (place < taking[:, None]) & side
-        index = (
-            order.masked_fill(~chosen, order.shape[1])
-            .sort(dim=1)
-            .values[:, : int(chosen.sum(1).max()) if chosen.numel() else 0]
-        )
+        most = int(chosen.sum(1).max()) if chosen.numel() else 0
+        index = order.masked_fill(~chosen, order.shape[1]).sort(dim=1).values[:, :most]
         sets.append((index.clamp(max=order.shape[1] - 1), index < order.shape[1]))
     return sets[0], sets[1]

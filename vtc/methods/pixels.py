@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.checks import check_number
+from vtc.checks import check_flag, check_number
 from vtc.errors import OptionError
 from vtc.layout import Grid
 
@@ -22,8 +22,7 @@ def check_rule(tolerance: Any, metric: Any, anchored: Any) -> None:
         raise OptionError(f"tolerance={tolerance!r}: pixel values lie in [0, 1], so 1 and above takes all for one")
     if metric not in METRICS:
         raise OptionError(f"metric={metric!r} is unknown; choose one of {', '.join(METRICS)}")
-    if not isinstance(anchored, bool):
-        raise OptionError(f"anchored={anchored!r}: it takes True or False")
+    check_flag("anchored", anchored)
 
 
 def kept_cells(

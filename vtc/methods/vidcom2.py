@@ -10,8 +10,7 @@ from torch import Tensor
 
 from vtc import ops
 from vtc.budget import share_out
-from vtc.checks import check_fraction
-from vtc.errors import OptionError
+from vtc.checks import check_flag, check_fraction
 from vtc.frames import scales, similarity
 from vtc.methods.ranked import require
 from vtc.methods.selector import Selector, by_unit
@@ -40,8 +39,7 @@ class VidCom2(Selector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.exact, bool):
-            raise OptionError(f"exact={self.exact!r}: it takes True or False")
+        check_flag("exact", self.exact)
         if not self.exact:
             check_fraction("keep with exact=False", self.keep, or_count=False)
 
@@ -57,9 +55,8 @@ class VidCom2(Selector):
             shares = share_out(count, quotas, frames, least=int(count >= len(frames)))
         else:
             shares = [max(1, round(q)) for q in quotas]
-        alike = (
-            (video + frame).round(decimals=5).split(list(frames))
-        )  # unit vectors of one direction are off by rounding
+        # unit vectors of one direction are off by rounding
+        alike = (video + frame).round(decimals=5).split(list(frames))
         starts = torch.tensor([0, *frames]).cumsum(0).tolist()
         picked = [ops.top_select(-own[None], k)[0] + at for own, k, at in zip(alike, shares, starts, strict=False)]
         return torch.cat(picked)

@@ -12,7 +12,7 @@ from torch import Tensor
 from vtc.ops import definitions, selection
 from vtc.ops.definitions import joined, nearest_kept, normalize, over_heads, seeded_uniform, sizes
 from vtc.ops.kernels import backend, compiled, set_backend
-from vtc.ops.selection import between, top_select
+from vtc.ops.selection import between, euclidean, exact, top_select
 
 __all__ = [
     "attention_received",
@@ -26,6 +26,8 @@ __all__ = [
     "dpc_knn",
     "dpp_select",
     "energy",
+    "euclidean",
+    "exact",
     "greedy_select",
     "joined",
     "merge",

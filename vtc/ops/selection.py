@@ -122,7 +122,7 @@ def cosines(unit: Tensor, mask: Tensor | None = None) -> Tensor:
     product = unit.new_empty(len(unit), unit.shape[1], unit.shape[1])
     for own, out in zip(unit, product, strict=True):
         torch.mm(own, own.mT, out=out)
-    return _exact(product)
+    return exact(product)
 
 
 @torch.no_grad()
@@ -262,13 +262,7 @@ def dpc_knn(
     starts = range(0, tokens, size)
 
     def distances(start: int, to: Tensor) -> Tensor:
-        # |a|^2 + |b|^2 - 2ab cancels for near neighbours, so it is computed in float64, where copies get a distance
-        # within 1e-12 of 0; as a product it is still many times faster than differences in float32
-        rows, to = x[:, start : start + size].double(), to.double()
-        total = rows.square().sum(-1)[..., None] + to.square().sum(-1)[:, None]
-        squared = torch.baddbmm(total, rows, to.mT, alpha=-2.0)
-        squared = torch.where(squared <= 1e-12 * total, 0.0, squared)
-        return (squared / width).sqrt().float()
+        return euclidean(x[:, start : start + size], to).float()
 
     whole = distances(0, x) if size == tokens else None
     near = torch.where(centres_there >= neighbors, neighbors, (centres_there // 2).clamp(1, 3))[:, None, None]
@@ -376,9 +370,19 @@ def _nearest(unit: Tensor, table: Tensor | None, mask: Tensor | None) -> Tensor:
 
 def between(a: Tensor, b: Tensor) -> Tensor:
     """Cosines of unit vectors [..., N, D] and [..., M, D]: [..., N, M]; those of copies are 1."""
-    return _exact(a @ b.mT)
+    return exact(a @ b.mT)
 
 
-def _exact(cosine: Tensor) -> Tensor:
+def euclidean(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean distances / sqrt(width) of tokens [B, N, D] and [B, M, D]: [B, N, M] float64; those of copies are 0."""
+    # |a|^2 + |b|^2 - 2ab cancels for near neighbours, so it is computed in float64, where copies get a distance within
+    # 1e-12 of 0; as a product it is still many times faster than differences in float32
+    a, b = a.double(), b.double()
+    total = a.square().sum(-1)[..., None] + b.square().sum(-1)[:, None]
+    squared = torch.baddbmm(total, a, b.mT, alpha=-2.0)
+    return (torch.where(squared <= 1e-12 * total, 0.0, squared) / a.shape[2]).sqrt()
+
+
+def exact(cosine: Tensor) -> Tensor:
     """Cosines, in place: those of copies are 1."""
     return cosine.masked_fill_(cosine > _SAME, 1.0)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.checks import check_number
+from vtc.checks import check_flag, check_number
 from vtc.decide import Units, decide
 from vtc.errors import OptionError
 from vtc.layout import Unit
@@ -78,9 +78,8 @@ def pool(
     else:
         raise OptionError(f"factor={factor!r} and tokens={tokens!r}: both say how many vectors stay, give one")
     check_number("protect", protect, 0, whole=True)
-    for name, value in (("normalize", normalize), ("maps", maps)):
-        if not isinstance(value, bool):
-            raise OptionError(f"{name}={value!r}: it takes True or False")
+    check_flag("normalize", normalize)
+    check_flag("maps", maps)
     chosen = ready(method)
     pages, columns = pages_of(embeddings, mask)
 

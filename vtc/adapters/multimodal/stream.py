@@ -16,7 +16,7 @@ from vtc.budget import share_out
 from vtc.checks import check_finite, check_number
 from vtc.decide import Units
 from vtc.errors import InputError, UnsupportedModelError
-from vtc.layout import Layout, Unit
+from vtc.layout import Grid, Layout, Unit
 
 
 @dataclass
@@ -68,13 +68,14 @@ class VideoStream:
             )
         self.patch, self.model, self.tokens = patch, model, tokens
         self.frames: list[Frame] = []
-        self.grid: tuple[int, int] | None = None  # rows and columns of a frame's patches
+        self.grid: Grid | None = None  # rows and columns of a frame's patches
+        self.cells: Grid = (0, 0)  # and of its tokens
         self.output: Any = None
 
     @property
     def seen(self) -> int:
         """How many tokens all frames had."""
-        return 0 if self.grid is None else len(self.frames) * self._places
+        return len(self.frames) * self._places
 
     @property
     def kept(self) -> int:
@@ -101,20 +102,24 @@ class VideoStream:
             output = encode(pixel_values_videos, video_grid_thw=grid, return_dict=True)
             encoded = output.vtc_encoded
             rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in patch.family.pooled(output)])
-            check_finite(rows, "image tokens")
             units = Units(rows, encoded.layout.units)
+        with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+            check_finite(rows, "image tokens")
             fields = {name: units.packed(x) for name, x in encoded.evidence.items()}
             if "projector" in patch.method.needs & patch.family.evidence:
                 fields["projector"] = patch.family.projection(patch.inner)
-            self.grid = (size[0], size[1])
-            shares = self._shares(len(self.frames) + time)
-            for frame, share in zip(self.frames, shares, strict=False):
-                frame.cut(share)
-            new = shares[len(self.frames) :]
+            lengths = [units.lengths[0]] * (len(self.frames) + time)
+            total = min(self.tokens, sum(lengths))
+            shares = share_out(total, [total / len(lengths)] * len(lengths), lengths)
+            before, new = shares[: len(self.frames)], shares[len(self.frames) :]
             order = patch.method.pick(units.tokens(patch.method, **fields), max(new))
-            for i, share in enumerate(new):
-                places = order[i][:share].clone()
-                self.frames.append(Frame(places, rows[units.index[i][places]]))
+        for frame, share in zip(self.frames, before, strict=True):
+            frame.cut(share)
+        for i, share in enumerate(new):
+            places = order[i][:share].clone()
+            self.frames.append(Frame(places, rows[units.index[i][places]]))
+        assert units.grids[0] is not None
+        self.grid, self.cells = (size[0], size[1]), units.grids[0]
         output = copy.copy(output)  # an empty one of the same kind, for `generate`
         output.pooler_output = output.last_hidden_state = None
         output.__dict__.pop("vtc_encoded", None)
@@ -123,13 +128,7 @@ class VideoStream:
     @property
     def _places(self) -> int:
         """How many tokens a frame has."""
-        assert self.grid is not None
-        return self.grid[0] * self.grid[1] // self.patch.family.patches_per_token(self.patch.inner)
-
-    def _shares(self, frames: int) -> list[int]:
-        counts = [self._places] * frames
-        total = min(self.tokens, sum(counts))
-        return share_out(total, [total / frames] * frames, counts)
+        return self.cells[0] * self.cells[1]
 
     def generate(self, input_ids: Tensor, **more: Any) -> Tensor:
         """The model's `generate` about the frames so far.
@@ -173,14 +172,10 @@ class VideoStream:
         index = torch.cat([frame.places.sort().values + i * self._places for i, frame in enumerate(self.frames)])
         kept = torch.zeros(self.seen, dtype=torch.bool)
         kept[index.cpu()] = True
-        left = Left(kept, None)
-
-        output = copy.copy(self.output)
+        left, output = Left(kept, None), copy.copy(self.output)
         rows = [frame.rows[frame.places.argsort()] for frame in self.frames]
         output.pooler_output = (left.spread(torch.cat(rows)),)
-        edge = round(self.patch.family.patches_per_token(self.patch.inner) ** 0.5)
-        grid = (self.grid[0] // edge, self.grid[1] // edge)  # type: ignore[index]
-        units = [Unit(torch.arange(i * self._places, (i + 1) * self._places), 0, grid) for i in range(len(self.frames))]
-        layout = Layout(tuple(units))
+        places = torch.arange(self.seen).split(self._places)
+        layout = Layout(tuple(Unit(each, 0, self.cells) for each in places))
         output.vtc_encoded = EncodedFeatures(self.patch.encoders, (self.seen,), layout, {}, left=left, decided=True)
         return output

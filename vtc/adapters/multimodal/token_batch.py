@@ -205,8 +205,7 @@ class TokenBatch(Units):
         if self.whole is None or isinstance(keep, float):
             return super().removals(keep, left)
         kept = kept_of_units(keep, self.whole, [unit.item for unit in self.units])
-        gone = [max(0, n - k) for n, k in zip(self.lengths, kept, strict=True)]
-        return torch.tensor(gone, device=self.rows.device)
+        return self.gone([min(n, k) for n, k in zip(self.lengths, kept, strict=True)])
 
     def seen_by(self, method: Method, **fields: Any) -> Tokens:
         """What the method sees, with the evidence that the encoders' outputs carry."""
