@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vtc
@@ -85,18 +85,19 @@ def check_map(token_map, tokens, slots, merges):
 @settings(max_examples=10, deadline=None)
 @given(LENGTHS, st.sampled_from([2, 3, 10]), st.integers(0, 10**6))
 def test_pages_that_share_a_padded_bucket_give_the_same(name, lengths, factor, seed):
-    """As on a GPU, but here, where sums have one order."""
+    """As on a GPU, but here, where sums have one order. Where two choices are as good, rounding may make the other one:
+    then the page alone makes it, too, when its values are moved by a few roundings."""
     pages = [page(n, seed=seed + i) for i, n in enumerate(lengths)]
-    for x in pages:  # where two partners are as near, a batch's rounding may decide for the other
-        unit = torch.nn.functional.normalize(x, dim=-1)
-        best = (unit @ unit.mT).fill_diagonal_(-1).sort(1, descending=True).values[:, :3]
-        assume(bool((best.diff(dim=1).abs() > 1e-6).all()))
-    alone = [pool([x], factor, method=name)[0] for x in pages]
+    noise = torch.Generator().manual_seed(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pooling, "buckets", lambda lengths, which, on_cpu: [which] if which else [])
         together = pool(pages, factor, method=name)
-    for a, b in zip(alone, together, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    for x, ours in zip(pages, together, strict=True):
+        moved = (x * (1 + scale * torch.randn(x.shape, generator=noise)) for scale in (0, *[1e-6] * 60))
+        alone = (pool([y], factor, method=name)[0] for y in moved)
+        assert any(
+            torch.allclose(y, ours, atol=1e-6 if number == 0 else 1e-5, rtol=0) for number, y in enumerate(alone)
+        )
 
 
 @settings(max_examples=50, deadline=None)

@@ -88,7 +88,7 @@ def asked(draw, llm):
 
 
 @pytest.mark.parametrize("name", METHODS)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_one_senseless_option(name, data):
     """An error that names it and its value; or a method that a file keeps."""
@@ -113,7 +113,7 @@ TOKENS = st.one_of(st.integers(0, 4), st.integers(0, 30))
 
 
 @pytest.mark.parametrize("name", sorted(set(vtc.functional.__all__) - {"ppe_positions", "zeroth_order_sensitivity"}))
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_functional(name, data):
     """A map of the right shape, or an error that says what is wrong."""
@@ -202,7 +202,7 @@ def promised(model, call, name, options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm-vit-dynamic", "timm-dinov3", "hf-dinov2"])
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None)
 @given(asked(llm=False), st.integers(1, 3), st.sampled_from([(64, 64), (40, 96), (16, 8), (8, 8)]))
 @torch.no_grad()
 def test_encoders(name, ask, batch, size):
@@ -212,7 +212,7 @@ def test_encoders(name, ask, batch, size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None)
 @given(asked(llm=True), st.data())
 def test_multimodal_llms(name, ask, data):
     model = mllm_zoo.build(name)
