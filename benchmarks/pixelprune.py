@@ -5,22 +5,25 @@ still answers. Writes benchmarks/results/pixelprune.md in some minutes: ``.venv/
 
 from __future__ import annotations
 
+import copy
 import platform
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from PIL import Image
 
 import vtc
 from vtc.adapters.multimodal.families.base import IMAGE
-from vtc.eval import answers, pages
-from vtc.eval.asking import View, questions, replies
-from vtc.eval.scenes import SIDE
+from vtc.checkpoints.tiny import tiny_colqwen
+from vtc.eval import answers, corpus, pages, retrieval, scenes
+from vtc.eval.asking import Asked, View, questions, shared_replies
 
 LEVELS = (0.0, 1.5, 4.5, 8.5)  # in grey levels: between two, since a difference of a level is not exactly 1/255
 FOOT = 28  # pixels of a token's side: two patches of 14
@@ -123,32 +126,138 @@ def speed() -> list[str]:
     return lines
 
 
-def answered(limit: int = 30, seeds: int = 1) -> list[str]:
+def encoders() -> list[str]:
+    """Plain encoders of random weights, on drawn pages of 512 x 512."""
+    import timm
+
+    small = timm.create_model("vit_small_patch16_224", img_size=512, num_classes=0).eval()
+    config = transformers.Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=512, patch_size=16)
+    sheets = [np.asarray(pages.page(number).image.convert("RGB"), np.float32) / 127.5 - 1 for number in range(8)]
+    images = torch.tensor(np.stack(sheets)).permute(0, 3, 1, 2)
+    lines = ["| encoder | pages | patches | MACs | dense | pruned | faster |", "|---|---|---|---|---|---|---|"]
+    for name, model in (
+        ("ViT-S/16 (timm)", small),
+        ("DINOv2-S/16 (transformers)", transformers.Dinov2Model(config).eval()),
+    ):
+        other = copy.deepcopy(model)
+        with torch.no_grad(), vtc.compress(other, "pixelprune") as handle:
+            for some in (images[:1], images):
+                other(some)
+                report, times = handle.report, []
+                for _ in range(5):
+                    times.append(tuple(clocked(net, some) for net in (model, other)))
+                dense, fast = (median(each) for each in zip(*times, strict=True))
+                ratio = median(a / b for a, b in times)
+                fewest, most = min(report.after), max(report.after)
+                left = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+                lines.append(
+                    f"| {name} | {len(some)} | {report.before[0]}, then {left} | {report.macs_ratio:.1%} "
+                    f"| {dense:.2f} s | {fast:.2f} s | {ratio:.1f} times |"
+                )
+    return lines
+
+
+def found(sheets: int = 160, queries: int = 500) -> list[str]:
+    """Pages found again by three to five neighbouring words of theirs: a page's words must have been read."""
+    model, process = tiny_colqwen()
+    drawn = [pages.page(number) for number in range(sheets)]
+    asked = pages.queries(drawn, queries)
+    relevant, words = torch.tensor([query.page for query in asked]), retrieval.ask(model, process, asked)
+    whole, seconds = retrieval.encode(model, process, drawn)
+    dense = corpus.Corpus(whole, words, relevant)
+    lines = ["| method | vectors a page | seconds | nDCG@5 | Spearman | top-5 overlap |", "|---|---|---|---|---|---|"]
+
+    def row(name: str, vectors: Any, seconds: float) -> None:
+        scores = corpus.maxsim(words, vectors)
+        ranked = (
+            corpus.ndcg(scores, relevant),
+            corpus.spearman(dense.scores, scores),
+            corpus.overlap(dense.scores, scores),
+        )
+        count = sum(map(len, vectors)) / len(vectors)
+        lines.append(f"| {name} | {count:.0f} | {seconds:.1f} | " + " | ".join(f"{x:.3f}" for x in ranked) + " |")
+
+    row("dense", whole, seconds)
+    share = 0.5
+    for level in LEVELS:
+        with vtc.compress(model, "pixelprune", tolerance=level / 255):
+            vectors, seconds = retrieval.encode(model, process, drawn)
+        share = sum(map(len, vectors)) / sum(map(len, whole)) if not level else share
+        row(f"pixelprune, tolerance {level:g}/255", vectors, seconds)
+    for name in ("divprune", "random"):
+        with vtc.compress(model, name, keep=round(share, 3)):
+            row(f"{name}, keep {share:.3f}", *retrieval.encode(model, process, drawn))
+    side = round(512 * share**0.5 / 16) * 16
+    small = [replace(sheet, image=sheet.image.resize((side, side), Image.Resampling.BICUBIC)) for sheet in drawn]
+    row(f"the page in {side}x{side}", *retrieval.encode(model, process, small))
+    return [f"{sheets} drawn pages of 512x512, {len(asked)} queries of three to five neighbouring words.", "", *lines]
+
+
+def answered(limit: int = 350, side: int = 384) -> list[str]:
+    """Numbers read, places told and the rest, on one colour, on a drawn screen, and on uneven grounds."""
     model, process = answers.load("tiny_qwen")
-    lines = ["| method | tokens | correct |", "|---|---|---|"]
-    ways: list[Any] = [None, *(vtc.PixelPrune(tolerance=level / 255) for level in LEVELS)]
-    ways += [vtc.DivPrune(keep=0.25), vtc.DivPrune(keep=0.25, before=vtc.PixelPrune())]
-    ways += [vtc.DivPrune(keep=0.5, before=vtc.PixelPrune())]
-    sets = [questions(seed, limit, View(((SIDE, SIDE),), None, None, 1)) for seed in range(seeds)]
-    for method in ways:
-        right, tokens, whole = [], [], []
-        handle = None if method is None else vtc.compress(model, method)
-        for asked in sets:
-            for start in range(0, len(asked), 16):
-                some = asked[start : start + 16]
-                said = list(replies(model, process, some, 16))
-                right += [a == q.answer for a, q in zip(said, some, strict=True)]
-                if handle is not None:
-                    tokens += handle.report.after
-                    whole += handle.report.before
-        label = "dense" if method is None else method.name if not method.before else f"{method.name}+pixelprune"
-        if method is not None:
-            handle.remove()
-            told = f"tolerance {255 * method.tolerance:g}/255" if method.name == "pixelprune" else f"keep {method.keep}"
-            label += f", {told}"
-        share = "100%" if method is None else f"{sum(tokens) / sum(whole):.1%}"
-        lines.append(f"| {label} | {share} | {mean(right):.3f} |")
-    return [f"{len(right)} questions about drawn scenes (no photographs behind them).", "", *lines]
+    lines = [f"Drawn scenes of {side}x{side}, {side**2 // 256} tokens; {limit} pictures a ground."]
+    for ground in (*scenes.FLAT, "plain"):
+        level = scenes.Level(numbers=2, backgrounds=(ground,), kinds=scenes.EVERY)
+        view = View(((side, side),), level=level)
+        rows, (_, every) = [], measured(model, process, view, limit, None)
+        rows.append(("dense", 1.0, every))
+        shares = []
+        for tolerance in LEVELS:
+            share, right = measured(model, process, view, limit, vtc.PixelPrune(tolerance=tolerance / 255))
+            rows.append((f"pixelprune, tolerance {tolerance:g}/255", share, right))
+            shares.append(share)
+        share = shares[0]
+        if share < 0.9:  # the same number of tokens in other ways
+            for method in (vtc.DivPrune(keep=round(share, 3)), vtc.Random(keep=round(share, 3))):
+                rows.append((f"{method.name}, keep {method.keep}", *measured(model, process, view, limit, method)))
+            smaller = round(side * share**0.5 / 16) * 16
+            shown = replace(view, resized=(smaller, smaller))
+            _, right = measured(model, process, shown, limit, None)
+            rows.append((f"the picture in {smaller}x{smaller}", (smaller / side) ** 2, right))
+        for method in (vtc.DivPrune(keep=0.25), vtc.DivPrune(keep=0.25, before=vtc.PixelPrune())):
+            behind = "+pixelprune" if method.before else ""
+            share, right = measured(model, process, view, limit, method)
+            rows.append((f"divprune{behind}, keep {method.keep}", share, right))
+        kinds = {kind: [ok for k, ok in every if k == kind] for kind in ("reading", "digit", "position", "count")}
+        lines += [
+            "",
+            f"**{ground}**: {len(every)} questions, " + ", ".join(f"{len(v)} {k}" for k, v in kinds.items()),
+            "",
+        ]
+        lines += ["| method | tokens | all | " + " | ".join(kinds) + " |", "|---|---|---|" + "---|" * len(kinds)]
+        for name, share, right in rows:
+            each = [mean(ok for _, ok in right), *(mean(ok for k, ok in right if k == kind) for kind in kinds)]
+            lines.append(f"| {name} | {share:.1%} | " + " | ".join(f"{x:.3f}" for x in each) + " |")
+            print(lines[-1], flush=True)
+    return lines
+
+
+def measured(model: Any, process: Any, view: View, limit: int, method: Any) -> tuple[float, list[tuple[str, bool]]]:
+    """The share of the tokens that the decoder got, and of every question its kind and whether the answer was right."""
+    handle = None if method is None else vtc.compress(model, method)
+    asked, right, tokens, whole = questions(0, limit, view), [], 0, 0
+    by: dict[int, list[Asked]] = {}
+    for question in asked:
+        by.setdefault(id(question.about), []).append(question)
+    groups = list(by.values())
+    for start in range(0, len(groups), 8):
+        some = [question for group in groups[start : start + 8] for question in group]
+        said = shared_replies(model, process, some, 8)
+        right += [(q.kind, a == q.answer) for a, q in zip(said, some, strict=True)]
+        if handle is not None:
+            tokens, whole = tokens + sum(handle.report.after), whole + sum(handle.report.before)
+        for group in groups[start : start + 8]:
+            vars(group[0].about).pop("image", None)  # drawn again if it is asked again
+    if handle is not None:
+        handle.remove()
+    return tokens / whole if whole else 1.0, right
+
+
+def clocked(net: Any, images: Any) -> float:
+    start = time.perf_counter()
+    net(images)
+    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -159,6 +268,8 @@ def main() -> None:
     for title, measure in (
         ("Share of the tokens whose patches enter the tower", shares),
         ("Time of the tower on a drawn page of 560x784 (median of 5, random weights, 8 layers of 640)", speed),
+        ("Time of plain encoders on drawn pages (median of 5, random weights)", encoders),
+        ("Pages found by their words, by the small ColQwen2", found),
         ("Answers of tiny_qwen", answered),
     ):
         parts.append((title, measure()))

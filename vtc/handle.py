@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtc.adapters.encoders.patch import EncoderPatch
+from vtc.adapters.encoders.pixel_patch import PixelPatch
 from vtc.adapters.encoders.rectangle_patch import RectanglePatch
 from vtc.adapters.encoders.site import EncoderSite
 from vtc.adapters.multimodal.patch import MultimodalPatch
@@ -34,7 +35,8 @@ def install(model: nn.Module, method: str | Method, **options: Any) -> Handle:
     try:
         for site in plan._sites:
             if isinstance(site, EncoderSite):
-                patches.append((RectanglePatch if site.rectangle else EncoderPatch)(site, chosen))
+                by_pixels = PixelPatch if chosen.entrance is chosen else EncoderPatch
+                patches.append((RectanglePatch if site.rectangle else by_pixels)(site, chosen))
             else:
                 patches.append(MultimodalPatch.at(site, chosen))
             patches[-1].install(model)

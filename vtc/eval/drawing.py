@@ -89,8 +89,11 @@ def _photo() -> Image.Image:
 
 
 def background(kind: str, rng: np.random.Generator, size: Size = (SIDE, SIDE)) -> Image.Image:
-    """A background of medium brightness, so that every colour stands out; never perfectly uniform."""
+    """A background of medium brightness, so that every colour stands out: "paper" of one colour; a "screen" of flat
+    panels; or never perfectly uniform."""
     base = rng.uniform(90, 165) + rng.uniform(-12, 12, 3)
+    if kind in ("paper", "screen"):
+        return _flat(base, rng, size, panels=kind == "screen")
     if kind == "photo":
         photo, longer = _photo(), max(size)
         side = int(rng.integers(SIDE // 2, min(photo.size)))
@@ -109,3 +112,22 @@ def background(kind: str, rng: np.random.Generator, size: Size = (SIDE, SIDE)) -
         plane = slope[0] * down[:, None] + slope[1] * across + rng.uniform(4, 9) * waves
         values = base + plane[..., None] + rng.normal(0, 2, (size[1], size[0], 1))
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+
+
+def _flat(base: np.ndarray, rng: np.random.Generator, size: Size, panels: bool) -> Image.Image:
+    """One colour; or a bar at the top, one at the side, and up to three windows, with lines around them."""
+
+    def shade() -> tuple[int, ...]:
+        return tuple(int(value) for value in (base + rng.uniform(-25, 25)).clip(0, 255))
+
+    image = Image.new("RGB", size, tuple(int(value) for value in base))
+    if not panels:
+        return image
+    pen, (width, height) = ImageDraw.Draw(image), size
+    pen.rectangle((0, 0, width, int(height * rng.uniform(0.06, 0.12))), shade(), shade())
+    pen.rectangle((0, int(height * 0.12), int(width * rng.uniform(0.1, 0.25)), height), shade(), shade())
+    for _ in range(int(rng.integers(1, 4))):
+        left, top = (int(n * rng.uniform(0.1, 0.6)) for n in size)
+        right, bottom = left + int(width * rng.uniform(0.2, 0.4)), top + int(height * rng.uniform(0.2, 0.4))
+        pen.rectangle((left, top, right, bottom), shade(), shade())
+    return image

@@ -10,7 +10,7 @@ from torch import Tensor
 from vtc.errors import OptionError
 from vtc.layout import Grid
 from vtc.methods.base import Method
-from vtc.methods.pixels import check_rule, kept_cells
+from vtc.methods.pixels import check_rule, sources
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,6 @@ class PixelPrune(Method):
     merges: ClassVar[bool] = False
     halves: ClassVar[bool] = False
     one_shot: ClassVar[bool] = True
-    encoder: ClassVar[bool] = False
     budgeted: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -72,9 +71,10 @@ class PixelPrune(Method):
     def entrance(self) -> PixelPrune:
         return self
 
-    def stay(self, cells: Tensor, grid: Grid) -> Tensor:
-        """[B, h*w] bool, which cells stay; cells as for `kept_cells`, differences between them in [0, 1]."""
-        return kept_cells(cells, grid, self.tolerance, self.metric, self.anchored)
+    def sources(self, cells: Tensor, grid: Grid) -> Tensor:
+        """[B, h*w] long, which cell stands for each; one that stays is its own. cells [B, h*w, c], of values whose
+        differences are those of pixels in [0, 1]."""
+        return sources(cells, grid, self.tolerance, self.metric, self.anchored)
 
 
 def _read_std(std: Any) -> tuple[float, float, float]:

@@ -29,10 +29,16 @@ def kept_cells(
     cells: Tensor, grid: Grid, tolerance: float, metric: str, anchored: bool, scan: str = "predict"
 ) -> Tensor:
     """[B, h*w] bool, which cells [B, h*w, c] of pixel values, in raster order, stay."""
+    if scan != "predict":
+        return _run_lengths(cells.float() if tolerance else cells, grid, tolerance, metric, scan == "serpentine")
+    source = sources(cells, grid, tolerance, metric, anchored)
+    return source == torch.arange(source.shape[1], device=source.device)
+
+
+def sources(cells: Tensor, grid: Grid, tolerance: float, metric: str, anchored: bool) -> Tensor:
+    """[B, h*w] long: which cell's pixels stand for those of each cell [B, h*w, c]; a cell that stays is its own."""
     rows, columns = grid
     cells = cells.float() if tolerance else cells
-    if scan != "predict":
-        return _run_lengths(cells, grid, tolerance, metric, scan == "serpentine")
     if tolerance and anchored:
         return _anchored(cells, grid, tolerance, metric)
     x = cells.unflatten(1, grid)
@@ -46,7 +52,11 @@ def kept_cells(
     from_above[:, 1:, 0] = True
     from_above[:, 1:, 1:] = above[:, 1:, :-1] & ~left[:, :-1, 1:]  # the corner resembles A and not B
     predicted = torch.where(from_above, above, left)
-    return ~predicted.flatten(1)
+    step = predicted * torch.where(from_above, columns, 1)  # how far back the predicting cell is
+    source = torch.arange(rows * columns, device=x.device) - step.flatten(1)
+    for _ in range((rows + columns).bit_length()):  # a chain goes left or up, and every time is followed twice as far
+        source = source.gather(1, source)
+    return source
 
 
 def _anchored(cells: Tensor, grid: Grid, tolerance: float, metric: str) -> Tensor:
@@ -54,7 +64,6 @@ def _anchored(cells: Tensor, grid: Grid, tolerance: float, metric: str) -> Tenso
     rows, columns = grid
     batch = torch.arange(len(cells), device=cells.device)[:, None]
     source = torch.arange(rows * columns, device=cells.device).repeat(len(cells), 1)  # the cell that stands for each
-    kept = torch.ones_like(source, dtype=torch.bool)
 
     def same(a: Tensor, b: Tensor) -> Tensor:
         return alike(cells[batch, a], cells[batch, b], tolerance, metric)
@@ -72,9 +81,8 @@ def _anchored(cells: Tensor, grid: Grid, tolerance: float, metric: str) -> Tenso
             corner, a, b = source[:, here[inner] - columns - 1], left[:, inner], above[:, inner]
             guess[:, inner] = torch.where(same(corner, a) & ~same(corner, b), b, a)
         predicted = same(here.expand_as(guess), guess)
-        kept[:, here] = ~predicted
         source[:, here] = torch.where(predicted, guess, source[:, here])
-    return kept
+    return source
 
 
 def _run_lengths(cells: Tensor, grid: Grid, tolerance: float, metric: str, serpentine: bool) -> Tensor:

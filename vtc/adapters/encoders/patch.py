@@ -11,7 +11,7 @@ import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,7 @@ class EncoderPatch:
     home: int = field(default_factory=threading.get_ident)
     shared: Running = field(default_factory=Running)
     others: dict[int, Running] = field(default_factory=dict)
+    early: ClassVar[bool] = False  # tokens leave in front of the first block
 
     def __post_init__(self) -> None:
         self.idle = self.method.budget.everything
@@ -99,7 +100,7 @@ class EncoderPatch:
         assert self.stage is not None
         notes = ["no image in the last call: this is of an earlier one"] if self.idle_calls else []
         notes += [f"encoder {self.where}{several}"] if several else []
-        return replace(report(self.method.name, self.site, self.stage), notes="; ".join(notes))
+        return replace(report(self.method.name, self.site, self.stage, self.early), notes="; ".join(notes))
 
     @property
     def installed(self) -> bool:

@@ -24,7 +24,8 @@ class Running:
         stage: the state after the last block that ran; None before the first block and after the last.
         grid: the grid of the images that were cut into patches last, or those of a ragged batch (NaFlex), one each.
         room: how many patches were cut from an image, and from all images, since block 0 ran; None = unknown.
-        resized: the image's own grid and the one it was resized to, kept until block 0.
+        resized: the image's own grid and the one it was resized to, kept until block 0; sources: the patch that stands
+            for each one, likewise (`PixelPatch`).
         wide: every block, not only the last, returns tokens at full length, and a call may stop between two blocks.
         wanted: the patch of the block whose keys are needed; keys: the keys it recorded.
         open: the running modules, outermost first, each with `cut` and `ended` as they were when it began.
@@ -36,6 +37,7 @@ class Running:
     grid: tuple[Grid, ...] | None = None
     room: tuple[int, int] | None = None
     resized: tuple[Grid, Grid] | None = None
+    sources: Tensor | None = None
     wide: bool = False
     wanted: Any = None
     keys: Tensor | None = None
@@ -191,15 +193,15 @@ def layer_maps(stage: CallState) -> list[TokenMap]:
     return [step.drop_prefix(stage.prefix) for step in maps or [TokenMap.identity(stage.batch, stage.entry)]]
 
 
-def report(name: str, site: EncoderSite, stage: CallState) -> Report:
-    """What a call of an encoder did."""
+def report(name: str, site: EncoderSite, stage: CallState, early: bool = False) -> Report:
+    """What a call of an encoder did; `early`: tokens left in front of its first layer."""
     images, prefix = stage.batch, stage.prefix
 
     def each(count: Any) -> list[int]:
         return [int(n) for n in count] if isinstance(count, Tensor) else [int(count)] * images
 
     flow = [(each(a), each(b)) for a, b in stage.flow]
-    seen = flow[0][0]  # what the encoder received; the image had more before resizing
+    seen = each(stage.entry) if early else flow[0][0]  # what the encoder received; an image had more before resizing
     entry = seen if stage.front is None else each(stage.front.group.shape[1])
     costs = site.macs.first(stage.layer)
     before = macs = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from vtc.adapters.encoders import rectangle
+from vtc.adapters.encoders import pixel_patch, rectangle
 from vtc.adapters.encoders.block_patch import patch_on
 from vtc.adapters.encoders.rotary import column_slots
 from vtc.adapters.encoders.site import EncoderSite
@@ -46,6 +46,8 @@ def refusal(site: EncoderSite, method: Method | None) -> str:
             f"keep={method.keep}: inside a ViT a fraction is per layer, and a layer keeps at least half; "
             "give the final number of tokens (an int), or flops="
         )
+    if method.entrance is method:
+        return pixel_patch.refusal(site, method)
     if "grid" in method.needs and isinstance(site.patchify, nn.Conv3d):
         return f"{method.name} needs rows and columns, and this encoder's patches have a third axis, time"
     if "grid" in method.needs and site.shuffled:
@@ -73,6 +75,8 @@ def reduced(site: EncoderSite, method: Method | None) -> str:
         return f"layer {getattr(method, 'layer', 0)}, in rows and columns before its attention"
     if method.resizes:
         return "the image, before the first layer"
+    if method.entrance is method:
+        return "the first layer's input, by the patches' pixels"
     where = "layer 0" if method.one_shot else f"layers 0-{len(site.blocks) - 1}, between attention and MLP"
     if method.ppe and not isinstance(site.rotary, str):
         where += (

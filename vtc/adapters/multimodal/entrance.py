@@ -59,10 +59,10 @@ class Entrance(Patch):
         with torch.no_grad():
             check_finite(pixels, "pixels")
             for cells, grid, alone in self.family.cells(self.inner, pixels, modality, call):
+                own = source = torch.arange(len(cells), device=cells.device)
                 if modality == IMAGE and alone:
-                    kept.append(self.method.stay(self.scaled(cells)[None], grid)[0])
-                else:
-                    kept.append(torch.ones(len(cells), dtype=torch.bool, device=cells.device))
+                    source = self.method.sources(self.scaled(cells)[None], grid)[0]
+                kept.append(source == own)
         stay = torch.cat(kept).cpu()
         self.left, self.ran = Left(stay, self.family.shorter(self.inner, modality, call, stay)), False
 
