@@ -9,7 +9,7 @@ from zoo import ZOO, model
 
 import vtc
 
-METHODS: dict[str, dict] = {name: {} for name, cls in vtc.methods.METHODS.items() if cls.encoder} | {
+METHODS: dict[str, dict] = {name: {} for name, cls in vtc.methods.METHODS.items() if cls.encoder and cls.budgeted} | {
     "pitome-nearest": {"preset": "nearest", "protect": True},
     "pitome-paper": {"preset": "paper"},
     "pitome-head": {"preset": "head"},

@@ -99,6 +99,7 @@ def facts(name: str) -> list[str]:
     places = ["before the tower of Qwen2-VL, Qwen2.5-VL and Qwen3-VL"] if before else places
     places += ['the layers of the tower (`where="tower"`)'] if goes(llm, keep=0.9, where="tower") else []
     layer = "once, at the first layer" if cls.one_shot else "between attention and MLP of every layer"
+    layer = "once, in front of the first layer" if before else layer
     merging: dict[str, dict[str, Any]] = {
         '`positions="ppe"`': {"positions": "ppe"},
         "`cascade=`": {"cascade": {1: 0.5}},
@@ -152,11 +153,11 @@ def overview() -> list[str]:
     from vtc.methods import METHODS
 
     parts = {
-        "In vision encoders and in multimodal LLMs:": [c for c in METHODS.values() if c.encoder],
+        "In vision encoders and in multimodal LLMs:": [c for c in METHODS.values() if c.encoder and c.budgeted],
         "In multimodal LLMs, where the decoder takes its image tokens in:": [
             c for c in METHODS.values() if not c.encoder and not c.in_decoder and not c.rectangle and c.budgeted
         ],
-        "Before the tower of some multimodal LLMs, alone or with one of these behind it:": [
+        "Before the layers of vision encoders and of some multimodal LLMs' towers, there with one behind it, too:": [
             c for c in METHODS.values() if not c.budgeted
         ],
         "And from a layer of the decoder on:": [c for c in METHODS.values() if c.in_decoder],

@@ -121,8 +121,8 @@ class Handle:
         """A long video in pieces of frames: `feed` them, then `generate`, with at most `tokens` of all frames so far.
 
         Raises:
-            UnsupportedModelError: a family whose towers see more than a frame (or pair) at a time or whose prompts are
-                cut by timestamps; a method whose picks depend on their number, or on the question.
+            UnsupportedModelError: a family whose towers see more than a frame (or pair) at a time; a method whose picks
+                depend on their number, or on the question.
         """
         for patch in self.patches:
             if isinstance(patch, MultimodalPatch):

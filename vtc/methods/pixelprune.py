@@ -15,14 +15,15 @@ from vtc.methods.pixels import check_rule, sources
 
 @dataclass(frozen=True)
 class PixelPrune(Method):
-    """In front of the vision tower: a token's patches leave if their pixels are those that its neighbours predict.
+    """In front of the first layer: a token's patches leave if their pixels are those that its neighbours predict.
 
-    The prediction of a cell (the patches that become one token) is its left neighbour A; in column 0 the upper one, B;
-    elsewhere B, if the cell at the upper left resembles A and not B. A cell stays unless it resembles its prediction;
-    cells resemble each other if their distance is at most `tolerance`. At 0 nothing is lost: the cells that stay and
-    the rule give the image back. The picture decides how many stay, so there is no budget: keep= takes 1.0 alone. With
-    a method behind the projector, as in "divprune+pixelprune" or vtc.DivPrune(keep=0.25, before=vtc.PixelPrune()), that
-    method's keep= is of the tokens that are left.
+    The prediction of a cell (the patches that become one token; one patch in a plain vision encoder) is its left
+    neighbour A; in column 0 the upper one, B; elsewhere B, if the cell at the upper left resembles A and not B. A cell
+    stays unless it resembles its prediction; cells resemble each other if their distance is at most `tolerance`. At 0
+    nothing is lost: the cells that stay and the rule give the image back. The picture decides how many stay, so there
+    is no budget: keep= takes 1.0 alone. With a method behind the projector, as in "divprune+pixelprune" or
+    vtc.DivPrune(keep=0.25, before=vtc.PixelPrune()), that method's keep= is of the tokens that are left. A plain
+    encoder gives every patch that left the row of the one whose pixels stand for its own.
 
     Args:
         tolerance: the largest distance of two cells that are taken for one, in pixel values of [0, 1]. 0 = equal.
@@ -30,7 +31,7 @@ class PixelPrune(Method):
         anchored: neighbours are as they are rebuilt from the cells that stay, so no cell's error is above `tolerance`.
             False: as they are in the image; errors add up along a gradient. At tolerance 0 both are the same.
         std: by what the processor divides each of the three channels (its image_std), to take differences back to
-            [0, 1]; None = what the model family's own processor does.
+            [0, 1]; None = as the model says, or its family's own processor does.
     """
 
     keep: float | int | None = 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtc.adapters.multimodal.entrance import Left
-from vtc.adapters.multimodal.families.base import VIDEO
+from vtc.adapters.multimodal.families.base import IMAGE, VIDEO
 from vtc.adapters.multimodal.token_batch import EncodedFeatures
 from vtc.budget import share_out
 from vtc.checks import check_finite, check_number
@@ -24,7 +25,7 @@ class Frame:
     """What is left of a frame (of a pair, with Qwen models): its tokens in the order in which the method picked them.
 
     Attributes:
-        places: [k] long, where in the frame; rows: [k, C].
+        places: [k] long, where in the frame; rows: [k, C], behind each other the tower's features and DeepStack's.
     """
 
     places: Tensor
@@ -53,8 +54,8 @@ class VideoStream:
         method, name = patch.method, type(patch.inner).__name__
         if not patch.family.streams(patch.inner):
             raise UnsupportedModelError(
-                f"{name}: a stream needs a tower that sees a frame (a pair of frames) alone and a prompt with one "
-                "placeholder for a video, as in Qwen2-VL and Qwen2.5-VL: give the video in one call"
+                f"{name}: a stream needs a tower that sees a frame (a pair of frames) alone, as in Qwen2-VL, "
+                "Qwen2.5-VL and Qwen3-VL: give the video in one call"
             )
         fits = method.nested and method.where != "tower" and method.entrance is None and method.shares is None
         if not fits or getattr(method, "frame", None):
@@ -71,6 +72,7 @@ class VideoStream:
         self.grid: Grid | None = None  # rows and columns of a frame's patches
         self.cells: Grid = (0, 0)  # and of its tokens
         self.output: Any = None
+        self.widths: list[int] = []  # of what `Frame.rows` has behind each other
 
     @property
     def seen(self) -> int:
@@ -101,8 +103,9 @@ class VideoStream:
         with torch.no_grad():
             output = encode(pixel_values_videos, video_grid_thw=grid, return_dict=True)
             encoded = output.vtc_encoded
-            rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in patch.family.pooled(output)])
-            units = Units(rows, encoded.layout.units)
+            levels = [_packed(level) for level in getattr(output, "deepstack_features", None) or ()]
+            rows = _packed(patch.family.pooled(output))
+            units, held = Units(rows, encoded.layout.units), torch.cat([rows, *levels], 1)
         with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
             check_finite(rows, "image tokens")
             fields = {name: units.packed(x) for name, x in encoded.evidence.items()}
@@ -117,13 +120,15 @@ class VideoStream:
             frame.cut(share)
         for i, share in enumerate(new):
             places = order[i][:share].clone()
-            self.frames.append(Frame(places, rows[units.index[i][places]]))
+            self.frames.append(Frame(places, held[units.index[i][places]]))
         assert units.grids[0] is not None
         self.grid, self.cells = (size[0], size[1]), units.grids[0]
         output = copy.copy(output)  # an empty one of the same kind, for `generate`
         output.pooler_output = output.last_hidden_state = None
         output.__dict__.pop("vtc_encoded", None)
-        self.output = output
+        if levels:
+            output.deepstack_features = [None] * len(levels)
+        self.output, self.widths = output, [x.shape[1] for x in (rows, *levels)]
 
     @property
     def _places(self) -> int:
@@ -134,27 +139,33 @@ class VideoStream:
         """The model's `generate` about the frames so far.
 
         Args:
-            input_ids: [1, L], with the video's placeholder once. more: other arguments of `generate`, such as
-                second_per_grid_ts.
+            input_ids: [1, L], with one placeholder for the video; of Qwen3-VL, which tells the time of every pair of
+                frames, one for each pair. more: other arguments of `generate`, such as second_per_grid_ts.
 
         Returns:
-            As the model; the prompt in front holds the placeholder once for every token that the frames had.
+            As the model; the prompt in front holds a placeholder for every token that the frames had.
 
         Raises:
             InputError: nothing has been fed; another number of placeholders.
         """
         if not self.frames:
             raise InputError("no frame has been fed to this stream")
-        inner, device = self.patch.inner, input_ids.device
-        token = self.patch.family.token(inner, VIDEO, input_ids)
-        here = (input_ids == token).nonzero()
-        if len(input_ids) != 1 or len(here) != 1:
+        inner, family, device = self.patch.inner, self.patch.family, input_ids.device
+        token = family.token(inner, VIDEO, input_ids)
+        here, runs = input_ids == token, len(self.frames) if family.streams(inner) == "frame" else 1
+        if len(input_ids) != 1 or int(here.sum()) != runs:
             raise InputError(
-                f"the prompt holds {len(here)} video placeholders (id {token}) in {len(input_ids)} rows: a stream is "
-                "asked with one prompt, and one placeholder"
+                f"the prompt holds {int(here.sum())} video placeholders (id {token}) in {len(input_ids)} rows: this "
+                f"stream is asked with one prompt, and {runs} of them"
             )
-        at = int(here[0, 1])
-        ids = torch.cat([input_ids[:, :at], input_ids[:, at : at + 1].expand(1, self.seen), input_ids[:, at + 1 :]], 1)
+        times = torch.where(here[0], self.seen // runs, 1)
+        columns = torch.arange(len(times), device=device).repeat_interleave(times)
+        ids = input_ids[:, columns]
+        if "mm_token_type_ids" in inspect.signature(type(inner).forward).parameters:
+            kinds = more.get("mm_token_type_ids")
+            if kinds is None:
+                kinds = 2 * here.long() + (input_ids == family.token(inner, IMAGE, input_ids))
+            more["mm_token_type_ids"] = kinds[:, columns]
         mask = more.pop("attention_mask", None)
         if mask is not None and not bool(mask.all()):
             raise InputError("attention_mask hides columns of a stream's prompt: leave it out")
@@ -173,9 +184,17 @@ class VideoStream:
         kept = torch.zeros(self.seen, dtype=torch.bool)
         kept[index.cpu()] = True
         left, output = Left(kept, None), copy.copy(self.output)
-        rows = [frame.rows[frame.places.argsort()] for frame in self.frames]
-        output.pooler_output = (left.spread(torch.cat(rows)),)
+        rows = left.spread(torch.cat([frame.rows[frame.places.argsort()] for frame in self.frames]))
+        features, *levels = rows.split(self.widths, 1)
+        output.pooler_output = (features,)
+        if levels:
+            output.deepstack_features = [(level,) for level in levels]
         places = torch.arange(self.seen).split(self._places)
         layout = Layout(tuple(Unit(each, 0, self.cells) for each in places))
         output.vtc_encoded = EncodedFeatures(self.patch.encoders, (self.seen,), layout, {}, left=left, decided=True)
         return output
+
+
+def _packed(features: Any) -> Tensor:
+    """[n, C] of one tensor for all items, or one for each."""
+    return torch.cat([x.reshape(-1, x.shape[-1]) for x in ([features] if isinstance(features, Tensor) else features)])

@@ -261,10 +261,10 @@ class Family:
         """The projector's input -> [rows, P, V], the patches of each of its output rows."""
         return seen.reshape(-1, 1, seen.shape[-1])
 
-    def streams(self, inner: Any) -> bool:
-        """Whether its tower sees the frames of a video one by one (or in pairs), and the prompt has one run of
-        placeholders for a video: then a video may come in pieces."""
-        return False
+    def streams(self, inner: Any) -> str:
+        """What has a run of placeholders of its own in the prompt, "video" or "frame", if its tower sees the frames of
+        a video one by one (or in pairs): then a video may come in pieces. "" = it may not."""
+        return ""
 
     def pixels(self, modality: Modality, call: dict[str, Any]) -> Tensor:
         """[tokens, V], the values of the pixels that each token covers; for a family with "pixels" in `evidence`."""

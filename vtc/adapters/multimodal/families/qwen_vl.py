@@ -80,8 +80,8 @@ class QwenVL(QwenTower):
                 start += grid[0] * grid[1]
         return Layout(tuple(units), self.windows(inner, told(modality, call)))
 
-    def streams(self, inner: Any) -> bool:
-        return type(inner).__name__ != "Qwen3VLModel"  # there, times lie between the frames
+    def streams(self, inner: Any) -> str:
+        return "frame" if type(inner).__name__ == "Qwen3VLModel" else "video"  # there, times lie between the frames
 
     def pixels(self, modality: Modality, call: dict[str, Any]) -> Tensor:
         """As the processor has scaled them, of both frames of a pair."""
