@@ -69,6 +69,16 @@ def test_see(name, schedule, value):
     assert see.figures(other) == see.figures(seen) and other.maps[-1].group.equal(seen.maps[-1].group)
 
 
+def test_see_a_method_without_a_budget():
+    """Its own map tells what left of a picture of one colour with a thing on it; the controls say nothing."""
+    picture = Image.new("RGB", (224, 224), (120, 130, 140))
+    picture.paste((200, 10, 20), (70, 70, 110, 150))
+    seen = see.run(picture, see.budget("pixelprune", "Tokens", 64), 1)
+    counts = [m.anchor.shape[1] for m in seen.maps]
+    assert len(counts) == 13 and counts[-1] == seen.found.report.after[0] < 30
+    assert see.layer(seen, 12, see.HEATS[0])[0].size == seen.crop.size
+
+
 def test_see_energy_is_that_of_the_dense_encoder():
     """By its definition, with a plain loop."""
     seen = see.run(load_image(example_photo()), see.budget("pitome", "Arithmetic", 0.5), 1)

@@ -20,10 +20,12 @@ TESTS = [
     *("tests/test_huggingface.py", "tests/test_matrix.py", "tests/test_oracle.py"),
     *("tests/test_mllm.py", "tests/test_mllm_life.py", "tests/test_mllm_methods.py", "tests/test_mllm_tower.py"),
     "tests/test_mllm_retrievers.py",
+    *("tests/test_mllm_video.py", "tests/test_mllm_pixelprune.py", "tests/test_pixelprune_encoders.py"),
+    "tests/test_stream.py",
     *("tests/test_ppe.py", "tests/test_cascade.py"),
     "tests/test_mllm_self_check.py::test_a_class_that_nobody_tried_is_served_if_it_passes",
     # sdpa is the default; eager attention is asked of the current release alone
-    *("-k", "(huggingface or hf or mllm or ppe or cascade) and not eager"),
+    *("-k", "(huggingface or hf or mllm or ppe or cascade or stream) and not eager"),
 ]
 
 # Loaded by pytest and its workers: what is tested must be the version that was asked for.

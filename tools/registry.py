@@ -385,7 +385,8 @@ def _library(library: str, tqdm: Any, fresh: bool) -> dict[str, dict]:
                 done = answer(case)
             elif done["verdict"] == "supported" and list(done.get("methods", ())) != list(encoder_ways()):
                 with torch.device("meta"):
-                    methods = asked(case.build(), encoder_ways())
+                    model = case.build()
+                methods = asked(model, encoder_ways())
                 done = {**done, "methods": methods} if "" in methods.values() else answer(case)
         answers[case.names[0]] = done
         path.write_text(json.dumps({**head, "answers": {**known, **answers}}, indent=1) + "\n")

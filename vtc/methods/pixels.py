@@ -39,15 +39,13 @@ def sources(cells: Tensor, grid: Grid, tolerance: float, metric: str, anchored: 
     """[B, h*w] long: which cell's pixels stand for those of each cell [B, h*w, c]; a cell that stays is its own."""
     rows, columns = grid
     cells = cells.float() if tolerance else cells
-    if tolerance and anchored:
-        return _anchored(cells, grid, tolerance, metric)
     x = cells.unflatten(1, grid)
-    left = torch.zeros(x.shape[:3], dtype=torch.bool, device=x.device)  # does a cell resemble the one on its left
-    above = left.clone()
-    for row in range(rows):  # row by row: the differences of a whole page would take as much memory as the page
-        left[:, row, 1:] = alike(x[:, row, 1:], x[:, row, :-1], tolerance, metric)
-        if row:
-            above[:, row] = alike(x[:, row], x[:, row - 1], tolerance, metric)
+    left, above = _neighbours(x, tolerance, metric)
+    if tolerance and anchored:
+        equal = _neighbours(x, 0, metric)
+        # where cells that resemble a neighbour are equal to it, all are rebuilt as they were
+        if not (torch.equal(left, equal[0]) and torch.equal(above, equal[1])):
+            return _anchored(cells, columns, left.flatten(1), above.flatten(1), tolerance, metric)
     from_above = torch.zeros_like(left)
     from_above[:, 1:, 0] = True
     from_above[:, 1:, 1:] = above[:, 1:, :-1] & ~left[:, :-1, 1:]  # the corner resembles A and not B
@@ -59,29 +57,47 @@ def sources(cells: Tensor, grid: Grid, tolerance: float, metric: str, anchored: 
     return source
 
 
-def _anchored(cells: Tensor, grid: Grid, tolerance: float, metric: str) -> Tensor:
-    """The same with neighbours as they are rebuilt. The cells of an anti-diagonal depend on the two before it alone."""
-    rows, columns = grid
-    batch = torch.arange(len(cells), device=cells.device)[:, None]
-    source = torch.arange(rows * columns, device=cells.device).repeat(len(cells), 1)  # the cell that stands for each
+def _neighbours(x: Tensor, tolerance: float, metric: str) -> tuple[Tensor, Tensor]:
+    """Whether a cell of x [B, h, w, c] resembles the one on its left, and the one above; each [B, h, w] bool."""
+    left = torch.zeros(x.shape[:3], dtype=torch.bool, device=x.device)
+    above = left.clone()
+    for row in range(x.shape[1]):  # row by row: the differences of a whole page would take as much memory as the page
+        left[:, row, 1:] = alike(x[:, row, 1:], x[:, row, :-1], tolerance, metric)
+        if row:
+            above[:, row] = alike(x[:, row], x[:, row - 1], tolerance, metric)
+    return left, above
 
-    def same(a: Tensor, b: Tensor) -> Tensor:
-        return alike(cells[batch, a], cells[batch, b], tolerance, metric)
+
+def _anchored(cells: Tensor, columns: int, left: Tensor, above: Tensor, tolerance: float, metric: str) -> Tensor:
+    """The same with neighbours as they are rebuilt. The cells of an anti-diagonal depend on the two before it alone.
+    left, above [B, h*w]: whether cells resemble these neighbours as they are in the image."""
+    total = cells.shape[1]
+    rows = total // columns
+    source = torch.arange(total, device=cells.device).repeat(len(cells), 1)  # the cell that stands for each
+
+    def same(one: Tensor, other: Tensor, plain: Tensor) -> Tensor:
+        """[B, k] bool, of cells [k] or [B, k] as they are rebuilt; plain: of these cells as they are."""
+        a, b = source.gather(1, one.expand_as(plain)), source.gather(1, other.expand_as(plain))
+        unknown = (a != b) & ~((a == one) & (b == other))
+        result = plain | (a == b)
+        image, at = unknown.nonzero(as_tuple=True)
+        if len(at):  # hardly any: most cells stand for themselves, or for their neighbours, too
+            pair = cells[image, a[image, at]], cells[image, b[image, at]]
+            result[image, at] = alike(*pair, tolerance, metric)
+        return result
 
     for number in range(1, rows + columns - 1):
         row = torch.arange(max(0, number - columns + 1), min(rows, number + 1), device=cells.device)
         here = row * columns + number - row
+        up = (row == number).expand(len(cells), -1).clone()  # is a cell predicted by the one above: in column 0
         inner = (row > 0) & (row < number)
-        left, above = (
-            source[:, torch.where(row < number, here - 1, 0)],
-            source[:, torch.where(row > 0, here - columns, 0)],
-        )
-        guess = torch.where(row == number, above, left)
-        if bool(inner.any()):
-            corner, a, b = source[:, here[inner] - columns - 1], left[:, inner], above[:, inner]
-            guess[:, inner] = torch.where(same(corner, a) & ~same(corner, b), b, a)
-        predicted = same(here.expand_as(guess), guess)
-        source[:, here] = torch.where(predicted, guess, source[:, here])
+        at = here[inner]
+        if len(at):
+            corner = at - columns - 1
+            up[:, inner] = same(corner, at - 1, above[:, at - 1]) & ~same(corner, at - columns, left[:, at - columns])
+        guess = here - torch.where(up, columns, 1)
+        predicted = same(here, guess, torch.where(up, above[:, here], left[:, here]))
+        source[:, here] = torch.where(predicted, source.gather(1, guess), source[:, here])
     return source
 
 
