@@ -28,8 +28,8 @@ def refusal(site: EncoderSite, method: Method) -> str:
         return f"{method.name} compares the pixels of an image's patches, but {why}"
     if cut.in_channels not in (1, 3):
         return f"{method.name} compares pixels, and its patches are cut from {cut.in_channels} channels"
-    if cut.kernel_size != cut.stride or any(cut.padding) or set(cut.dilation) != {1}:  # type: ignore[arg-type]
-        return f"{method.name} compares patches, and its patches overlap"
+    if cut.kernel_size != cut.stride or cut.padding not in ("valid", (0, 0)) or cut.dilation != (1, 1):
+        return f"{method.name} compares patches, and its patches overlap, or reach over the image's edges"
     if site.shuffled:
         return f"{method.name} needs the patches in their places, but this encoder's embeddings shuffle them"
     if site.no_bias:
