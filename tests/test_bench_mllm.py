@@ -66,6 +66,7 @@ def test_measure(small):
         expected = model(**inputs, use_cache=True)  # transformers itself leaves hooks
     before = state()
     turns = []
+    assert [m.keep for m in methods_at(["random", "pixelprune"], [0.5, 0.25])] == [0.5, 0.25, 1.0]
     methods = methods_at(["random", "tome"], [1.0, 0.25])
     dense, rows = measure_prefill(model, inputs, methods, 2, 1, tick=lambda: turns.append(1))
     assert len(turns) == 3 * 9

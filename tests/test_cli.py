@@ -112,6 +112,16 @@ def test_run_other_methods(vtc_, model, tmp_path, method):
     assert json.loads(text)["image_tokens"][1] < 64
 
 
+def test_a_method_without_a_budget_is_given_none(vtc_, fails, model, tmp_path):
+    code, out, _ = vtc_("run", "--method", "pixelprune", "--repeats", 1, "--out", tmp_path / "run.png", "--json")
+    assert code == 0 and json.loads(out)["method"] == "pixelprune"
+    code, out, _ = vtc_(
+        *"bench --model timm:test_vit --repeats 1 --warmup 1 --batch 1 --json --methods pixelprune".split()
+    )
+    assert code == 0 and json.loads(out)["rows"][0]["method"] == "pixelprune"
+    assert "has no budget" in fails("run", "--method", "pixelprune", "--flops", 0.5, "--out", tmp_path / "run.png")
+
+
 def test_run_overwrites_only_its_own(vtc_, fails, model, tmp_path):
     theirs = tmp_path / "holiday.png"
     Image.new("RGB", (8, 8)).save(theirs)

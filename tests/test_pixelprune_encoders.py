@@ -195,6 +195,10 @@ def test_what_a_call_must_be():
             site_of(net).blocks[0](torch.randn(2, 65, 64))
         with pytest.raises(UnsupportedModelError, match="the picture says"):
             torch.export.export(net, (), {"pixel_values": x})
+        with pytest.raises(UnsupportedModelError, match="vmap"):
+            torch.func.vmap(lambda one: net(pixel_values=one[None]).last_hidden_state)(x)
+        with pytest.raises(InputError, match="pass none"):
+            net(pixel_values=x, attention_mask=torch.tensor([[1] * 60 + [0] * 5] * 2))
         net(pixel_values=x)
 
 

@@ -260,7 +260,10 @@ def _words(model: nn.Module, inputs: dict[str, Tensor], length: int) -> None:
 
 
 def methods_at(names: Sequence[str], budgets: Sequence[float | int], **options: Any) -> list[Method]:
-    """Every method at every budget."""
-    from vtc.methods import make
+    """Every method at every budget; one without budgets once."""
+    from vtc.methods import budgeted, make
 
-    return [make(name, keep=budget, **options) for name in names for budget in budgets]
+    budgets_of: dict[str, list[dict[str, Any]]] = {
+        name: [{"keep": budget} for budget in budgets] if budgeted(name) else [{}] for name in names
+    }
+    return [make(name, **budget, **options) for name in names for budget in budgets_of[name]]

@@ -23,7 +23,7 @@ def _self_check(args: argparse.Namespace) -> int:
     from vtc.bench.fidelity import check
     from vtc.bench.opened import opened
     from vtc.errors import OptionError
-    from vtc.methods import make
+    from vtc.methods import budgeted, make
 
     others = ("--batch", "--warmup", "--positions", "--slots")
     not_here(args, *others, what="vtc bench without --self-check, where one picture is a batch")
@@ -39,7 +39,8 @@ def _self_check(args: argparse.Namespace) -> int:
         budgets = [args.flops] if args.flops else args.keep or found.budgets
         given = [{"keep": args.tokens}] if args.tokens else [{found.budget: budget} for budget in budgets]
         names = dict.fromkeys(["random", "downsample", *split_names(args.methods, found.methods)])
-        methods = [make(name, **budget) for budget in given for name in names]
+        methods = [make(name, **budget) for budget in given for name in names if budgeted(name)]
+        methods += [make(name) for name in names if not budgeted(name)]
         bar.reset((1 + len(methods)) * (repeats + 1))
         bar.set_description("dense and compressed in turns")
         rows = check(found.model, found.inputs, methods, repeats, call=found.call, tick=bar.update)
@@ -83,13 +84,14 @@ def _bench_encoder(args: argparse.Namespace) -> int:
 
     from vtc.bench import environment, measure, named, runs
     from vtc.errors import OptionError
-    from vtc.methods import make
+    from vtc.methods import budgeted, make
 
     not_here(args, "--keep", "--tokens", what="a multimodal LLM; here --flops F says what stays")
     flops, batch, repeats = args.flops or 0.55, args.batch or 16, args.repeats or 9
     warmup = 2 if args.warmup is None else args.warmup
     methods = [
-        make(name, flops=flops, **positions_given(args)) for name in split_names(args.methods, ["tome", "pitome"])
+        make(name, **({"flops": flops} if budgeted(name) else {}), **positions_given(args))
+        for name in split_names(args.methods, ["tome", "pitome"])
     ]
     found = named(args.model, args.size, download=args.download)
     if found.sketch:

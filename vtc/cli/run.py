@@ -29,13 +29,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_llm(args: argparse.Namespace) -> int:
     from vtc.bench.environment import environment
-    from vtc.methods import make
+    from vtc.methods import budgeted, make
     from vtc.models.images import example_photo, load_image
 
     not_here(args, *_OF_ENCODERS, what="an encoder alone, without --model")
     given = {"preset": args.preset, "where": args.where, "pooled": args.pooled or None, **positions_given(args)}
-    given["keep"] = args.tokens if args.tokens is not None else args.keep or 0.25
-    method = make(args.method or "idpruner", **{key: value for key, value in given.items() if value is not None})
+    name = args.method or "idpruner"
+    given["keep"] = args.tokens if args.tokens is not None else args.keep or (0.25 if budgeted(name) else None)
+    method = make(name, **{key: value for key, value in given.items() if value is not None})
     if args.out is not None:
         from vtc.viz import check_target
 
@@ -73,7 +74,7 @@ def _run_llm(args: argparse.Namespace) -> int:
 def _run_encoder(args: argparse.Namespace) -> int:
     from vtc.bench.environment import environment
     from vtc.errors import OptionError
-    from vtc.methods import make
+    from vtc.methods import budgeted, make
     from vtc.models.images import example_photo, load_image, preprocess
     from vtc.viz import check_target, save
 
@@ -84,11 +85,12 @@ def _run_encoder(args: argparse.Namespace) -> int:
         )
     size, repeats = args.size or 224, args.repeats or 5
     options: dict[str, Any] = {"keep": args.tokens if args.keep is None else args.keep, "flops": args.flops}
-    if options == {"keep": None, "flops": None}:
+    name = args.method or "pitome"
+    if options == {"keep": None, "flops": None} and budgeted(name):
         options["flops"] = 0.5
     if args.preset is not None:
         options["preset"] = args.preset
-    method = make(args.method or "pitome", **{key: value for key, value in options.items() if value is not None})
+    method = make(name, **{key: value for key, value in options.items() if value is not None})
     if args.keep is not None and args.keep < 0.5 and not method.one_shot:
         raise OptionError(f"--keep {args.keep:g}: every layer keeps at least half; give --tokens N or --flops F")
     if size % 14:

@@ -19,7 +19,7 @@ from vtc.demo import look
 from vtc.errors import OptionError
 from vtc.eval import scenes
 from vtc.eval.answers import plain
-from vtc.methods import METHODS, Method, make
+from vtc.methods import METHODS, Method, budgeted, make
 from vtc.models import llms
 
 LEVELS = (0.05, 0.1, 0.25, 0.5, 1.0)
@@ -43,7 +43,7 @@ def budget(name: str, keep: float, positions: str = "original", sized: bool = Fa
         OptionError: an unknown method, or a value out of range.
     """
     merges = name in METHODS and METHODS[name].merges
-    keep = keep if name not in METHODS or METHODS[name].budgeted else 1.0
+    keep = keep if budgeted(name) else 1.0
     return make(name, keep=float(keep), **({"positions": positions, "proportional": sized} if merges else {}))
 
 

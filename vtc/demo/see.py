@@ -19,7 +19,7 @@ from vtc.bench.timing import Tick, shared_copy
 from vtc.checkpoints import SaliencyModel, dinov2_saliency
 from vtc.demo import look
 from vtc.errors import OptionError
-from vtc.methods import METHODS, Method, make
+from vtc.methods import Method, budgeted, make
 from vtc.models.images import example_photo, load_image, preprocess
 from vtc.token_map import TokenMap
 from vtc.viz import heatmap, overlay
@@ -65,7 +65,7 @@ def budget(name: str, schedule: str, value: float) -> Method:
     if schedule not in SCHEDULES:
         raise OptionError(f"schedule={schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
     option = SCHEDULES[schedule][0]
-    if name in METHODS and not METHODS[name].budgeted:
+    if not budgeted(name):
         return make(name)
     return make(name, **({"keep": int(value)} if option == "tokens" else {option: float(value)}))
 

@@ -62,6 +62,11 @@ _WITH_A_VALUE = ("frame", "shares", "pixelprune")  # the share, the score, the t
 _ALIASES = ("ratio", "compression_ratio", "pruning_ratio", "prune_ratio", "rate", "keep_ratio", "reduction")
 
 
+def budgeted(name: str) -> bool:
+    """Whether a method takes a budget. An unknown name counts as one that does: `make` says what is wrong with it."""
+    return name not in METHODS or METHODS[name].budgeted
+
+
 def make(method: str | Method, **options: Any) -> Method:
     """A method from its name and options; a ready one is returned as it is. "tome+ppe" is "tome" with positions="ppe",
     "tome+proportional" with proportional=True, "divprune+frame=0.25" with frame=0.25, "divprune+shares=change" with

@@ -12,7 +12,7 @@ from vtc.adapters.encoders.patch import EncoderPatch
 from vtc.adapters.encoders.site import EncoderSite
 from vtc.adapters.encoders.state import CallState, Running
 from vtc.adapters.hooks import Hook
-from vtc.adapters.tracing import tracer
+from vtc.adapters.tracing import refuse_traced
 from vtc.checks import check_finite
 from vtc.errors import InputError, UnsupportedModelError
 from vtc.methods import Method
@@ -72,8 +72,8 @@ class PixelPatch(EncoderPatch):
                 f"torch.export fixes how many patches stay, and for {self.method.name} the picture says that: use tome "
                 "or pitome, or call vtc.remove(model) first"
             )
-        if not tracer(output):
-            self.now.sources = self.look(args[0].detach(), tuple(output.shape[-2:]))
+        refuse_traced(output)
+        self.now.sources = self.look(args[0].detach(), tuple(output.shape[-2:]))
 
     @torch.compiler.disable
     def look(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -102,7 +102,7 @@ class PixelPatch(EncoderPatch):
                 f"{self.method.name} needs the pixels of all patches, but {what} of the {stage.batch} x "
                 f"{stage.entry - stage.prefix} that reached {self.where} were cut from an image just before"
             )
-        total = stands_for(source, stage.prefix)
+        total = stands_for(source.to(x.device), stage.prefix)
         real = total.mask()
         ragged = {} if bool(real.all()) else {"mask": real, "size": real.float()}
         if total.slots == stage.entry and not ragged:
