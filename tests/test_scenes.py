@@ -131,6 +131,18 @@ def test_numbers_are_small_and_in_one_line():
     assert found == {2, 3, 4}
 
 
+def test_flat_grounds_are_flat_and_leave_the_things_alone():
+    """Cells that show nothing are equal to the bit, on one colour all to one another."""
+    for n in range(5):
+        plain = scenes.scene("test", n, scenes.Level(backgrounds=("plain",)))
+        for ground, least, most in (("paper", 0.5, 1), ("screen", 0.2, 0.99)):
+            about = scenes.scene("test", n, scenes.Level(backgrounds=(ground,)))
+            assert about.things == plain.things and about.questions == plain.questions
+            colours, counts = np.unique(np.asarray(about.image).reshape(-1, 3), axis=0, return_counts=True)
+            assert least < counts.max() / counts.sum() < most
+    assert not set(scenes.FLAT) & set(scenes.FULL.backgrounds)
+
+
 def test_albums():
     """Every question names its picture, and is one of that picture's; no scene is in two albums."""
     sizes, numbers = ((128, 160), (256, 128), (144, 144)), set()

@@ -224,10 +224,8 @@ def show_check(rows: Sequence[Checked], result: Mapping[str, Any]) -> None:
         method, budget = "dense", ""
         if row.method is not None:
             options = row.method.options()
-            method, budget = (
-                row.method.label,
-                " ".join(f"{k} {options[k]:g}" for k in ("keep", "flops") if options.get(k)),
-            )
+            method = row.method.label
+            budget = " ".join(f"{k} {options[k]:g}" for k in ("keep", "flops") if options.get(k))
         found = (f"{1e3 * row.seconds:.0f}", f"{row.faster:.2f}", f"{row.fidelity:.3f}")
         table.add_row(method, budget, str(row.tokens[1]), *found)
     console.print(table)

@@ -30,10 +30,7 @@ KINDS = ("colour", "shape", "position", "count", "digit", "relation")
 EVERY = (*KINDS, "reading", "when")  # also for scenes with numbers, and for clips
 SPLITS = {"train": range(8), "validation": range(8, 9), "test": range(9, 10)}
 BACKGROUNDS = ("plain", "texture", "photo")
-FLAT = (
-    "paper",
-    "screen",
-)  # whose areas are exactly uniform, as drawn pages and screens are; no model was trained on them
+FLAT = ("paper", "screen")  # of exactly uniform areas, for PixelPrune; no model was trained on them
 NARROW = 0.8  # width of a digit relative to its height
 PARTS = {2: 2, 3: 3, 4: 4, 5: 4, 6: 3, 7: 4, 8: 4, 16: 4, 32: 4}  # parts of a clip, by its number of frames
 
