@@ -103,7 +103,8 @@ class VideoStream:
         with torch.no_grad():
             output = encode(pixel_values_videos, video_grid_thw=grid, return_dict=True)
             encoded = output.vtc_encoded
-            levels = [_packed(level) for level in getattr(output, "deepstack_features", None) or ()]
+            planes = getattr(output, "deepstack_features", None) or ()
+            levels = [_packed(level) for level in planes]
             rows = _packed(patch.family.pooled(output))
             units, held = Units(rows, encoded.layout.units), torch.cat([rows, *levels], 1)
         with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
@@ -126,8 +127,8 @@ class VideoStream:
         output = copy.copy(output)  # an empty one of the same kind, for `generate`
         output.pooler_output = output.last_hidden_state = None
         output.__dict__.pop("vtc_encoded", None)
-        if levels:
-            output.deepstack_features = [None] * len(levels)
+        if levels:  # one tensor each, or one for each item, as the version of transformers has it
+            output.deepstack_features = [None if isinstance(plane, Tensor) else () for plane in planes]
         self.output, self.widths = output, [x.shape[1] for x in (rows, *levels)]
 
     @property
@@ -188,7 +189,8 @@ class VideoStream:
         features, *levels = rows.split(self.widths, 1)
         output.pooler_output = (features,)
         if levels:
-            output.deepstack_features = [(level,) for level in levels]
+            forms = zip(output.deepstack_features, levels, strict=True)
+            output.deepstack_features = [level if form is None else (level,) for form, level in forms]
         places = torch.arange(self.seen).split(self._places)
         layout = Layout(tuple(Unit(each, 0, self.cells) for each in places))
         output.vtc_encoded = EncodedFeatures(self.patch.encoders, (self.seen,), layout, {}, left=left, decided=True)
