@@ -55,6 +55,11 @@ def laid_out(
     return lengths, family.layout(inner, modality, lengths, call)
 
 
+def packed(features: Any) -> Tensor:
+    """[n, C] of an encoder's features: one tensor for all items, or one for each."""
+    return torch.cat([x.reshape(-1, x.shape[-1]) for x in ([features] if isinstance(features, Tensor) else features)])
+
+
 @dataclass(eq=False)
 class Encoders:
     """The encoders of one model.
@@ -152,7 +157,7 @@ class Encoders:
     def placed(self, modality: Modality, output: Any, call: dict[str, Any]) -> PlacedTokens:
         """Find where an encoder's tokens go in the prompt."""
         pooled = self.family.pooled(output)
-        rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in pooled])
+        rows = packed(pooled)
         encoded = self.known(modality, output, rows)
         token = self.family.token(self.inner, modality, call.get("input_ids"))
         if "input_ids" in call:

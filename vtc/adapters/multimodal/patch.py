@@ -25,7 +25,7 @@ from vtc.adapters.multimodal import masks
 from vtc.adapters.multimodal.cache import Entries, Shortened, cache_name, goes_on, shorten
 from vtc.adapters.multimodal.capture import Capture, text
 from vtc.adapters.multimodal.columns import as_asked, check_arguments, check_asked
-from vtc.adapters.multimodal.encode import Encoders
+from vtc.adapters.multimodal.encode import Encoders, packed
 from vtc.adapters.multimodal.entrance import Entrance, said, tower_macs
 from vtc.adapters.multimodal.families.base import IMAGE, Family, prompt
 from vtc.adapters.multimodal.find import MultimodalSite
@@ -367,7 +367,7 @@ class MultimodalPatch:
         output = self.encoders.by[IMAGE.name].output
         if self.retriever is None or output is None:
             return call
-        rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in self.family.pooled(output)])
+        rows = packed(self.family.pooled(output))
         return self.retriever.filled(call, rows)
 
     def read(self, batch: TokenBatch, call: dict[str, Any], columns: Tensor) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtc.adapters.multimodal.encode import packed
 from vtc.adapters.multimodal.entrance import Left
 from vtc.adapters.multimodal.families.base import IMAGE, VIDEO
 from vtc.adapters.multimodal.token_batch import EncodedFeatures
@@ -104,8 +105,8 @@ class VideoStream:
             output = encode(pixel_values_videos, video_grid_thw=grid, return_dict=True)
             encoded = output.vtc_encoded
             planes = getattr(output, "deepstack_features", None) or ()
-            levels = [_packed(level) for level in planes]
-            rows = _packed(patch.family.pooled(output))
+            levels = [packed(level) for level in planes]
+            rows = packed(patch.family.pooled(output))
             units, held = Units(rows, encoded.layout.units), torch.cat([rows, *levels], 1)
         with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
             check_finite(rows, "image tokens")
@@ -195,8 +196,3 @@ class VideoStream:
         layout = Layout(tuple(Unit(each, 0, self.cells) for each in places))
         output.vtc_encoded = EncodedFeatures(self.patch.encoders, (self.seen,), layout, {}, left=left, decided=True)
         return output
-
-
-def _packed(features: Any) -> Tensor:
-    """[n, C] of one tensor for all items, or one for each."""
-    return torch.cat([x.reshape(-1, x.shape[-1]) for x in ([features] if isinstance(features, Tensor) else features)])
